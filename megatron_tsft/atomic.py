@@ -1,0 +1,56 @@
+"""Nothing is half-written: files and folders appear under their final name only when complete and on disk."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_tsft.errors import UserError
+
+
+def fsync_path(path: Path) -> None:
+    """Flush one file or folder entry to disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` through a temporary sibling, fsync and rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    fsync_path(temporary)
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary sibling of `path`; on success it becomes `path`, on any error it is removed.
+
+    Raises:
+        UserError: `path` exists and is not an empty folder, and `overwrite` is False.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already: name another folder, delete it, or pass --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")  # a fixed name: the next try clears what a killed one left
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for folder, _, names in os.walk(temporary):
+        for name in names:
+            fsync_path(Path(folder) / name)
+        fsync_path(Path(folder))
+    if path.exists():
+        shutil.rmtree(path)
+    os.replace(temporary, path)
+    fsync_path(path.parent)

@@ -1,0 +1,1 @@
+"""Hugging Face <-> Megatron: one mapping table per family, a streaming converter, the model card."""

@@ -1,0 +1,38 @@
+"""What makes two tokenizers the same: one fingerprint, shared by prepared data, model cards and teacher caches."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_tsft.errors import UserError
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The Hugging Face tokenizer of a local folder; never a hub.
+
+    Raises:
+        UserError: the folder is missing or holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(directory).is_dir():
+        raise UserError(f"tokenizer folder {directory} does not exist: pass a local Hugging Face folder")
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"no tokenizer could be loaded from {directory}: {error}") from error
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """16 hex digits over what decides ids: every (token, id), the merges where known, the special ids.
+
+    The chat template is left out on purpose: it decides text, not ids, and users edit it.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    merges: Any = None
+    if getattr(tokenizer, "is_fast", False):
+        merges = json.loads(tokenizer.backend_tokenizer.to_str()).get("model", {}).get("merges")
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    text = json.dumps([vocabulary, merges, special], ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Chat -> tokens, the prepared dataset, packing, micro-batches."""

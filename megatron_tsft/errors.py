@@ -1,0 +1,5 @@
+"""The one exception that means "the user can fix this": entry points print it as one line and exit 2."""
+
+
+class UserError(ValueError):
+    """Bad input or a combination that cannot work; the message says what was wrong, with the value, and what to do."""

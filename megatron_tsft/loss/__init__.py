@@ -1,0 +1,6 @@
+"""Q-target losses on vocabulary-sharded logits: the API, the dense definition, the statistics, the merge. Torch only."""
+
+from megatron_tsft.loss.api import q_target_cross_entropy
+from megatron_tsft.loss.records import QTargetOutput, TeacherTopK
+
+__all__ = ["QTargetOutput", "TeacherTopK", "q_target_cross_entropy"]
