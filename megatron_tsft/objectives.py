@@ -480,7 +480,7 @@ def idft(
     weight_min: NonNegative = 0.1,
     weight_max: NonNegative = 1.0,
 ) -> Coefficients:
-    """-w log p(y): c_y = w = weight_max - (weight_max - weight_min) sigmoid(-(log p(y) + H - threshold) / temperature)"""
+    """-w log p(y): c_y = w = weight_max - (weight_max-weight_min) sigmoid(-(log p(y) + H - threshold) / temperature)"""
     gate = torch.sigmoid(-(s.logp_y + s.entropy - threshold) / temperature)
     return Coefficients(imitation=weight_max - (weight_max - weight_min) * gate)
 

@@ -1,4 +1,4 @@
-"""Q-target losses on vocabulary-sharded logits: the API, the dense definition, the statistics, the merge. Torch only."""
+"""Q-target losses on vocabulary-sharded logits: the API, the dense definition, statistics, merge. Torch only."""
 
 from megatron_tsft.loss.api import q_target_cross_entropy
 from megatron_tsft.loss.records import QTargetOutput, TeacherTopK

@@ -247,7 +247,7 @@ def _check_combination(
             raise ValueError(f"objective {name!r} needs a teacher and none was given: pass teacher=")
         if objective.teacher == "optional" and _may_be_nonzero(plan.b):
             raise ValueError(
-                f"objective {objective!r} guides its residual by a teacher and none was given: pass teacher=, or make the "
+                f"objective {objective!r} needs a teacher and none was given: pass teacher=, or make the "
                 "teacher's share zero (for target-sft: eta=0)"
             )
         if reads_reference and reference_logprobs is None:

@@ -1,1 +1,45 @@
-"""Model families as data: one table of names per file."""
+"""The families: every module of this folder holds one `FAMILY`; a new family is a new file and no other edit."""
+
+import importlib
+import pkgutil
+from typing import Any
+
+from megatron_tsft.checkpoint.mapping import Family, check_table
+from megatron_tsft.errors import UserError
+
+
+def families() -> dict[str, Family]:
+    """Name -> family, of every module in this folder."""
+    found: dict[str, Family] = {}
+    for module in pkgutil.iter_modules(__path__):
+        family: Family = importlib.import_module(f"{__name__}.{module.name}").FAMILY
+        check_table(family)
+        found[family.name] = family
+    return found
+
+
+def get_family(name: str) -> Family:
+    """The family of that name.
+
+    Raises:
+        UserError: there is none; lists the names that exist.
+    """
+    known = families()
+    if name not in known:
+        raise UserError(f"unknown model family {name!r}: choose one of {', '.join(sorted(known))}")
+    return known[name]
+
+
+def family_of(config: Any) -> Family:
+    """The family that serves a Hugging Face config.
+
+    Raises:
+        UserError: no family serves its architecture; lists the architectures that are served.
+    """
+    known = families().values()
+    architectures = list(getattr(config, "architectures", None) or [])
+    for family in known:
+        if architectures and architectures[0] in family.architectures:
+            return family
+    served = ", ".join(sorted(name for family in known for name in family.architectures))
+    raise UserError(f"config.json says architectures={architectures}: this converter serves {served}")

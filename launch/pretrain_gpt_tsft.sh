@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# Start one fine-tuning run with torchrun, on one node or as one node of several, on GPUs or on CPU.
+set -euo pipefail
+
+usage() {
+  cat <<'EOF'
+usage: VARIABLE=value ... launch/pretrain_gpt_tsft.sh [any flag of Megatron's or --tsft-* flag ...]
+
+Flags given on the command line come last and win over what the variables set.
+
+required
+  MODEL            folder that `tools/convert_checkpoint.py import` wrote
+  DATA             folder that `tools/prepare_data.py` wrote, or a mixture "DIR:0.7:target-sft,eta=0.5 DIR:0.3:sft"
+  SAVE             folder for checkpoints, metrics.jsonl and tensorboard/; a run that finds its own checkpoint resumes
+  TRAIN_ITERS      optimizer steps
+
+objective
+  OBJECTIVE        default target-sft; OBJECTIVE_ARGS="name=value ..." (default eta=0.5 for target-sft)
+  TEACHER          none or reference (default reference for target-sft, else what the entry point defaults to)
+  EVAL_DATA        prepared held-out folder; EVAL_INTERVAL steps between its evaluations (default TRAIN_ITERS)
+
+optimization
+  LR               peak, default 1e-5; MIN_LR default LR/10; LR_DECAY_STYLE default cosine; WARMUP_ITERS default 0
+  WEIGHT_DECAY     default 0; CLIP_GRAD default 1.0; ADAM_BETA1 default 0.9; ADAM_BETA2 default 0.95; SEED default 1234
+  MBS, GBS         micro and global batch, in sequences; default 1 and 32
+  SEQ_LENGTH       default 4096; DTYPE bf16, fp16 or fp32 (default bf16 on GPUs, fp32 on CPU)
+  SAVE_INTERVAL    default TRAIN_ITERS; LOG_INTERVAL default 1
+
+layout
+  TP, PP, CP       tensor, pipeline and context parallel sizes, default 1 each; the rest is data parallel
+  SEQUENCE_PARALLEL  1 or 0 (default 1 on GPUs with TP > 1)
+  GPUS_PER_NODE    processes on this node (default: the GPUs that nvidia-smi lists; on CPU, TP*PP*CP)
+  NUM_NODES        default 1; with more: NODE_RANK, MASTER_ADDR (required) and MASTER_PORT (default 6000)
+  MASTER_PORT      on one node: unset takes a free port
+  DEVICE           cuda or cpu (default: cuda where nvidia-smi finds a GPU); PYTHON default: .venv's, else python3
+  DRY_RUN          1 prints the command and stops
+
+examples
+  MODEL=base DATA=data/train SAVE=runs/a TRAIN_ITERS=1000 TP=2 launch/pretrain_gpt_tsft.sh --recompute-activations
+  DEVICE=cpu MODEL=base DATA=data/train SAVE=runs/b TRAIN_ITERS=4 GBS=2 SEQ_LENGTH=256 launch/pretrain_gpt_tsft.sh
+  NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=node0 MODEL=... (and the same with NODE_RANK=1 on the other node)
+EOF
+}
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+whole_number() {  # NAME MINIMUM: the variable holds an integer of at least MINIMUM
+  [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] || fail "$1=${!1} is not a whole number of at least $2"
+}
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  usage
+  exit 0
+fi
+
+REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+for name in MODEL DATA SAVE TRAIN_ITERS; do
+  [[ -n ${!name:-} ]] || fail "$name is not set; launch/pretrain_gpt_tsft.sh --help says what it is"
+done
+
+# ---- where it runs
+if [[ -z ${DEVICE:-} ]]; then
+  if nvidia-smi -L >/dev/null 2>&1; then DEVICE=cuda; else DEVICE=cpu; fi
+fi
+[[ $DEVICE == cuda || $DEVICE == cpu ]] || fail "DEVICE=$DEVICE: cuda or cpu"
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON="$REPOSITORY/.venv/bin/python"
+  [[ -x $PYTHON ]] || PYTHON=python3
+fi
+
+TP=${TP:-1} PP=${PP:-1} CP=${CP:-1} MBS=${MBS:-1} GBS=${GBS:-32} SEQ_LENGTH=${SEQ_LENGTH:-4096}
+NUM_NODES=${NUM_NODES:-1}
+for name in TP PP CP MBS GBS SEQ_LENGTH NUM_NODES TRAIN_ITERS; do whole_number "$name" 1; done
+if [[ -z ${GPUS_PER_NODE:-} ]]; then
+  if [[ $DEVICE == cuda ]]; then
+    GPUS_PER_NODE=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    [[ $GPUS_PER_NODE -ge 1 ]] || fail "nvidia-smi lists no GPU: set GPUS_PER_NODE, or DEVICE=cpu"
+  else
+    GPUS_PER_NODE=$((TP * PP * CP / NUM_NODES))
+  fi
+fi
+whole_number GPUS_PER_NODE 1
+WORLD=$((GPUS_PER_NODE * NUM_NODES))
+[[ $((WORLD % (TP * PP * CP))) -eq 0 ]] ||
+  fail "$WORLD processes are not a multiple of TP*PP*CP = $TP*$PP*$CP = $((TP * PP * CP))"
+DP=$((WORLD / (TP * PP * CP)))
+[[ $((GBS % (MBS * DP))) -eq 0 ]] || fail "GBS=$GBS is not a multiple of MBS * data parallel = $MBS * $DP"
+
+DISTRIBUTED_ARGS=(--nproc-per-node "$GPUS_PER_NODE")
+if [[ $NUM_NODES -gt 1 ]]; then
+  [[ -n ${MASTER_ADDR:-} ]] || fail "MASTER_ADDR is not set: with NUM_NODES=$NUM_NODES it names the node of rank 0"
+  [[ -n ${NODE_RANK:-} ]] || fail "NODE_RANK is not set: with NUM_NODES=$NUM_NODES it is 0 to $((NUM_NODES - 1))"
+  whole_number NODE_RANK 0
+  [[ $NODE_RANK -lt $NUM_NODES ]] || fail "NODE_RANK=$NODE_RANK, but NUM_NODES=$NUM_NODES"
+  DISTRIBUTED_ARGS+=(--nnodes "$NUM_NODES" --node-rank "$NODE_RANK")
+  DISTRIBUTED_ARGS+=(--master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-6000}")
+elif [[ -n ${MASTER_PORT:-} ]]; then
+  DISTRIBUTED_ARGS+=(--master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "$MASTER_PORT")
+else
+  # a rendezvous on a free port; the address is given so that a host name nobody can resolve does no harm
+  DISTRIBUTED_ARGS+=(--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1)
+fi
+
+# ---- what is trained, and toward which target
+MODEL_ARGS=(--tsft-model "$MODEL" --tsft-device "$DEVICE")
+
+if [[ -z ${OBJECTIVE:-} || $OBJECTIVE == target-sft ]]; then
+  OBJECTIVE=target-sft
+  OBJECTIVE_ARGS=${OBJECTIVE_ARGS-eta=0.5}
+  TEACHER=${TEACHER-reference}
+fi
+MODEL_ARGS+=(--tsft-objective "$OBJECTIVE")
+read -r -a objective_args <<<"${OBJECTIVE_ARGS:-}"
+[[ ${#objective_args[@]} -eq 0 ]] || MODEL_ARGS+=(--tsft-args "${objective_args[@]}")
+[[ -z ${TEACHER:-} ]] || MODEL_ARGS+=(--tsft-teacher "$TEACHER")
+
+DATA_ARGS=(--seq-length "$SEQ_LENGTH" --seed "${SEED:-1234}")
+if [[ -e $DATA ]]; then
+  DATA_ARGS+=(--tsft-data "$DATA")  # one folder, whose name may hold spaces
+else
+  read -r -a mixture <<<"$DATA"
+  DATA_ARGS+=(--tsft-data "${mixture[@]}")
+fi
+[[ -z ${EVAL_DATA:-} ]] || DATA_ARGS+=(--tsft-eval-data "$EVAL_DATA")
+
+# ---- how
+LR=${LR:-1e-5}
+TRAINING_ARGS=(
+  --micro-batch-size "$MBS"
+  --global-batch-size "$GBS"
+  --train-iters "$TRAIN_ITERS"
+  --lr "$LR"
+  --min-lr "${MIN_LR:-$(awk -v lr="$LR" 'BEGIN { print lr / 10 }')}"
+  --lr-decay-style "${LR_DECAY_STYLE:-cosine}"
+  --lr-warmup-iters "${WARMUP_ITERS:-0}"
+  --weight-decay "${WEIGHT_DECAY:-0}"
+  --clip-grad "${CLIP_GRAD:-1.0}"
+  --adam-beta1 "${ADAM_BETA1:-0.9}"
+  --adam-beta2 "${ADAM_BETA2:-0.95}"
+)
+
+DTYPE=${DTYPE:-$([[ $DEVICE == cuda ]] && echo bf16 || echo fp32)}
+case $DTYPE in
+  bf16 | fp16) DTYPE_ARGS=("--$DTYPE") ;;
+  fp32) DTYPE_ARGS=() ;;
+  *) fail "DTYPE=$DTYPE: bf16, fp16 or fp32 (FP8 is bf16 with Megatron's --fp8-* flags on the command line)" ;;
+esac
+
+MODEL_PARALLEL_ARGS=(
+  --tensor-model-parallel-size "$TP"
+  --pipeline-model-parallel-size "$PP"
+  --context-parallel-size "$CP"
+)
+[[ $DEVICE == cpu ]] || MODEL_PARALLEL_ARGS+=(--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather)
+if [[ ${SEQUENCE_PARALLEL:-$([[ $DEVICE == cuda && $TP -gt 1 ]] && echo 1 || echo 0)} == 1 ]]; then
+  MODEL_PARALLEL_ARGS+=(--sequence-parallel)
+fi
+
+EVAL_AND_LOGGING_ARGS=(
+  --log-interval "${LOG_INTERVAL:-1}"
+  --save "$SAVE"
+  --save-interval "${SAVE_INTERVAL:-$TRAIN_ITERS}"
+  --tensorboard-dir "$SAVE/tensorboard"
+)
+[[ -z ${EVAL_DATA:-} ]] || EVAL_AND_LOGGING_ARGS+=(--eval-interval "${EVAL_INTERVAL:-$TRAIN_ITERS}")
+
+# ---- go
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # Megatron overlaps by the order of its kernels
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+export PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
+if [[ -z ${OMP_NUM_THREADS:-} ]]; then
+  OMP_NUM_THREADS=1
+  if [[ $DEVICE == cpu ]]; then
+    cores=$(nproc)
+    OMP_NUM_THREADS=$((cores > GPUS_PER_NODE ? cores / GPUS_PER_NODE : 1))
+  fi
+fi
+export OMP_NUM_THREADS
+
+COMMAND=(
+  "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}"
+  -m megatron_tsft.training.pretrain_gpt
+  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DTYPE_ARGS[@]}"
+  "${MODEL_PARALLEL_ARGS[@]}" "${EVAL_AND_LOGGING_ARGS[@]}" "$@"
+)
+if [[ ${DRY_RUN:-0} == 1 ]]; then
+  printf '%q ' "${COMMAND[@]}"
+  echo
+  exit 0
+fi
+exec "${COMMAND[@]}"

@@ -1,0 +1,81 @@
+"""Hugging Face config -> Megatron arguments for what dense decoders share; refuses what Megatron cannot express."""
+
+from typing import Any
+
+from megatron_tsft.errors import UserError
+
+# Megatron 0.19 has these three as defaults that no flag changes (core/models/common/embeddings/rotary_pos_embedding.py)
+LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def refuse(config: Any, field: str, allowed: tuple[Any, ...], reason: str) -> None:
+    """Raise UserError unless `config.field` is one of `allowed`; a missing field counts as None."""
+    value = getattr(config, field, None)
+    if value not in allowed:
+        raise UserError(f"config.json says {field}={value!r}: {reason}")
+
+
+def decoder_arguments(config: Any) -> dict[str, Any]:
+    """Arguments of a dense pre-norm decoder with RMSNorm, SwiGLU, grouped-query attention and rotary positions.
+
+    Keys are the destinations of Megatron's own argparse (`--norm-epsilon` is `layernorm_epsilon`).
+
+    Raises:
+        UserError: a bias, activation, window or head count that the resulting Megatron model would not have.
+    """
+    refuse(config, "hidden_act", ("silu",), "only SwiGLU models (silu) can be expressed")
+    refuse(config, "mlp_bias", (None, False), "Megatron has no flag for a bias in the MLP alone: not supported")
+    refuse(config, "quantization_config", (None,), "save the model without quantization first, as bf16 safetensors")
+    if getattr(config, "use_sliding_window", True):
+        refuse(config, "sliding_window", (None,), "sliding-window attention is not supported")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        raise UserError(f"config.json says {heads} attention heads and {groups} key-value heads: they must divide")
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "layernorm_epsilon": config.rms_norm_eps,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+
+
+def rope_arguments(config: Any) -> tuple[dict[str, Any], float | None]:
+    """Rotary arguments and the llama3 scaling factor (None: no scaling).
+
+    Raises:
+        UserError: another kind of scaling, partial rotary dimensions, or llama3 constants that Megatron hard-codes
+            with other values.
+    """
+    rope = dict(config.rope_parameters or {})
+    if "rope_theta" not in rope:
+        raise UserError(f"config.json gives no rope_theta (found {rope}): add it under rope_parameters")
+    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    if kind not in ("default", "llama3"):
+        raise UserError(f"config.json says rope_type={kind!r}: only 'default' and 'llama3' are supported")
+    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UserError(f"config.json says partial_rotary_factor={rope['partial_rotary_factor']}: only 1 is supported")
+    factor: float | None = None
+    if kind == "llama3":
+        for name, fixed in LLAMA3_ROPE.items():
+            if float(rope[name]) != fixed:
+                raise UserError(f"config.json says {name}={rope[name]}: Megatron hard-codes {fixed}, use a model with it")
+        factor = float(rope["factor"])
+    arguments = {
+        "position_embedding_type": "rope",
+        "rotary_base": int(theta) if theta.is_integer() else theta,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "use_rope_scaling": factor is not None,
+    }
+    return arguments, factor

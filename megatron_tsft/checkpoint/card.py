@@ -1,0 +1,92 @@
+"""The model card: everything that builds a model, saved as JSON beside its checkpoint (Megatron's own loses some)."""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_tsft.atomic import new_directory, write_text
+from megatron_tsft.errors import UserError
+
+CARD_FILE = "tsft_model.json"
+HF_FOLDER = "hf"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One model: its family, its architecture and where it came from.
+
+    family: name of the mapping table. architecture: Hugging Face class name. megatron_arguments: argparse destination
+    -> value, for Megatron's own flags. rope_scaling_factor: for GPTModelConfig, None without scaling (Megatron's
+    arguments lose it). vocab_size: of the Hugging Face config, which may exceed len(tokenizer). padded_vocab_size: rows
+    of the imported checkpoint. dtype: of the Hugging Face weights ("bfloat16"); other_dtypes: tensor name -> dtype of
+    those that differ. tied: output layer = embedding. source_hash: 16 hex digits over the imported weights.
+    tokenizer_fingerprint: None where the Hugging Face folder had no tokenizer.
+    """
+
+    family: str
+    architecture: str
+    megatron_arguments: dict[str, Any]
+    rope_scaling_factor: float | None
+    vocab_size: int
+    make_vocab_size_divisible_by: int
+    padded_vocab_size: int
+    tied: bool
+    dtype: str
+    source_hash: str
+    tokenizer_fingerprint: str | None
+    other_dtypes: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def load(directory: Path | str) -> "ModelCard":
+        """The card of a Megatron checkpoint folder.
+
+        Raises:
+            UserError: there is none, or it was written by another version.
+        """
+        path = Path(directory) / CARD_FILE
+        if not path.is_file():
+            raise UserError(
+                f"{directory} has no {CARD_FILE}: make the folder with"
+                " `tools/convert_checkpoint.py import --hf DIR --megatron DIR`"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("format_version") != FORMAT_VERSION:
+                raise ValueError("another format version")
+            return ModelCard(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a model card of this version ({error}): import the model again") from error
+
+    def save(self, directory: Path | str) -> None:
+        """Write the card into a folder, atomically."""
+        values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        write_text(Path(directory) / CARD_FILE, json.dumps(values, indent=2) + "\n")
+
+
+def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:
+    """Copy `tsft_model.json` and `hf/` of an imported folder into a training save folder, so that export works from it.
+
+    Call it on one rank. A target that already has the same card is left as it is.
+
+    Raises:
+        UserError: the source has no card, or the target belongs to another model.
+    """
+    source, target = Path(source_dir), Path(target_dir)
+    card = ModelCard.load(source)
+    if (target / CARD_FILE).is_file():
+        other = ModelCard.load(target)
+        if other != card:
+            raise UserError(
+                f"{target} belongs to another model (weights {other.source_hash}, {source} is {card.source_hash}):"
+                " save into another folder"
+            )
+        if (target / HF_FOLDER).is_dir():
+            return
+    target.mkdir(parents=True, exist_ok=True)
+    with new_directory(target / HF_FOLDER, overwrite=True) as folder:
+        shutil.copytree(source / HF_FOLDER, folder, dirs_exist_ok=True)
+    card.save(target)  # last: a folder with a card has everything that export needs

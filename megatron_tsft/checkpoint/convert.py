@@ -1,0 +1,229 @@
+"""Hugging Face folder -> Megatron folder and back, in a stream: never more than about one tensor in memory."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_tsft.atomic import new_directory
+from megatron_tsft.checkpoint.card import CARD_FILE, HF_FOLDER, ModelCard
+from megatron_tsft.checkpoint.families import family_of
+from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
+from megatron_tsft.checkpoint.hf_folder import ContentHash, HfWeights, check_tensors, copy_side_files, load_config
+from megatron_tsft.checkpoint.keys import compare_keys
+from megatron_tsft.checkpoint.mapping import extra_state_keys, padded_vocab_size
+from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream
+from megatron_tsft.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_tsft.checkpoint.torch_dist import COMMON_STATE_KEY, CheckpointReader, common_state, write_checkpoint
+from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys, hf_shapes, read_unit, units
+from megatron_tsft.errors import UserError
+
+VOCABULARY_MULTIPLE = 128  # Megatron's default of --make-vocab-size-divisible-by
+SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def import_hf(
+    hf_dir: Path | str, megatron_dir: Path | str, *, overwrite: bool = False, progress: bool = True
+) -> ModelCard:
+    """Write a Megatron folder (`release/`, tracker, model card, `hf/`) from a Hugging Face folder; its model card.
+
+    Weights keep their dtype; Megatron casts when it loads. Nothing appears under `megatron_dir` before all is written.
+
+    Raises:
+        UserError: the folder is incomplete or its model is one that Megatron cannot express; nothing is written then.
+    """
+    hf_dir, megatron_dir = Path(hf_dir), Path(megatron_dir)
+    _check_target(megatron_dir, hf_dir, overwrite, CARD_FILE)
+    config = load_config(hf_dir)
+    family = family_of(config)
+    arguments, factor = family.arguments(config)
+    weights = HfWeights(hf_dir)
+    card = ModelCard(
+        family=family.name,
+        architecture=config.architectures[0],
+        megatron_arguments=arguments,
+        rope_scaling_factor=factor,
+        vocab_size=config.vocab_size,
+        make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,
+        padded_vocab_size=padded_vocab_size(config.vocab_size, VOCABULARY_MULTIPLE),
+        tied=bool(config.tie_word_embeddings),
+        dtype="",  # the weights decide these two, below
+        source_hash="",
+        tokenizer_fingerprint=_fingerprint(hf_dir),
+    )
+    steps = units(card)
+    names = hf_shapes(steps)
+    check_tensors(weights, names, family.ignored, tied_copy="lm_head.weight" if card.tied else None)
+    dtype, others = _dtypes(weights, list(names))
+    total = sum(weights.tensors[name].bytes for name in names)
+    _check_space(megatron_dir, total)
+
+    content = ContentHash()
+    with (
+        new_directory(megatron_dir, overwrite=overwrite) as folder,
+        tqdm(total=total, desc="import", unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
+
+        def read(name: str, start: int, stop: int) -> torch.Tensor:
+            rows = weights.read(name, start, stop)
+            content.update(name, rows)
+            bar.update(rows.nbytes)
+            return rows
+
+        stored = _stored_dtypes(weights, steps)
+        boxes = [box for unit in steps for box in boxes_of(unit, stored[unit.row.megatron], read)]
+        objects = dict.fromkeys(extra_state_keys(family, arguments))
+        write_checkpoint(folder / "release", boxes, objects | {COMMON_STATE_KEY: common_state(card)})
+        copy_side_files(hf_dir, folder / HF_FOLDER)
+        card = dataclasses.replace(card, dtype=dtype, other_dtypes=others, source_hash=content.digest())
+        card.save(folder)
+        (folder / TRACKER).write_text("release")
+    return card
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export_hf` wrote: from which checkpoint, how many tensors, bytes and files, in which dtype."""
+
+    checkpoint: Path
+    tensors: int
+    bytes: int
+    files: int
+    dtype: str
+
+
+def export_hf(
+    megatron_dir: Path | str,
+    hf_dir: Path | str,
+    *,
+    iteration: int | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    max_shard_bytes: float = 5e9,
+) -> Export:
+    """Write a Hugging Face folder from an imported or trained Megatron folder (any TP and PP, optimizer state or not).
+
+    iteration: None takes the latest. dtype: bf16, fp16 or fp32; None takes the dtypes of the original weights, so an
+    untouched model comes back bit by bit. Nothing appears under `hf_dir` before all is written.
+
+    Raises:
+        UserError: no card, no complete checkpoint, one that does not fit the card, or an unknown dtype.
+    """
+    megatron_dir, hf_dir = Path(megatron_dir), Path(hf_dir)
+    _check_target(hf_dir, megatron_dir, overwrite, "config.json")
+    card = ModelCard.load(megatron_dir)
+    one_dtype = None if dtype is None else _dtype_name(dtype)
+    checkpoint = latest_checkpoint(megatron_dir, iteration)
+    compare_keys(expected_keys(card), checkpoint)
+    reader, steps = CheckpointReader(checkpoint), units(card)
+    tensors = {
+        name: (shape, getattr(torch, one_dtype or card.other_dtypes.get(name, card.dtype)))
+        for name, shape in hf_shapes(steps).items()
+    }
+    nbytes = {name: torch.Size(shape).numel() * kind.itemsize for name, (shape, kind) in tensors.items()}
+    _check_space(hf_dir, sum(nbytes.values()))
+    files = _shard_files(steps, nbytes, max_shard_bytes)
+    with (
+        new_directory(hf_dir, overwrite=overwrite) as folder,
+        tqdm(total=sum(nbytes.values()), desc="export", unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
+        for file, shard in files.items():
+            announced = {name: tensors[name] for unit in shard for name in unit.names}
+            with SafetensorsStream(folder / file, announced) as stream:
+                for unit in shard:
+                    for name, tensor in zip(unit.names, read_unit(reader, unit), strict=True):
+                        stream.write(name, tensor.to(tensors[name][1]))
+                        bar.update(nbytes[name])
+        if len(files) > 1:
+            where = {name: file for file, shard in files.items() for unit in shard for name in unit.names}
+            index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": where}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        copy_side_files(megatron_dir / HF_FOLDER, folder)
+        _write_config(folder / "config.json", one_dtype or card.dtype, card.vocab_size)
+    return Export(checkpoint, len(tensors), sum(nbytes.values()), len(files), one_dtype or card.dtype)
+
+
+def _shard_files(steps: list[Unit], nbytes: dict[str, int], max_shard_bytes: float) -> dict[str, list[Unit]]:
+    """File name -> its units, in order; a file is full before `max_shard_bytes` unless one unit alone is larger."""
+    shards: list[list[Unit]] = [[]]
+    used = 0
+    for unit in steps:
+        size = sum(nbytes[name] for name in unit.names)
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(unit)
+        used += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def _write_config(path: Path, dtype: str, vocab_size: int) -> None:
+    """Set what may have changed; `torch_dtype` for servers and older transformers, `dtype` where it was used before."""
+    config = json.loads(path.read_text())
+    config |= {"torch_dtype": dtype, "vocab_size": vocab_size} | ({"dtype": dtype} if "dtype" in config else {})
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _dtype_name(dtype: str) -> str:
+    name = SHORT_DTYPES.get(dtype, dtype)
+    if name not in SHORT_DTYPES.values():
+        raise UserError(f"unknown dtype {dtype!r}: choose one of {', '.join(SHORT_DTYPES)}")
+    return name
+
+
+def _dtypes(weights: HfWeights, names: list[str]) -> tuple[str, dict[str, str]]:
+    """The dtype of most bytes, and the tensors that have another one."""
+    count: Counter[str] = Counter()
+    found = {name: str(weights.tensors[name].dtype).removeprefix("torch.") for name in names}
+    for name, kind in found.items():
+        count[kind] += weights.tensors[name].bytes
+    most = count.most_common(1)[0][0]
+    return most, {name: kind for name, kind in found.items() if kind != most}
+
+
+def _stored_dtypes(weights: HfWeights, steps: list[Unit]) -> dict[str, torch.dtype]:
+    """Megatron key -> the dtype that holds all its Hugging Face tensors exactly (all layers of a key share one)."""
+    result: dict[str, torch.dtype] = {}
+    for unit in steps:
+        for name in unit.names:
+            kind = weights.tensors[name].dtype
+            result[unit.row.megatron] = torch.promote_types(result.get(unit.row.megatron, kind), kind)
+    return result
+
+
+def _fingerprint(hf_dir: Path) -> str | None:
+    if not any((hf_dir / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return tokenizer_fingerprint(load_tokenizer(hf_dir))
+
+
+def _check_target(target: Path, source: Path, overwrite: bool, marker: str) -> None:
+    """Refuse a target that would destroy something: `marker` is a file that only such a folder has."""
+    new, old = target.resolve(), source.resolve()
+    if new == old or new in old.parents or old in new.parents:
+        raise UserError(f"{target} and {source} lie in one another: write to a folder of its own")
+    if target.is_dir() and any(target.iterdir()) and (not overwrite or not (target / marker).is_file()):
+        remedy = "pass --overwrite" if (target / marker).is_file() else f"it has no {marker}, so it is not overwritten"
+        raise UserError(f"{target} exists already: name another folder, or {remedy}")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file: name a folder")
+
+
+def _check_space(target: Path, needed: int) -> None:
+    """Refuse to start what cannot end: `needed` bytes of weights and a margin for headers and side files."""
+    place = next(folder for folder in target.resolve().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed * 1.01 + 2**26:
+        raise UserError(
+            f"{place} has {free / 1e9:.1f} GB free, {target.name} needs {needed / 1e9:.1f} GB: free some space or"
+            " choose another disk"
+        )

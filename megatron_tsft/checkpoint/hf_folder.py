@@ -1,0 +1,169 @@
+"""A Hugging Face folder on disk: its config, its memory-mapped safetensors and the other files that belong to it."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megatron_tsft.errors import UserError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt", ".distcp"}
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """Where one tensor lies: its file, shape and dtype."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class HfWeights:
+    """The tensors of a folder with `model.safetensors` or shards and their index, read slice by slice.
+
+    The files are memory-mapped, so reading makes no anonymous memory beyond the slice that is returned.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open every shard and read its header.
+
+        Raises:
+            UserError: no safetensors, a missing or damaged shard, an index that its shards contradict, or a dtype
+                other than fp32, fp16, bf16.
+        """
+        self.directory = directory
+        self.tensors: dict[str, HfTensor] = {}
+        self._open: dict[Path, Any] = {}
+        index = self._index()
+        for file in sorted({directory / name for name in index.values()} or {directory / "model.safetensors"}):
+            if not file.is_file():
+                raise UserError(f"{file} is missing: the folder is incomplete, download or copy it again")
+            try:
+                handle = safe_open(str(file), framework="pt")  # pyright: ignore[reportCallIssue]
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is damaged ({error}): download or copy it again") from error
+            self._open[file] = handle
+            for name in handle.keys():
+                view = handle.get_slice(name)
+                if view.get_dtype() not in DTYPES:
+                    raise UserError(f"{name} in {file} is {view.get_dtype()}: save the model as F32, F16 or BF16 first")
+                self.tensors[name] = HfTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+        for name, file_name in index.items():
+            if name not in self.tensors or self.tensors[name].file.name != file_name:
+                raise UserError(f"{name} is not in {directory / file_name}, where the index says: copy the folder again")
+
+    def _index(self) -> dict[str, str]:
+        """Tensor name -> file name; empty for a single `model.safetensors`, which wins as in transformers."""
+        if (self.directory / "model.safetensors").is_file():
+            return {}
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            return json.loads(index.read_text())["weight_map"]
+        suffixes = {path.suffix for path in self.directory.iterdir()}
+        load = "load it once with AutoModelForCausalLM.from_pretrained(DIR"
+        if ".gguf" in suffixes:
+            hint = f"only .gguf files: {load}, gguf_file=NAME) and .save_pretrained(NEW_DIR), then import NEW_DIR"
+        elif suffixes & {".bin", ".pt", ".pth"}:
+            hint = f"only .bin files: {load}) and .save_pretrained(NEW_DIR), which writes safetensors"
+        else:
+            hint = "no model.safetensors and no model.safetensors.index.json: name the folder that holds them"
+        raise UserError(f"{self.directory} holds {hint}")
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of one tensor, in its own dtype."""
+        return self._open[self.tensors[name].file].get_slice(name)[start:stop]
+
+
+class ContentHash:
+    """A hash of tensors' names and contents that does not depend on how they are sharded into files."""
+
+    def __init__(self) -> None:
+        self._hashers: dict[str, Any] = {}
+
+    def update(self, name: str, rows: torch.Tensor) -> None:
+        """Add the next rows of one tensor; a tensor's rows must come in order, the tensors need not."""
+        hasher = self._hashers.setdefault(name, hashlib.sha256())
+        hasher.update(rows.contiguous().view(torch.uint8).numpy())
+
+    def digest(self) -> str:
+        """16 hex digits over everything that was added."""
+        parts = [[name, hasher.hexdigest()] for name, hasher in sorted(self._hashers.items())]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def check_tensors(
+    weights: HfWeights, expected: dict[str, tuple[int, ...]], ignored: Iterable[str], tied_copy: str | None = None
+) -> None:
+    """Compare what the folder holds with what the family's table expects.
+
+    tied_copy: a head that a tied model may have saved although transformers never reads it; left out.
+
+    Raises:
+        UserError: names the missing tensors, those that the table does not know, or one of another shape.
+    """
+    patterns = [re.compile(pattern) for pattern in ignored]
+    found = {name for name in weights.tensors if not any(pattern.search(name) for pattern in patterns)}
+    found.discard(tied_copy or "")
+    for what, names in (("missing", expected.keys() - found), ("unexpected", found - expected.keys())):
+        if names:
+            some = ", ".join(sorted(names)[:5])
+            raise UserError(
+                f"{weights.directory}: {len(names)} {what} tensors, e.g. {some}: its config.json and weights disagree"
+            )
+    for name, shape in expected.items():
+        if weights.tensors[name].shape != shape:
+            raise UserError(
+                f"{weights.directory}: {name} is {weights.tensors[name].shape}, config.json says {shape}: correct one"
+            )
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers config of a local folder; never a hub, never remote code.
+
+    Raises:
+        UserError: the folder or config.json is missing, or transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    if not directory.is_dir():
+        raise UserError(f"{directory} does not exist: name a local Hugging Face folder")
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json: name a Hugging Face model folder")
+    try:
+        return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises its own, huggingface_hub's and json's errors for a bad config
+        raise UserError(f"{directory / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def copy_side_files(source: Path, target: Path) -> list[str]:
+    """Copy every file that is not weights (config, tokenizer, chat template, generation config, licence); their names."""
+    target.mkdir(parents=True, exist_ok=True)
+    copied = []
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, target / path.name)
+        elif path.is_file() and not is_weight_file(path):
+            shutil.copyfile(path, target / path.name)
+        else:
+            continue
+        copied.append(path.name)
+    return copied
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file of a model folder holds weights, their index, or nothing of the model (hidden files)."""
+    index = path.name.endswith(".index.json")
+    return index or path.suffix in WEIGHT_SUFFIXES or path.name.startswith(".") or path.name == "training_args.bin"

@@ -1,0 +1,47 @@
+"""Writing one safetensors file tensor by tensor: the header is known beforehand, so nothing is held in memory.
+
+Format: https://github.com/huggingface/safetensors#format (8-byte little-endian header length, JSON header padded with
+spaces to a multiple of 8, then the tensors' bytes in the header's order without gaps).
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class SafetensorsStream:
+    """A context manager; `write` must be called once for every announced tensor, in the announced order."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        """tensors: name -> (shape, dtype), in the order of writing."""
+        self.path, self.tensors = path, dict(tensors)
+        self._left = list(self.tensors)
+
+    def __enter__(self) -> "SafetensorsStream":
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in self.tensors.items():
+            start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = self.path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        return self
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one tensor, which must have the announced shape and dtype."""
+        expected = self._left.pop(0)
+        if name != expected or (tuple(tensor.shape), tensor.dtype) != self.tensors[name]:
+            raise RuntimeError(f"{self.path}: wrote {name} {tuple(tensor.shape)} {tensor.dtype}, announced {expected}")
+        self._file.write(tensor.contiguous().view(torch.uint8).numpy())
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._file.close()
+        if kind is None and self._left:
+            raise RuntimeError(f"{self.path}: {len(self._left)} announced tensors were never written")

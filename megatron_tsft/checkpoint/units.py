@@ -1,0 +1,116 @@
+"""The steps of a conversion: one row of the table at one layer, as boxes to write or as Hugging Face tensors read."""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from megatron_tsft.checkpoint.card import ModelCard
+from megatron_tsft.checkpoint.families import get_family
+from megatron_tsft.checkpoint.mapping import (
+    Index,
+    Row,
+    Segment,
+    Shape,
+    megatron_shape,
+    model_shapes,
+    segments,
+    sizes,
+)
+from megatron_tsft.checkpoint.torch_dist import Box, CheckpointReader
+
+BOX_BYTES = 128 * 2**20  # tensors are written in boxes of about this size: a bound on memory, not part of the format
+ReadRows = Callable[[str, int, int], torch.Tensor]  # (tensor name, first row, end row) -> those rows
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One row of the table at one index of its leading dimensions.
+
+    names, shapes: of its Hugging Face tensors. segments: where their rows lie in the Megatron tensor at this index.
+    global_shape: of the whole Megatron tensor.
+    """
+
+    row: Row
+    index: Index
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    segments: list[Segment]
+    global_shape: Shape
+
+    @property
+    def rows(self) -> int:
+        """Rows of the Megatron tensor at this index, padding included."""
+        return self.global_shape[len(self.index)]
+
+    @property
+    def columns(self) -> Shape:
+        """What follows the rows in the shape: (columns,) of a matrix, () of a vector."""
+        return self.global_shape[len(self.index) + 1 :]
+
+
+def units(card: ModelCard) -> list[Unit]:
+    """Everything that is converted, in the order embedding, layer by layer, rest."""
+    arguments, family = card.megatron_arguments, get_family(card.family)
+    before, layers, after = [], [], []
+    for row in family.active_rows(arguments):
+        shapes = row.shapes(sizes(arguments, card.vocab_size))
+        places = segments(row, shapes, arguments, card.padded_vocab_size)
+        whole = megatron_shape(row, arguments, card.vocab_size, card.padded_vocab_size)
+        own = [Unit(row, index, row.names(index), shapes, places, whole) for index in row.indices(arguments)]
+        (layers if own[0].index else after if layers else before).extend(own)
+    return before + sorted(layers, key=lambda unit: unit.index[0]) + after
+
+
+def expected_keys(card: ModelCard) -> dict[str, Shape]:
+    """Megatron key -> global shape of every weight of the card's model (for `keys.compare_keys`)."""
+    return model_shapes(get_family(card.family), card.megatron_arguments, card.vocab_size, card.padded_vocab_size)
+
+
+def hf_shapes(steps: list[Unit]) -> dict[str, Shape]:
+    """Name -> shape of every Hugging Face tensor, in the order of the units."""
+    return {name: shape for unit in steps for name, shape in zip(unit.names, unit.shapes, strict=True)}
+
+
+def boxes_of(unit: Unit, dtype: torch.dtype, read: ReadRows) -> Iterator[Box]:
+    """The unit's part of the Megatron tensor, in boxes of at most BOX_BYTES (at least one row each)."""
+    per_box = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * dtype.itemsize))
+    for start in range(0, unit.rows, per_box):
+        stop = min(start + per_box, unit.rows)
+        yield Box(
+            key=unit.row.megatron,
+            global_shape=unit.global_shape,
+            offsets=(*unit.index, start, *(0 for _ in unit.columns)),
+            sizes=(*(1 for _ in unit.index), stop - start, *unit.columns),
+            dtype=dtype,
+            make=functools.partial(_fill, unit, start, stop, dtype, read),
+        )
+
+
+def _fill(unit: Unit, start: int, stop: int, dtype: torch.dtype, read: ReadRows) -> torch.Tensor:
+    """Rows [start, stop) of the Megatron tensor at the unit's index, with leading dimensions of 1."""
+    box = torch.zeros(stop - start, *unit.columns, dtype=dtype)
+    for segment in unit.segments:
+        low, high = max(start, segment.target), min(stop, segment.target + segment.length)
+        if low < high and segment.source is not None:
+            shift = segment.start - segment.target
+            box[low - start : high - start] = read(unit.names[segment.source], low + shift, high + shift)
+    return box.view(*(1 for _ in unit.index), *box.shape)
+
+
+def read_unit(reader: CheckpointReader, unit: Unit) -> list[torch.Tensor]:
+    """The unit's Hugging Face tensors, in the order of its names and in the checkpoint's dtype."""
+    rows = max(segment.target + segment.length for segment in unit.segments if segment.source is not None)
+    offsets = (*unit.index, 0, *(0 for _ in unit.columns))
+    extents = (*(1 for _ in unit.index), rows, *unit.columns)
+    kind = reader.tensor(unit.row.megatron).properties.dtype
+    whole = reader.read(unit.row.megatron, offsets, extents, kind).view(rows, *unit.columns)
+    if len(unit.names) == 1:
+        return [whole]
+    result = [torch.empty(shape, dtype=kind) for shape in unit.shapes]
+    for segment in unit.segments:
+        if segment.source is not None:
+            place = slice(segment.start, segment.start + segment.length)
+            result[segment.source][place] = whole[segment.target : segment.target + segment.length]
+    return result

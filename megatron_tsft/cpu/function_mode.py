@@ -1,0 +1,34 @@
+"""Every torch call that names a cuda device lands on the CPU."""
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def is_cuda(device: object) -> bool:
+    """Whether a device argument means a GPU: "cuda...", torch.device("cuda", i), or a bare index."""
+    if isinstance(device, bool):
+        return False
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, int) or (isinstance(device, str) and device.startswith("cuda"))
+
+
+class CudaToCpu(TorchFunctionMode):
+    """Rewrites device arguments; `.cuda()` and `.pin_memory()` return the tensor itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Megatron's optimizers pick parameters by the string 'torch.cuda.FloatTensor' (core/optimizer/optimizer.py)
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        if func is torch.Tensor.to and len(args) > 1 and is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs)

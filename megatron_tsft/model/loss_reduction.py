@@ -1,0 +1,44 @@
+"""From per-token values to what Megatron's schedule wants: (summed loss, token count, metrics to reduce)."""
+
+from torch import Tensor
+
+from megatron_tsft.model.output_hook import LossContext
+
+
+def reduce_loss(
+    context: LossContext,
+    samples_share: float,
+    output: Tensor,  # [metrics, b, s]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over the micro-batch's supervised tokens.
+
+    With --calculate-per-token-loss gradients are divided once by the global token count, so micro-batches of unequal
+    counts weigh as they should. The count must be an int tensor (training.py adds it to one).
+
+    Args:
+        context: the micro-batch's, as given to the hook.
+        samples_share: 1 / (micro-batches * data-parallel ranks): turns a reduced [n, share] into the global sum of n.
+        output: the hook's output.
+
+    Returns:
+        loss sum (scalar, differentiable), tokens (int scalar), {name: [sum, n]} reduced by Megatron over micro-batches
+        and data-parallel ranks.
+    """
+    rows = dict(zip(context.metrics, output.unbind(0), strict=True))
+    supervised = rows.pop("supervised").detach()
+    count = supervised.sum()
+    metrics = {}
+    for name, values in rows.items():
+        values = values.detach()
+        # the KL is NaN where the target is no distribution: averaged over the tokens that have it
+        known = values.isfinite() & (supervised > 0) if name == "kl" else supervised > 0
+        n = known.sum().float() if name == "kl" else count
+        metrics[name] = _pair(values.where(known, values.new_zeros(())).sum(), n)
+    metrics["tokens"] = _pair(count, count.new_full((), samples_share))
+    return rows["loss"].sum(), count.int(), metrics
+
+
+def _pair(total: Tensor, n: Tensor) -> Tensor:
+    pair = total.new_empty(2)
+    pair[0], pair[1] = total, n
+    return pair

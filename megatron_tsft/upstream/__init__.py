@@ -1,0 +1,21 @@
+"""Defects of the installed Megatron-Core, one file each: the reason, the upstream line, when it applies, the repair.
+
+Nothing else in this package replaces Megatron's functions. `apply_all` applies what the installation needs, on any
+device, and says what it did.
+"""
+
+from types import ModuleType
+
+from megatron_tsft.upstream import dataset_helpers, optimizer_resume, rope_factor, sequence_parallel_norm
+
+DEFECTS: tuple[ModuleType, ...] = (dataset_helpers, sequence_parallel_norm, optimizer_resume, rope_factor)
+
+
+def apply_all() -> list[str]:
+    """Repair each defect that is present; returns the names of the files that applied. Safe to call twice."""
+    applied = []
+    for defect in DEFECTS:
+        if defect.applies():
+            defect.apply()
+            applied.append(defect.__name__.rpartition(".")[2])
+    return applied

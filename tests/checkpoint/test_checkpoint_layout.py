@@ -1,0 +1,153 @@
+"""Where numbers lie: literal tiny layouts, the model card of a config, and the very keys that Megatron itself writes."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from megatron_tsft.checkpoint.convert import import_hf
+from megatron_tsft.checkpoint.families.llama import FAMILY
+from megatron_tsft.checkpoint.folder import latest_checkpoint, read_metadata
+from megatron_tsft.checkpoint.keys import checkpoint_keys
+from megatron_tsft.checkpoint.logits import build_model, one_cpu_process
+from megatron_tsft.checkpoint.mapping import segments
+from megatron_tsft.checkpoint.torch_dist import CheckpointReader
+from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys
+
+Make = Callable[..., Path]
+Read = Callable[[Path], dict[str, torch.Tensor]]
+
+
+def lay_out(key: str, tensors: dict[str, list[float]], arguments: dict[str, int], padded: int = 0) -> list[float]:
+    """One layer of a Megatron key made from literal columns."""
+    row = next(row for row in FAMILY.rows if row.megatron == key)
+    index = (0,) if row.leading({"num_layers": 1}) else ()
+    names = row.names(index)
+    shapes = tuple((len(tensors[name]), 1) for name in names)
+    places = segments(row, shapes, arguments, padded)
+    rows = places[-1].target + places[-1].length
+    unit = Unit(row, index, names, shapes, places, (*(1 for _ in index), rows, 1))
+    read = {name: torch.tensor(values)[:, None] for name, values in tensors.items()}
+    (box,) = boxes_of(unit, torch.float32, lambda name, start, stop: read[name][start:stop])
+    assert box.make().shape == box.sizes == unit.global_shape
+    return box.make().flatten().tolist()
+
+
+def test_qkv_lies_group_by_group() -> None:
+    # 4 query heads over 2 groups, heads of one channel: group 0 is q0 q1 k0 v0
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": [1.0, 2.0, 3.0, 4.0],
+        "model.layers.0.self_attn.k_proj.weight": [5.0, 6.0],
+        "model.layers.0.self_attn.v_proj.weight": [7.0, 8.0],
+    }
+    key = "decoder.layers.self_attention.linear_qkv.weight"
+    assert lay_out(key, tensors, {"num_query_groups": 2}) == [1, 2, 5, 7, 3, 4, 6, 8]
+    # the same numbers read as 2 heads of 2 channels over one group
+    assert lay_out(key, tensors, {"num_query_groups": 1}) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_gate_lies_above_up_and_the_vocabulary_above_zeros() -> None:
+    gate_up = {"model.layers.0.mlp.gate_proj.weight": [1.0, 2.0], "model.layers.0.mlp.up_proj.weight": [3.0, 4.0]}
+    assert lay_out("decoder.layers.mlp.linear_fc1.weight", gate_up, {}) == [1, 2, 3, 4]
+    vocabulary = {"model.embed_tokens.weight": [1.0, 2.0, 3.0]}
+    assert lay_out("embedding.word_embeddings.weight", vocabulary, {}, padded=5) == [1, 2, 3, 0, 0]
+
+
+def test_the_card_says_what_builds_the_model(make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf(rope_factor=32.0, tie_word_embeddings=True, tokenizer=True)
+    card = import_hf(source, tmp_path / "megatron", progress=False)
+    assert card.megatron_arguments == {
+        "num_layers": 3,
+        "hidden_size": 64,
+        "ffn_hidden_size": 112,
+        "num_attention_heads": 8,
+        "group_query_attention": True,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+        "layernorm_epsilon": 1e-5,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": False,
+        "max_position_embeddings": 131072,
+        "position_embedding_type": "rope",
+        "rotary_base": 500000,
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "use_rope_scaling": True,
+    }
+    assert (card.rope_scaling_factor, card.vocab_size, card.padded_vocab_size) == (32.0, 1003, 1024)
+    assert card.tied and card.dtype == "float32" and card.family == "llama"
+
+
+def test_every_card_argument_is_a_destination_of_megatrons_parser(make_hf: Make, tmp_path: Path) -> None:
+    import argparse
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser()
+    add_megatron_arguments(parser)
+    destinations = {action.dest for action in parser._actions}
+    card = import_hf(make_hf(), tmp_path / "megatron", progress=False)
+    assert card.megatron_arguments.keys() <= destinations
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_keys_and_shapes_are_those_that_megatron_saves(
+    tied: bool, make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import dist_checkpointing, parallel_state
+
+    card = import_hf(make_hf(tie_word_embeddings=tied), tmp_path / "megatron", progress=False)
+    own = tmp_path / "own"
+    own.mkdir()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # Megatron's writer calls it on any machine
+    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}  # as training/checkpointing.py
+    with one_cpu_process():
+        model = build_model(card)
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        state = {
+            "args": Namespace(num_layers=3),
+            "checkpoint_version": 3.0,
+            "iteration": 0,
+            "model": model.sharded_state_dict(metadata=content | {"dp_cp_group": group}),
+        }
+        dist_checkpointing.save(state, str(own), content_metadata=content)
+    ours = read_metadata(latest_checkpoint(tmp_path / "megatron")).state_dict_metadata
+    theirs = read_metadata(own).state_dict_metadata
+    assert checkpoint_keys(own) == checkpoint_keys(tmp_path / "megatron" / "release") == expected_keys(card)
+    objects = {key for key, value in ours.items() if isinstance(value, BytesStorageMetadata)}
+    own_objects = {key for key, value in theirs.items() if isinstance(value, BytesStorageMetadata)}
+    assert own_objects <= objects  # Megatron raises on load where one is missing
+    engine = ("decoder.layers.self_attention.core_attention._extra_state", "decoder.final_layernorm._extra_state")
+    assert all(key.startswith(engine) for key in objects - own_objects)  # what Transformer Engine's modules add
+    assert (own / "metadata.json").read_text() == (tmp_path / "megatron" / "release" / "metadata.json").read_text()
+
+
+def test_megatron_reads_the_common_state(make_hf: Make, tmp_path: Path) -> None:
+    from megatron.core import dist_checkpointing
+
+    import_hf(make_hf(), tmp_path / "megatron", progress=False)
+    state = dist_checkpointing.load_common_state_dict(str(tmp_path / "megatron" / "release"))
+    assert state["checkpoint_version"] == 3.0 and state["iteration"] == 0
+    assert state["args"].hidden_size == 64 and state["args"].tensor_model_parallel_size == 1
+    assert dist_checkpointing.load_content_metadata(preloaded_state_dict=state)["singleton_local_shards"] is False
+
+
+def test_a_stacked_key_holds_the_layers_in_order_and_padding_is_zero(
+    make_hf: Make, read_tensors: Read, tmp_path: Path
+) -> None:
+    source = make_hf()
+    import_hf(source, tmp_path / "megatron", progress=False)
+    tensors, reader = read_tensors(source), CheckpointReader(latest_checkpoint(tmp_path / "megatron"))
+    key = "decoder.layers.mlp.linear_fc2.weight"
+    stacked = reader.read(key, (0, 0, 0), (3, 64, 112), torch.float32)
+    for layer in range(3):
+        assert torch.equal(stacked[layer], tensors[f"model.layers.{layer}.mlp.down_proj.weight"])
+    embedding = reader.read("embedding.word_embeddings.weight", (0, 0), (1024, 64), torch.float32)
+    assert torch.equal(embedding[:1003], tensors["model.embed_tokens.weight"]) and not embedding[1003:].any()

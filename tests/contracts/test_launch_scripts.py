@@ -1,0 +1,208 @@
+"""Every shipped shell script parses, and the launchers put together the commands that their help promises."""
+
+import argparse
+import os
+import shlex
+import subprocess
+import warnings
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LAUNCH = REPOSITORY / "launch" / "pretrain_gpt_tsft.sh"
+SLURM = REPOSITORY / "launch" / "slurm_pretrain_gpt_tsft.sbatch"
+SCRIPTS = sorted(
+    path
+    for folder in ("launch", "examples", "tools", ".ci")
+    for path in (REPOSITORY / folder).rglob("*")
+    if path.suffix in (".sh", ".sbatch") or path == REPOSITORY / ".ci" / "run"
+)
+REQUIRED = {"MODEL": "base", "DATA": "data/train", "SAVE": "runs/a", "TRAIN_ITERS": "40"}
+CPU = REQUIRED | {"DEVICE": "cpu"}
+
+
+def start(script: Path, *arguments: str, cwd: Path = REPOSITORY, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with nothing in its environment but PATH, DRY_RUN=1 and `variables`."""
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1"} | variables
+    return subprocess.run(
+        ["bash", str(script), *arguments], env=environment, cwd=cwd, capture_output=True, text=True, timeout=60
+    )
+
+
+def command(*arguments: str, cwd: Path = REPOSITORY, **variables: str) -> list[str]:
+    """The words of the command that a dry run prints."""
+    done = start(LAUNCH, *arguments, cwd=cwd, **variables)
+    assert done.returncode == 0, done.stderr
+    return shlex.split(done.stdout)
+
+
+def value(words: list[str], flag: str) -> str:
+    """What follows a flag; the last one wins, as in argparse."""
+    return words[len(words) - words[::-1].index(flag)]
+
+
+def test_there_are_scripts() -> None:
+    assert {LAUNCH, SLURM, REPOSITORY / "examples" / "quickstart" / "run.sh"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_it_parses_and_can_be_run(script: Path) -> None:
+    done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert script.read_text().startswith("#!/usr/bin/env bash\n")
+    assert "set -euo pipefail" in script.read_text()
+    assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.suffix == ".sh"], ids=lambda path: path.name)
+def test_help_has_an_example(script: Path, tmp_path: Path) -> None:
+    done = start(script, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "example" in done.stdout
+
+
+def test_defaults_on_one_cpu_node(tmp_path: Path) -> None:
+    words = command(cwd=tmp_path, **CPU)
+    module = words.index("megatron_tsft.training.pretrain_gpt")
+    torchrun, flags = words[:module], words[module:]
+    assert torchrun[1:4] == ["-m", "torch.distributed.run", "--nproc-per-node"]
+    assert value(torchrun, "--nproc-per-node") == "1"
+    assert value(torchrun, "--rdzv-endpoint").endswith(":0") and "--master-port" not in torchrun
+    expected = {
+        "--tsft-model": "base",
+        "--tsft-data": "data/train",
+        "--save": "runs/a",
+        "--train-iters": "40",
+        "--tsft-device": "cpu",
+        "--tsft-objective": "target-sft",
+        "--tsft-args": "eta=0.5",
+        "--tsft-teacher": "reference",
+        "--lr": "1e-5",
+        "--min-lr": "1e-06",
+        "--save-interval": "40",
+    }
+    assert {flag: value(flags, flag) for flag in expected} == expected
+    assert not {"--bf16", "--use-distributed-optimizer", "--sequence-parallel", "--tsft-eval-data"} & set(flags)
+
+
+def test_variables_reach_their_flags() -> None:
+    words = command(
+        **CPU
+        | {"TP": "3", "PP": "2", "CP": "1", "MBS": "2", "GBS": "4", "SEQ_LENGTH": "128", "LR": "1e-4", "MIN_LR": "3e-5"}
+        | {"OBJECTIVE": "idft", "OBJECTIVE_ARGS": "weight_min=0.2 weight_max=0.9", "EVAL_DATA": "data/held out"}
+        | {"EVAL_INTERVAL": "7", "SAVE_INTERVAL": "5", "WARMUP_ITERS": "3", "DTYPE": "bf16", "SEQUENCE_PARALLEL": "1"}
+        | {"ADAM_BETA2": "0.99", "WEIGHT_DECAY": "0.1", "CLIP_GRAD": "0.5", "LR_DECAY_STYLE": "constant", "SEED": "5"}
+    )
+    expected = {
+        "--nproc-per-node": "6",
+        "--tensor-model-parallel-size": "3",
+        "--pipeline-model-parallel-size": "2",
+        "--context-parallel-size": "1",
+        "--micro-batch-size": "2",
+        "--global-batch-size": "4",
+        "--seq-length": "128",
+        "--lr": "1e-4",
+        "--min-lr": "3e-5",
+        "--tsft-objective": "idft",
+        "--tsft-eval-data": "data/held out",
+        "--eval-interval": "7",
+        "--save-interval": "5",
+        "--lr-warmup-iters": "3",
+        "--adam-beta2": "0.99",
+        "--weight-decay": "0.1",
+        "--clip-grad": "0.5",
+        "--lr-decay-style": "constant",
+        "--seed": "5",
+    }
+    assert {flag: value(words, flag) for flag in expected} == expected
+    at = words.index("--tsft-args")
+    assert words[at + 1 : at + 3] == ["weight_min=0.2", "weight_max=0.9"]
+    assert {"--bf16", "--sequence-parallel"} <= set(words)
+    assert "--tsft-teacher" not in words  # idft reads none: the entry point's default holds
+
+
+def test_gpus_get_what_a_cluster_run_wants() -> None:
+    words = command(**REQUIRED | {"DEVICE": "cuda", "GPUS_PER_NODE": "8", "TP": "2"})
+    wanted = {"--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--sequence-parallel"}
+    assert wanted <= set(words)
+    assert value(words, "--nproc-per-node") == "8"
+
+
+def test_several_nodes() -> None:
+    nodes = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "7000", "GPUS_PER_NODE": "8"}
+    words = command(**REQUIRED | nodes | {"DEVICE": "cuda"})
+    expected = {"--nnodes": "2", "--node-rank": "1", "--master-addr": "node0", "--master-port": "7000"}
+    assert {flag: value(words, flag) for flag in expected} == expected
+
+
+def test_extra_arguments_come_last_and_keep_their_spaces(tmp_path: Path) -> None:
+    data = tmp_path / "my data"
+    data.mkdir()
+    words = command("--lr", "3e-6", "--tsft-plugin", "my file.py", **CPU | {"DATA": str(data)})
+    assert words[-4:] == ["--lr", "3e-6", "--tsft-plugin", "my file.py"]
+    assert value(words, "--lr") == "3e-6"
+    assert value(words, "--tsft-data") == str(data)
+
+
+def test_a_mixture_becomes_several_words() -> None:
+    words = command(**CPU | {"DATA": "a:0.7:target-sft,eta=0.5 b:0.3:sft"})
+    at = words.index("--tsft-data")
+    assert words[at + 1 : at + 3] == ["a:0.7:target-sft,eta=0.5", "b:0.3:sft"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MODEL": ""}, "MODEL is not set"),
+        ({"TRAIN_ITERS": ""}, "TRAIN_ITERS is not set"),
+        ({"TRAIN_ITERS": "many"}, "TRAIN_ITERS=many is not a whole number"),
+        ({"DEVICE": "tpu"}, "DEVICE=tpu: cuda or cpu"),
+        ({"DTYPE": "fp8"}, "DTYPE=fp8"),
+        ({"TP": "3", "GPUS_PER_NODE": "4"}, "4 processes are not a multiple of TP*PP*CP"),
+        ({"GPUS_PER_NODE": "3", "GBS": "32"}, "GBS=32 is not a multiple of MBS * data parallel = 1 * 3"),
+        ({"NUM_NODES": "2", "GPUS_PER_NODE": "1"}, "MASTER_ADDR is not set"),
+        ({"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "a"}, "NODE_RANK is not set"),
+        ({"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK=2"),
+    ],
+)
+def test_a_mistake_is_one_line(change: dict[str, str], message: str) -> None:
+    done = start(LAUNCH, **CPU | change)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_every_megatron_flag_exists() -> None:
+    """What the launcher passes beside --tsft-* is known to the installed Megatron."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron says at import what is not installed
+        from megatron.training.arguments import add_megatron_arguments
+    known = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._option_string_actions
+    variables = REQUIRED | {"DEVICE": "cuda", "GPUS_PER_NODE": "8", "TP": "2", "EVAL_DATA": "e"}
+    words = command(**variables)
+    flags = [word for word in words[words.index("megatron_tsft.training.pretrain_gpt") :] if word.startswith("--")]
+    assert len(flags) > 20
+    assert [flag for flag in flags if not flag.startswith("--tsft-") and flag not in known] == []
+
+
+def test_slurm_starts_one_launcher_a_node(tmp_path: Path) -> None:
+    """The real script between stand-ins for SLURM's two programs: each task sees its own rank and the first node."""
+    (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'alpha\\nbeta\\n'\n")
+    (tmp_path / "srun").write_text(
+        '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\nfor i in 0 1; do SLURM_NODEID=$i "$@"; done\n'
+    )
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "[alpha,beta]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "123"}
+    slurm |= {"SLURM_GPUS_ON_NODE": "h100:4(S:0-1)", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
+    variables = REQUIRED | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": "cuda"}
+    done = start(SLURM, "--lr", "2e-5", cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
+    first, second = (shlex.split(line) for line in done.stdout.splitlines())
+    for rank, words in enumerate((first, second)):
+        expected = {"--nnodes": "2", "--node-rank": str(rank), "--master-addr": "alpha", "--nproc-per-node": "4"}
+        assert {flag: value(words, flag) for flag in expected} == expected
+        assert words[-2:] == ["--lr", "2e-5"]
+    assert value(first, "--master-port") == value(second, "--master-port") == "20123"

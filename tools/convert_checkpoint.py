@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Convert a model between a Hugging Face folder and a Megatron checkpoint folder, or check that both are the same."""
+
+import argparse
+import sys
+
+from megatron_tsft.checkpoint.convert import export_hf, import_hf
+from megatron_tsft.checkpoint.verify import Verification, verify
+from megatron_tsft.errors import UserError
+
+EXAMPLE = """examples:
+  tools/convert_checkpoint.py import --hf SmolLM2-135M-Instruct --megatron base --verify
+  tools/convert_checkpoint.py export --megatron runs/my_run --hf my_model --dtype bf16
+  tools/convert_checkpoint.py verify --hf SmolLM2-135M-Instruct --megatron base --text README.md
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see EXAMPLE."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=EXAMPLE, formatter_class=raw)
+        sub.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
+        sub.add_argument("--megatron", required=True, metavar="DIR", help="Megatron checkpoint folder")
+        sub.add_argument("--no-progress", action="store_true", help="no progress bar")
+        return sub
+
+    importer = command("import", "Hugging Face safetensors -> Megatron torch_dist, with its model card")
+    importer.add_argument("--overwrite", action="store_true", help="replace a folder that an import made")
+    importer.add_argument("--verify", action="store_true", help="read it back and compare every tensor bit by bit")
+    exporter = command("export", "Megatron torch_dist (imported, or saved by a training run) -> Hugging Face")
+    exporter.add_argument("--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)")
+    exporter.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the original weights")
+    exporter.add_argument("--overwrite", action="store_true", help="replace an existing Hugging Face folder")
+    checker = command("verify", "compare every tensor bit by bit and, with --text, the logits of both models")
+    checker.add_argument("--text", metavar="FILE", help="compare logits on the first 1024 tokens (fp32 on CPU)")
+    return parser.parse_args(argv)
+
+
+def report(result: Verification) -> int:
+    """Print what was compared; 0 where everything agrees, else 1."""
+    print(f"{result.tensors - len(result.different)} of {result.tensors} tensors are identical bit by bit")
+    for name in result.different[:10]:
+        print(f"  different: {name}")
+    if result.logits is not None:
+        logits = result.logits
+        print(
+            f"logits at {logits.positions} positions: largest difference {logits.max_difference:.2e}"
+            f" (largest logit {logits.max_logit:.1f}), same argmax at {100 * logits.argmax_agreement:.2f}%"
+        )
+    print("the models agree" if result.passed else "the models DIFFER")
+    return 0 if result.passed else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 where a verification finds a difference, or 2 for a user's error."""
+    args = parse(argv)
+    bar = not args.no_progress
+    try:
+        if args.command == "import":
+            card = import_hf(args.hf, args.megatron, overwrite=args.overwrite, progress=bar)
+            print(
+                f"wrote {args.megatron}: {card.architecture}, {card.megatron_arguments['num_layers']} layers,"
+                f" {card.dtype}, vocabulary {card.vocab_size} padded to {card.padded_vocab_size},"
+                f" weights {card.source_hash}"
+            )
+            return report(verify(args.hf, args.megatron, progress=bar)) if args.verify else 0
+        if args.command == "export":
+            done = export_hf(
+                args.megatron,
+                args.hf,
+                iteration=args.iteration,
+                dtype=args.dtype,
+                overwrite=args.overwrite,
+                progress=bar,
+            )
+            print(
+                f"wrote {args.hf} from {done.checkpoint}: {done.tensors} tensors,"
+                f" {done.bytes / 1e9:.3f} GB of {done.dtype} in {done.files} file(s)"
+            )
+            return 0
+        return report(verify(args.hf, args.megatron, args.text, progress=bar))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
