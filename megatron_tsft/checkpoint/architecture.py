@@ -69,7 +69,9 @@ def rope_arguments(config: Any) -> tuple[dict[str, Any], float | None]:
     if kind == "llama3":
         for name, fixed in LLAMA3_ROPE.items():
             if float(rope[name]) != fixed:
-                raise UserError(f"config.json says {name}={rope[name]}: Megatron hard-codes {fixed}, use a model with it")
+                raise UserError(
+                    f"config.json says {name}={rope[name]}: Megatron hard-codes {fixed}, use a model with it"
+                )
         factor = float(rope["factor"])
     arguments = {
         "position_embedding_type": "rope",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tsft.errors import UserError
@@ -39,7 +39,7 @@ def latest_checkpoint(directory: Path | str, iteration: int | None = None) -> Pa
 
 
 def read_metadata(checkpoint: Path | str) -> Metadata:
-    """The `.metadata` of one torch_dist checkpoint folder, after checking that every data file is there and long enough.
+    """The `.metadata` of one torch_dist checkpoint folder; every data file is there and long enough.
 
     The file is a pickle, which Megatron itself reads the same way: open only checkpoints that you trust.
 

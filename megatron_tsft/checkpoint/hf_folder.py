@@ -63,7 +63,9 @@ class HfWeights:
                 self.tensors[name] = HfTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
         for name, file_name in index.items():
             if name not in self.tensors or self.tensors[name].file.name != file_name:
-                raise UserError(f"{name} is not in {directory / file_name}, where the index says: copy the folder again")
+                raise UserError(
+                    f"{name} is not in {directory / file_name}, where the index says: copy the folder again"
+                )
 
     def _index(self) -> dict[str, str]:
         """Tensor name -> file name; empty for a single `model.safetensors`, which wins as in transformers."""
@@ -149,7 +151,7 @@ def load_config(directory: Path) -> Any:
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy every file that is not weights (config, tokenizer, chat template, generation config, licence); their names."""
+    """Copy what is not weights (config, tokenizer, chat template, generation config, licence); the files' names."""
     target.mkdir(parents=True, exist_ok=True)
     copied = []
     for path in sorted(source.iterdir()):

@@ -145,13 +145,12 @@ def megatron_shape(row: Row, arguments: Mapping[str, Any], vocab_size: int, padd
 def model_shapes(family: Family, arguments: Mapping[str, Any], vocab_size: int, padded_vocab: int) -> dict[str, Shape]:
     """Megatron key -> global shape of every weight of the model."""
     return {
-        row.megatron: megatron_shape(row, arguments, vocab_size, padded_vocab)
-        for row in family.active_rows(arguments)
+        row.megatron: megatron_shape(row, arguments, vocab_size, padded_vocab) for row in family.active_rows(arguments)
     }
 
 
 def extra_state_keys(family: Family, arguments: Mapping[str, Any]) -> list[str]:
-    """The unique keys of the `_extra_state` objects, named as Megatron does: `<module>._extra_state/shard_<at>_<of>`."""
+    """The keys of the `_extra_state` objects, named as Megatron does: `<module>._extra_state/shard_<at>_<of>`."""
     keys = []
     for module, placeholders in family.extra_states:
         counts = [arguments[LEADING[name]] for name in placeholders] or [1]

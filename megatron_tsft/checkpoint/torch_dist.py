@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -33,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.folder import read_metadata
@@ -81,7 +83,7 @@ def common_state(card: ModelCard) -> dict[str, Any]:
     }
 
 
-class _StreamingPlanner(dcp.DefaultSavePlanner):
+class _StreamingPlanner(DefaultSavePlanner):
     """A save plan made of boxes and small objects; holds one box in memory at a time."""
 
     def __init__(self, boxes: list[Box], objects: Mapping[str, Any]) -> None:
@@ -126,10 +128,10 @@ def write_checkpoint(directory: Path, boxes: list[Box], objects: Mapping[str, An
     """
     directory.mkdir(parents=True, exist_ok=True)
     # no copy-ahead: on a machine with a GPU torch would otherwise load boxes ahead through CUDA streams
-    writer = dcp.FileSystemWriter(str(directory), single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
+    writer = FileSystemWriter(str(directory), single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
     with warnings.catch_warnings():  # "torch.distributed is uninitialized": intended
         warnings.simplefilter("ignore")
-        dcp.save({}, storage_writer=writer, planner=_StreamingPlanner(boxes, objects), no_dist=True)
+        save({}, storage_writer=writer, planner=_StreamingPlanner(boxes, objects), no_dist=True)
     (directory / "metadata.json").write_text(json.dumps(BACKEND))
 
 
@@ -160,7 +162,7 @@ class CheckpointReader:
     def __init__(self, checkpoint: Path) -> None:
         """Raises UserError where the folder is no complete torch_dist checkpoint."""
         self.metadata: Metadata = read_metadata(checkpoint)
-        self._reader = dcp.FileSystemReader(str(checkpoint))
+        self._reader = FileSystemReader(str(checkpoint))
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def tensor(self, key: str) -> TensorStorageMetadata:

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_tsft.checkpoint.card import ModelCard
+from megatron_tsft.checkpoint.families import get_family
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors
 from megatron_tsft.checkpoint.keys import compare_keys
@@ -15,7 +16,6 @@ from megatron_tsft.checkpoint.mapping import Shape
 from megatron_tsft.checkpoint.tokenizer import load_tokenizer
 from megatron_tsft.checkpoint.torch_dist import CheckpointReader
 from megatron_tsft.checkpoint.units import expected_keys, hf_shapes, read_unit, units
-from megatron_tsft.checkpoint.families import get_family
 from megatron_tsft.errors import UserError
 
 MAX_POSITIONS = 1024  # tokens of the text that are compared: attention on CPU needs heads * positions^2 numbers
@@ -24,7 +24,7 @@ LOGIT_TOLERANCE = 1e-4  # fp32 on both sides, relative to max(1, largest |logit|
 
 @dataclass(frozen=True)
 class Verification:
-    """tensors: how many were compared bit by bit. different: names of those that differ. logits: None without a text."""
+    """tensors: how many were compared bit by bit. different: those that differ. logits: None without a text."""
 
     tensors: int
     different: list[str]

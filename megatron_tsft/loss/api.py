@@ -95,10 +95,10 @@ def q_target_cross_entropy(
 
     view: DenseTeacher | SparseTeacher | None = None
     if isinstance(teacher, TeacherTopK):
-        k = teacher.ids.shape[-1]
+        size = (flat.numel(), teacher.ids.shape[-1])
         flat_teacher = TeacherTopK(
-            teacher.ids.reshape(-1, k),
-            teacher.logprobs.reshape(-1, k).detach(),
+            teacher.ids.reshape(size),
+            teacher.logprobs.reshape(size).detach(),
             teacher.tail,
             vector(teacher.label_logprobs),
             vector(teacher.tail_logmass),

@@ -13,8 +13,8 @@ from megatron_tsft.objectives import Objective, Statistics
 
 def dense_teacher(teacher: TeacherTopK, vocab_size: int) -> Tensor:
     """log T [..., V] of a top-k teacher with its tail, fp64."""
-    lead, k = teacher.ids.shape[:-1], teacher.ids.shape[-1]
-    ids, logprobs = teacher.ids.reshape(-1, k).long(), teacher.logprobs.reshape(-1, k).double()
+    lead = teacher.ids.shape[:-1]
+    ids, logprobs = (x.reshape(lead.numel(), -1 if x.numel() else 0) for x in (teacher.ids.long(), teacher.logprobs.double()))
     log_t = torch.full((ids.shape[0], vocab_size), -torch.inf, dtype=torch.float64)
     for i in range(ids.shape[0]):
         kept = ids[i] >= 0
@@ -92,7 +92,8 @@ def q_target_reference(
 
     onehot = torch.nn.functional.one_hot(y, v).to(working)
     residual_part = torch.where((c_r == 0)[:, None], torch.zeros_like(pi), c_r[:, None] * pi)
-    q = (1 - c_y - c_r)[:, None] * p.detach() + c_y[:, None] * onehot + residual_part
+    background = (1 - c_y - c_r).clamp(min=0)  # of a distribution; rounding may put it below zero, where log is NaN
+    q = background[:, None] * p.detach() + c_y[:, None] * onehot + residual_part
     kl = (torch.xlogy(q, q) - q * log_p.detach()).sum(-1)
     distribution = ((c_r == 0) & (c_y >= 0) & (c_y <= 1)) | ((c_r > 0) & (c_y >= 0) & ((c_y + c_r - 1).abs() < 1e-5))
     kl = torch.where(distribution, kl, torch.full_like(kl, torch.nan))

@@ -186,9 +186,10 @@ def merge(local: Merged, group: "dist.ProcessGroup | None") -> Merged:
     dist.all_reduce(sums.data, dist.ReduceOp.SUM, group=group)
     if top is not None:
         n, k = top.shape
-        gathered = torch.empty(group.size() * n, k, dtype=top.dtype, device=top.device)
-        dist.all_gather_into_tensor(gathered, top.contiguous(), group=group)
-        top = gathered.view(group.size(), n, k).transpose(0, 1).reshape(n, -1).topk(k, dim=1).values
+        gathered = torch.empty(group.size(), n, k, dtype=top.dtype, device=top.device)
+        # the list form: torch deprecates all_gather_into_tensor, and 2.11 does not have its successor
+        dist.all_gather(list(gathered), top, group=group)
+        top = gathered.transpose(0, 1).reshape(n, -1).topk(k, dim=1).values
     return Merged(old, sums, top)
 
 

@@ -34,7 +34,8 @@ def reduce_loss(
         known = values.isfinite() & (supervised > 0) if name == "kl" else supervised > 0
         n = known.sum().float() if name == "kl" else count
         metrics[name] = _pair(values.where(known, values.new_zeros(())).sum(), n)
-    metrics["tokens"] = _pair(count, count.new_full((), samples_share))
+    if context.training:  # the evaluation's count is known, and Megatron would print its exponential
+        metrics["tokens"] = _pair(count, count.new_full((), samples_share))
     return rows["loss"].sum(), count.int(), metrics
 
 

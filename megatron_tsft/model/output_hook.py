@@ -28,7 +28,6 @@ class LossContext:
     training: bool
     tp_group: "dist.ProcessGroup | None"
     cp_group: "dist.ProcessGroup | None"
-    weighted: bool  # the data carries token weights
     teacher_logits: Tensor | None = field(default=None)  # [s, b, V/tp], put here by the riding teacher
 
     @property
@@ -57,7 +56,7 @@ def q_target_output(
         labels.transpose(0, 1),
         objective,
         teacher=context.teacher_logits,
-        token_weights=batch.token_weights.transpose(0, 1) if context.weighted else None,
+        token_weights=None if batch.token_weights is None else batch.token_weights.transpose(0, 1),
         sequence_ids=batch.sequence_ids.transpose(0, 1) if sequences else None,
         num_sequences=batch.num_sequences if sequences else None,
         diagnostics=("entropy", "kl") if context.training else (),

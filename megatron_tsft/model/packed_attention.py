@@ -4,6 +4,7 @@ Transformer Engine's attention does this on its own; the local DotProductAttenti
 (megatron/core/transformer/dot_product_attention.py:153, 0.19.2). This one runs anywhere torch does.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +21,16 @@ class PackedSequences(PackedSeqParams):
     lengths: list[int] = field(default_factory=list)
 
 
-def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSequences:
-    """THD parameters from cu_seqlens [n+1] int32 (on the host: read once) whose last entry is the pack's length."""
+def packed_sequences(lengths: list[int], device: torch.device | str) -> PackedSequences:
+    """THD parameters of documents that lie end to end; their lengths add up to the pack's."""
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_kv=max_seqlen,
-        lengths=(cu_seqlens[1:] - cu_seqlens[:-1]).tolist(),
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        lengths=lengths,
     )
 
 

@@ -1,7 +1,7 @@
 """The wheel has the built dataset helper but no Makefile, and start-up runs make: rank 0 exits with 1.
 
 Upstream: megatron/training/initialize.py:178 calls megatron/core/datasets/utils.py:20 `compile_helpers` (0.19.2).
-Applies: any device, where the Makefile is missing and the built helper imports.
+Applies: any device, where the Makefile is missing and the built helper is there.
 """
 
 import importlib.util
@@ -9,11 +9,12 @@ from pathlib import Path
 
 
 def applies() -> bool:
-    """No Makefile beside the helper, and the helper is there."""
+    """No Makefile beside the helper, the helper is there, and the function is not ours yet."""
     import megatron.core.datasets.utils as utils
 
     makefile = Path(utils.__file__).with_name("Makefile")
-    return not makefile.exists() and importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+    built = importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None
+    return built and not makefile.exists() and utils.compile_helpers.__module__ != __name__
 
 
 def apply() -> None:

@@ -1,8 +1,8 @@
 """Without TE and Apex the distributed optimizer does not resume.
 
 Upstream: megatron/core/optimizer/distrib_optimizer.py (0.19.2): line 839 asserts one `step` before any state exists;
-line 1223 looks up tensors["step"], which is never saved; line 1029 gives every parameter the same step tensor, which
-torch's Adam then increments once per parameter.
+line 1223 looks up tensors["step"], which is never saved; line 1032 gives every parameter the one step tensor of line
+1028, which torch's Adam then increments once per parameter.
 Applies: any device, where HAVE_APEX_OR_TE is False.
 """
 
@@ -38,9 +38,9 @@ def apply() -> None:
             state["step"] = state["step"].clone()
         return result
 
-    def set_states_with_step(self: Any, parameter: Any, tensors: dict[str, Any]) -> Any:
-        return set_states(self, parameter, {"step": None, **tensors})
+    def set_states_with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> Any:
+        return set_states(self, model_param, {"step": None, **tensors})
 
-    DistributedOptimizer.sharded_state_dict = sharded_state_dict_with_states
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict_with_states  # pyright: ignore[reportAttributeAccessIssue]
     DistributedOptimizer.load_state_dict = load_state_dict_own_steps
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_with_step

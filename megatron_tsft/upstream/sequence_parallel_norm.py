@@ -1,9 +1,9 @@
 """Torch's norms refuse sequence parallelism only because nobody tags their parameters for the gradient all-reduce.
 
-Upstream: megatron/core/transformer/torch_norm.py:43 asserts `not config.sequence_parallel` (0.19.2); TE's and Apex's
-norms set `parameter.sequence_parallel`, which finalize_model_grads reads. Line 41 refuses `persist_layer_norm`, a
-choice of kernel that torch's norm may ignore.
-Applies: any device, where neither TE nor Apex gives the norm.
+Upstream: megatron/core/transformer/torch_norm.py:50 asserts `not config.sequence_parallel` (0.19.2); TE's and Apex's
+norms set `parameter.sequence_parallel`, which core/distributed/finalize_model_grads.py:452 reads. Line 48 refuses
+`persist_layer_norm`, a choice of kernel that torch's norm may ignore.
+Applies: any device; it matters where a layer spec takes torch's norm (the local one without Apex).
 """
 
 import copy
@@ -26,7 +26,7 @@ def apply() -> None:
     def build_tagged(cls: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         plain = copy.copy(config)
         plain.sequence_parallel = plain.persist_layer_norm = False
-        norm = build(cls, plain, *args, **kwargs)
+        norm: Any = build(cls, plain, *args, **kwargs)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

@@ -8,6 +8,7 @@ import copy
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,8 @@ def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) ->
     torch.cuda.synchronize = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
     torch.cuda.current_device = lambda: "cpu"  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.cuda = lambda self, *_, **__: self  # pyright: ignore[reportAttributeAccessIssue]
-    dist.init_process_group("gloo", store=dist.FileStore(store, tp * pp), rank=rank, world_size=tp * pp)
+    file_store = dist.FileStore(store, tp * pp)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=file_store, rank=rank, world_size=tp * pp)
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.optimizer import (
         get_param_id_to_sharded_param_map,
@@ -64,7 +66,7 @@ def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) ->
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     metadata = content | {"dp_cp_group": group}
     sharded = {"model": model.sharded_state_dict(metadata=metadata)}
-    loaded = dist_checkpointing.load(sharded, str(latest_checkpoint(source)))
+    loaded: Any = dist_checkpointing.load(sharded, str(latest_checkpoint(source)))
     model.load_state_dict(loaded["model"])
     state = model.sharded_state_dict(metadata=metadata)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Where numbers lie: literal tiny layouts, the model card of a config, and the very keys that Megatron itself writes."""
+"""Where numbers lie: literal tiny layouts, the model card of a config, and the keys that Megatron itself writes."""
 
 from argparse import Namespace
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from megatron_tsft.checkpoint.convert import import_hf
 from megatron_tsft.checkpoint.families.llama import FAMILY
 from megatron_tsft.checkpoint.folder import latest_checkpoint, read_metadata
 from megatron_tsft.checkpoint.keys import checkpoint_keys
-from megatron_tsft.checkpoint.logits import build_model, one_cpu_process
+from megatron_tsft.checkpoint.logits import build_model, cpu_ranks
 from megatron_tsft.checkpoint.mapping import segments
 from megatron_tsft.checkpoint.torch_dist import CheckpointReader
 from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys
@@ -108,7 +108,7 @@ def test_keys_and_shapes_are_those_that_megatron_saves(
     own.mkdir()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # Megatron's writer calls it on any machine
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}  # as training/checkpointing.py
-    with one_cpu_process():
+    with cpu_ranks():
         model = build_model(card)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         state = {
@@ -136,7 +136,8 @@ def test_megatron_reads_the_common_state(make_hf: Make, tmp_path: Path) -> None:
     state = dist_checkpointing.load_common_state_dict(str(tmp_path / "megatron" / "release"))
     assert state["checkpoint_version"] == 3.0 and state["iteration"] == 0
     assert state["args"].hidden_size == 64 and state["args"].tensor_model_parallel_size == 1
-    assert dist_checkpointing.load_content_metadata(preloaded_state_dict=state)["singleton_local_shards"] is False
+    content = dist_checkpointing.load_content_metadata(preloaded_state_dict=state)
+    assert content is not None and content["singleton_local_shards"] is False
 
 
 def test_a_stacked_key_holds_the_layers_in_order_and_padding_is_zero(

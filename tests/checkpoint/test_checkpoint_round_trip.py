@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_transformers_loads_the_export_without_missing_or_unexpected_keys(make_h
     ids = torch.arange(40)[None]
     logits = []
     for folder in (source, tmp_path / "back"):
-        model, info = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
+        model, info = loaded
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
         assert model.dtype == torch.bfloat16
         with torch.no_grad():

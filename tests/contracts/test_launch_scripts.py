@@ -22,7 +22,7 @@ REQUIRED = {"MODEL": "base", "DATA": "data/train", "SAVE": "runs/a", "TRAIN_ITER
 CPU = REQUIRED | {"DEVICE": "cpu"}
 
 
-def start(script: Path, *arguments: str, cwd: Path = REPOSITORY, **variables: str) -> subprocess.CompletedProcess[str]:
+def start(script: Path, *arguments: str, cwd: Path | str = REPOSITORY, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a script with nothing in its environment but PATH, DRY_RUN=1 and `variables`."""
     environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1"} | variables
     return subprocess.run(
@@ -30,7 +30,7 @@ def start(script: Path, *arguments: str, cwd: Path = REPOSITORY, **variables: st
     )
 
 
-def command(*arguments: str, cwd: Path = REPOSITORY, **variables: str) -> list[str]:
+def command(*arguments: str, cwd: Path | str = REPOSITORY, **variables: str) -> list[str]:
     """The words of the command that a dry run prints."""
     done = start(LAUNCH, *arguments, cwd=cwd, **variables)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,118 @@
+"""Prepared conversations as an endless, resumable list of packs: item i is a pure function of the seed and i."""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megatron_tsft.data.packing import EpochPlan, Ints, plan_epoch
+from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.errors import UserError
+
+IGNORED = -100
+ENDLESS = 1 << 62  # what len() says: the sampler never comes to an end, the loop stops by its own count
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """Packs of `seq_length` positions; an epoch is padded with masked packs to a multiple of the global batch.
+
+    The order depends on the seed and the running number only, so a run resumes exactly from its count of consumed
+    packs, whatever the number of data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        *,
+        seq_length: int,
+        global_batch_size: int,
+        seed: int,
+        truncate: bool = False,
+        shuffle: bool = True,
+        split: Any = None,
+    ):
+        """Plan the first epoch.
+
+        Args:
+            data: the prepared conversations.
+            seq_length: positions of a pack; a conversation of n tokens takes n - 1 (its last token is only a label).
+            global_batch_size: packs of a step; an epoch is filled up to a multiple of it.
+            seed: with the epoch, decides the packs and their order.
+            truncate: cut conversations that are longer than a pack; else they are refused.
+            shuffle: False repeats the same packs in the same order every epoch (evaluation).
+            split: Megatron's `Split`, which its data loader reads.
+
+        Raises:
+            UserError: a conversation is too long and `truncate` is False, or there is none.
+        """
+        longest = seq_length + 1
+        too_long = int((data.lengths > longest).sum())
+        if too_long and not truncate:
+            raise UserError(
+                f"{data.directory}: {too_long} of {len(data)} conversations have more than {longest} tokens (longest:"
+                f" {int(data.lengths.max())}), --seq-length is {seq_length}: raise it, prepare the data with"
+                f" --max-tokens {longest}, or pass --tsft-long-samples truncate"
+            )
+        self.data, self.seq_length, self.seed, self.shuffle, self.split = data, seq_length, seed, shuffle, split
+        self.truncated = too_long
+        self.positions: Ints = np.maximum(np.minimum(data.lengths, longest) - 1, 1)
+        self._plans: OrderedDict[int, EpochPlan] = OrderedDict()
+        self.packs = len(self._plan(0))  # the same in every epoch: it follows from the lengths
+        if not self.packs:
+            raise UserError(f"{data.directory} holds no conversations: prepare the data again")
+        self.packs_per_epoch = -(-self.packs // global_batch_size) * global_batch_size
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        """The plan of an epoch; the last two are kept, because loader workers prefetch across the border."""
+        if not self.shuffle:
+            epoch = 0
+        if epoch not in self._plans:
+            self._plans[epoch] = plan_epoch(self.positions, self.seq_length, self.seed, epoch)
+            while len(self._plans) > 2:
+                self._plans.popitem(last=False)
+        return self._plans[epoch]
+
+    def rows(self, index: int) -> list[int]:
+        """The data set's rows in the pack of that running number; none in a masked pack."""
+        epoch, slot = divmod(index, self.packs_per_epoch)
+        return self._plan(epoch).pack(slot).tolist() if slot < self.packs else []
+
+    def supervised_tokens(self) -> int:
+        """Supervised tokens of one epoch, after truncation. Reads every mask."""
+        total = 0
+        for row, n in enumerate(self.positions.tolist()):
+            total += int(self.data.row(row).loss_mask[1 : n + 1].sum())
+        return total
+
+    def sample_ids(self, index: int) -> list[str]:
+        """The sample_ids of a pack, for messages."""
+        return [self.data.row(row).sample_id for row in self.rows(index)]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """One pack, host tensors [seq_length]: tokens, labels, position_ids int64; token_weights float32 where the data
+        has weights; index int64 scalar. Labels are shifted inside each conversation, never across."""
+        size = self.seq_length
+        tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
+        positions, weights = np.zeros(size, np.int64), np.ones(size, np.float32)
+        at = 0
+        for row in self.rows(index):
+            sample, n = self.data.row(row), int(self.positions[row])
+            ids, mask = sample.input_ids[: n + 1], sample.loss_mask[1 : n + 1]
+            place = slice(at, at + len(mask))
+            tokens[place] = ids[:-1]
+            labels[place] = np.where(mask, ids[1:], IGNORED)
+            positions[place] = np.arange(len(mask))
+            if sample.token_weights is not None:
+                weights[place] = sample.token_weights[1 : n + 1]
+            at += n
+        positions[at:] = np.arange(size - at)  # the tail is a document of its own
+        item = {"tokens": tokens, "labels": labels, "position_ids": positions}
+        if self.data.card.weighted:
+            item["token_weights"] = weights
+        return {name: torch.from_numpy(values) for name, values in item.items()} | {"index": torch.tensor(index)}

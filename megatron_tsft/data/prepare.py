@@ -1,0 +1,204 @@
+"""The preparation job: rows of the input -> tokens, in one or several processes -> a prepared folder (prepared.py)."""
+
+import contextlib
+import multiprocessing
+import os
+import threading
+from collections import Counter, defaultdict, deque
+from collections.abc import Generator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_tsft.atomic import new_directory
+from megatron_tsft.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_tsft.data.chat import ChatEncoder, Encoded
+from megatron_tsft.data.prepared import CARD_FILE, DataCard
+from megatron_tsft.data.source import Block, JsonLines, SavedDataset, decode, open_source
+from megatron_tsft.data.turns import Refusal
+from megatron_tsft.data.writer import PreparedWriter
+from megatron_tsft.errors import UserError
+
+TOO_LONG = ("truncate", "refuse")
+LINES_KEPT = 5  # first line numbers of each reason
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process does with a row; the fields are `prepare`'s arguments."""
+
+    tokenizer_dir: str
+    max_tokens: int | None
+    too_long: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row: `encoded`, or None, the reason and, where it is known, what exactly was wrong."""
+
+    number: int
+    encoded: Encoded | None
+    truncated: bool = False
+    reason: str = ""
+    detail: str = ""
+
+
+def encode_block(encoder: ChatEncoder, job: Job, block: Block) -> list[Outcome]:
+    """The outcomes of a block's rows, in order.
+
+    Raises:
+        UserError: no row can be encoded with this tokenizer.
+    """
+    outcomes, limit = [], job.max_tokens
+    for number, row in block.rows:
+        try:
+            encoded = encoder.encode(decode(row))
+            truncated = limit is not None and len(encoded.input_ids) > limit
+            if truncated:
+                if job.too_long == "refuse":
+                    raise Refusal(f"longer than --max-tokens {limit}")
+                encoded = encoded.cut(limit)
+                if not encoded.loss_mask.any():
+                    raise Refusal(f"no supervised token within --max-tokens {limit}")
+            outcomes.append(Outcome(number, encoded, truncated))
+        except Refusal as refusal:
+            outcomes.append(Outcome(number, None, reason=refusal.reason, detail=str(refusal.__cause__ or "")))
+        except Exception as error:
+            error.add_note(f"at number {number} of the input")
+            raise
+    return outcomes
+
+
+def prepare(
+    source: Path | str,
+    tokenizer_dir: Path | str,
+    output: Path | str,
+    *,
+    max_tokens: int | None = None,
+    too_long: str = "truncate",
+    workers: int = 1,
+    overwrite: bool = False,
+    strict: bool = False,
+    progress: bool = True,
+) -> DataCard:
+    """Write the prepared folder `output`; equal inputs give equal folders, whatever the number of workers.
+
+    Args:
+        source: a JSONL file or a saved Hugging Face data set (source.py); the keys of a row: chat.py.
+        tokenizer_dir: a local Hugging Face folder.
+        output: a new or empty folder, or with `overwrite` a prepared one.
+        max_tokens: the longest conversation, None for any.
+        too_long: "truncate" cuts longer ones, which lose their end token, and counts them; "refuse" leaves them out.
+        workers: processes that tokenise.
+        strict: stop at the first refused row.
+
+    Raises:
+        UserError: bad arguments, an input that cannot be read, no conversation that can be used, or with `strict` one
+            that cannot.
+    """
+    from tqdm import tqdm
+
+    source, output = Path(source), Path(output)
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(f"--max-tokens {max_tokens}: must be at least 2, one token to read and one to predict")
+    if too_long not in TOO_LONG:
+        raise UserError(f"--too-long {too_long}: must be one of {', '.join(TOO_LONG)}")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    rows = open_source(source)
+    _check_output(output, [source, Path(tokenizer_dir)], overwrite)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    encoder = ChatEncoder(tokenizer)
+    job = Job(str(tokenizer_dir), max_tokens, too_long)
+    truncated, refused, lines = 0, Counter[str](), defaultdict[str, list[int]](list)
+    with (
+        new_directory(output, overwrite=overwrite) as folder,
+        tqdm(total=rows.total, unit=rows.unit, unit_scale=True, desc="tokenising", disable=not progress) as bar,
+        contextlib.closing(_outcomes(rows, encoder, job, workers)) as results,
+        contextlib.closing(PreparedWriter(folder)) as writer,
+    ):
+        for outcomes, done in results:
+            for outcome in outcomes:
+                if outcome.encoded is not None:
+                    writer.add(outcome.encoded)
+                    truncated += outcome.truncated
+                    continue
+                if strict:
+                    detail = f" ({outcome.detail})" if outcome.detail else ""
+                    raise UserError(f"{source}, {rows.noun} {outcome.number}: {outcome.reason}{detail}")
+                refused[outcome.reason] += 1
+                if len(lines[outcome.reason]) < LINES_KEPT:
+                    lines[outcome.reason].append(outcome.number)
+            bar.update(done - bar.n)
+        if not writer.conversations:
+            reasons = [f"{reason} ({n}, the first in {rows.noun} {lines[reason][0]})" for reason, n in refused.items()]
+            because = f"refused: {'; '.join(reasons)}" if reasons else "it is empty"
+            raise UserError(f"{source} has no conversation that can be used: {because}")
+        return writer.finish(
+            tokenizer_fingerprint(tokenizer),
+            progress=progress,
+            truncated=truncated,
+            refused=dict(refused),
+            refused_lines=dict(lines),
+        )
+
+
+def _outcomes(
+    rows: JsonLines | SavedDataset, encoder: ChatEncoder, job: Job, workers: int
+) -> Generator[tuple[list[Outcome], int]]:
+    """(outcomes, how much of the input they end at) of every block, in the order of the input."""
+    if workers == 1:
+        for block in rows.blocks():
+            yield encode_block(encoder, job, block), block.done
+        return
+    # spawn: forking a process with a tokenizer's and Arrow's threads may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (job,))
+    waiting: deque[tuple[Future[list[Outcome]], int]] = deque()
+    try:
+        for block in rows.blocks():
+            waiting.append((pool.submit(_work, block), block.done))
+            if len(waiting) > 2 * workers:  # so that reading does not run ahead of tokenising
+                future, done = waiting.popleft()
+                yield future.result(), done
+        while waiting:
+            future, done = waiting.popleft()
+            yield future.result(), done
+    except BrokenProcessPool as error:
+        raise UserError("a worker process died, perhaps for lack of memory: pass fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_encode: Any = None  # of a worker process: what `encode_block` needs beside the block, sent once and not with each
+
+
+def _start_worker(job: Job) -> None:
+    global _encode
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encode = partial(encode_block, ChatEncoder(load_tokenizer(job.tokenizer_dir)), job)
+
+
+def _end_with_parent() -> None:
+    """A pool's workers wait for ever when the parent is killed, because each holds the other end of its own pipe."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(block: Block) -> list[Outcome]:
+    return _encode(block)
+
+
+def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
+    """Refuse an output that would replace an input or anything that is not a prepared folder."""
+    new = output.resolve()
+    for path in inputs:
+        if new == path.resolve() or new in path.resolve().parents:
+            raise UserError(f"--output {output} holds the input {path}: name another folder")
+    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / CARD_FILE).is_file():
+        raise UserError(f"{output} exists and has no {CARD_FILE}, so it is not overwritten: name another folder")

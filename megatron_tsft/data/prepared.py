@@ -1,0 +1,209 @@
+"""The prepared data set: its format, its card and its reader.
+
+A folder that Hugging Face `datasets` opens (`load_from_disk`), with a card `tsft_data.json` beside the Arrow files. One
+row per conversation, in the order of the input:
+
+    sample_id      string         32 hex digits over input_ids and loss_mask (not over token_weights: the teacher's
+                                  records are keyed by it, and weights do not change what a teacher says)
+    length         int32          tokens, so that packs are planned without reading any
+    input_ids      list<int32>    [length]
+    loss_mask      list<bool>     [length] True where the token is a target; never at 0, which nothing predicts
+    token_weights  list<float32>  [length] only where a row of the input had `weight` or `critical`; 0 outside the mask
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from megatron_tsft.atomic import write_text
+from megatron_tsft.errors import UserError
+
+CARD_FILE = "tsft_data.json"
+FORMAT_VERSION = 1
+SCHEMA = pa.schema(
+    {
+        "sample_id": pa.string(),
+        "length": pa.int32(),
+        "input_ids": pa.list_(pa.int32()),
+        "loss_mask": pa.list_(pa.bool_()),
+        "token_weights": pa.list_(pa.float32()),
+    }
+)
+REMEDY = "the copy is incomplete or the disk damaged it: prepare the data again with tools/prepare_data.py --overwrite"
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """What a prepared folder holds, and what was left out of it.
+
+    tokenizer_fingerprint: of checkpoint.tokenizer. vocab_size: largest id + 1, what a model must have at least.
+    fingerprint: 32 hex digits over all sample_ids in order. longest: tokens of the longest conversation. weighted:
+    there is a column token_weights. duplicates: conversations whose sample_id occurred before (they are kept).
+    truncated: conversations cut to --max-tokens. refused: reason -> count; refused_lines: reason -> its first line
+    numbers. files: Arrow file -> bytes.
+    """
+
+    tokenizer_fingerprint: str
+    vocab_size: int
+    fingerprint: str
+    conversations: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+    weighted: bool
+    duplicates: int = 0
+    truncated: int = 0
+    refused: dict[str, int] = field(default_factory=dict)
+    refused_lines: dict[str, list[int]] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+
+    @staticmethod
+    def load(directory: Path | str) -> "DataCard":
+        """The card of a prepared folder.
+
+        Raises:
+            UserError: there is none, or it was written by another version.
+        """
+        path = Path(directory) / CARD_FILE
+        if not path.is_file():
+            raise UserError(
+                f"{directory} has no {CARD_FILE}: make the folder with"
+                " `tools/prepare_data.py --input FILE.jsonl --tokenizer DIR --output DIR`"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if (version := values.pop("format_version")) != FORMAT_VERSION:
+                raise ValueError(f"format version {version}, not {FORMAT_VERSION}")
+            return DataCard(**values)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a data card of this version ({error}): prepare the data again") from error
+
+    def save(self, directory: Path | str) -> None:
+        """Write the card into a folder, atomically; last, because a folder with a card is complete."""
+        values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        write_text(Path(directory) / CARD_FILE, json.dumps(values, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation; the arrays are read-only views of the file where Arrow allows."""
+
+    sample_id: str
+    input_ids: np.ndarray  # [n] int32
+    loss_mask: np.ndarray  # [n] bool
+    token_weights: np.ndarray | None  # [n] float32
+
+
+def sample_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
+    """32 hex digits over the tokens [n] and the mask [n]: the same on every machine, equal for equal conversations."""
+    ids = np.ascontiguousarray(input_ids, "<i4")
+    return hashlib.blake2b(ids.tobytes() + np.packbits(loss_mask).tobytes(), digest_size=16).hexdigest()
+
+
+def dataset_fingerprint(sample_ids: Iterable[str | memoryview]) -> str:
+    """32 hex digits over all sample_ids in order; pieces may hold several ids each."""
+    digest = hashlib.blake2b(digest_size=16)
+    for piece in sample_ids:
+        digest.update(piece.encode() if isinstance(piece, str) else piece)
+    return digest.hexdigest()
+
+
+class PreparedData:
+    """A memory-mapped prepared folder: `load` it, `len()`, `lengths`, `row(i)`. Pickling sends the path alone."""
+
+    def __init__(self, directory: Path, card: DataCard, table: pa.Table) -> None:
+        self.directory = directory
+        self.card = card
+        self.lengths: np.ndarray = table["length"].to_numpy().astype(np.int64)  # [rows]
+        self._batches = table.to_batches()
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
+
+    @staticmethod
+    def load(directory: Path | str) -> "PreparedData":
+        """Open a folder. Everything but the token values is checked here; `row` checks those of its row.
+
+        Raises:
+            UserError: no card, or an Arrow file that is missing, cut short or damaged.
+        """
+        directory = Path(directory)
+        card = DataCard.load(directory)
+        table = _read_table(directory, card)
+        data = PreparedData(directory, card, table)
+        names = SCHEMA.names if card.weighted else SCHEMA.names[:-1]
+        lists = [table[name] for name in names[2:]]
+        ids = (memoryview(_text_bytes(chunk)) for chunk in table["sample_id"].chunks)
+        whole = (
+            len(data) == card.conversations
+            and int(data.lengths.sum()) == card.tokens
+            and all(np.array_equal(_list_lengths(column), data.lengths) for column in lists)
+            and dataset_fingerprint(ids) == card.fingerprint
+        )
+        if not whole:
+            raise UserError(f"{directory} does not hold the {card.conversations} conversations of its card: {REMEDY}")
+        return data
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PreparedData.load, (self.directory,)
+
+    def row(self, index: int) -> Sample:
+        """Conversation `index`.
+
+        Raises:
+            IndexError: outside [0, len).
+            UserError: its tokens or its mask are not those that were written.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        number = bisect.bisect_right(self._starts, index) - 1
+        batch, place = self._batches[number], index - self._starts[number]
+        name = batch.column("sample_id")[place].as_py()
+        ids = batch.column("input_ids")[place].values.to_numpy()
+        mask = batch.column("loss_mask")[place].values.to_numpy(zero_copy_only=False)  # Arrow stores bits
+        if sample_id(ids, mask) != name:  # microseconds, and a flipped bit never trains anything
+            raise UserError(f"conversation {index} of {self.directory} is damaged: {REMEDY}")
+        weights = batch.column("token_weights")[place].values.to_numpy() if self.card.weighted else None
+        return Sample(name, ids, mask, weights)
+
+
+def _read_table(directory: Path, card: DataCard) -> pa.Table:
+    """The rows of all Arrow files, memory-mapped, with the columns of SCHEMA."""
+    tables = []
+    for name, size in card.files.items():
+        path = directory / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise UserError(f"{path} {state}: {REMEDY}")
+        try:
+            table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+            names = SCHEMA.names if card.weighted else SCHEMA.names[:-1]
+            tables.append(table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names])))
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise UserError(f"{path} cannot be read ({error}): {REMEDY}") from error
+    if not tables:
+        raise UserError(f"{directory / CARD_FILE} names no Arrow file: {REMEDY}")
+    return pa.concat_tables(tables)
+
+
+def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """[rows] number of values of every list; reads the offsets only."""
+    parts = [np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks]
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def _text_bytes(chunk: pa.Array) -> pa.Buffer:
+    """The text of a string column's chunk as one piece, without copying."""
+    offsets, text = chunk.buffers()[1:]
+    bounds = np.frombuffer(offsets, np.int32)[[chunk.offset, chunk.offset + len(chunk)]]
+    return text.slice(int(bounds[0]), int(bounds[1] - bounds[0]))

@@ -1,0 +1,171 @@
+"""One command line out of three sources: the user's flags, the imported model's architecture, what every run needs.
+
+The last two become defaults of Megatron's own parser, so a short command line runs and a user's flag still wins,
+except where it contradicts the model: that is an error.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
+
+from megatron_tsft.checkpoint.card import ModelCard
+from megatron_tsft.checkpoint.mapping import padded_vocab_size
+from megatron_tsft.errors import UserError
+from megatron_tsft.training.config import TsftConfig, add_flags
+
+TP = "tensor_model_parallel_size"
+
+EVERY_RUN = {
+    "calculate_per_token_loss": True,  # gradients over the global number of supervised tokens
+    "dataloader_type": "single",  # its order is a function of the consumed samples alone
+    "tokenizer_type": "NullTokenizer",  # the data is tokenized already
+    "log_interval": 1,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    # the other optimizer formats resume wrong in bf16, silently, or not with another number of ranks
+    "dist_ckpt_optim_fully_reshardable": True,
+}
+WITHOUT_TE = {
+    "transformer_impl": "local",
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "apply_rope_fusion": False,
+}
+ON_CPU = WITHOUT_TE | {
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "num_workers": 0,  # packs are cheap to cut; worker processes would take the cores from the ranks
+}
+
+REFUSED: dict[str, str] = {
+    "sft": "it evaluates by means over micro-batches; supervised fine-tuning is what this entry point does anyway",
+    "full_validation": "it fails in this Megatron; --tsft-eval-data is one exact pass already",
+    "use_checkpoint_args": "it loses norm epsilon, rope scaling and more; --tsft-model knows the architecture",
+    "yaml_cfg": "pass flags",
+    "data_path": "pass --tsft-data",
+    "mock_data": "pass --tsft-data",
+    "pretrained_checkpoint": "pass --tsft-model",
+    "spec": "the layer spec is chosen here; --transformer-impl decides between local and transformer_engine",
+    "rampup_batch_size": "an epoch is padded to one global batch size",
+    "decrease_batch_size_if_needed": "an epoch is padded to one global batch size",
+    "perform_rl_step": "reinforcement learning is another job",
+    "logits_load_dir": "Megatron's logit cache is tied to the data's order; use --tsft-teacher",
+    "logits_save_dir": "Megatron's logit cache is tied to the data's order; use --tsft-teacher",
+    "mtp_num_layers": "multi-token prediction heads would be trained on prompts",
+    "defer_embedding_wgrad_compute": "its weight gradient expects Megatron's own loss",
+    "hybrid_layer_pattern": "HybridModel has no hook for the loss (0.19.2)",
+    "overlap_moe_expert_parallel_comm": "it bypasses the model's forward, where the teacher rides along",
+    "multiple_validation_sets": "pass one --tsft-eval-data",
+}
+
+
+def parser_of(defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
+    """Megatron's parser with our group, and `defaults` set over Megatron's own."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    return _extend(add_megatron_arguments(parser), defaults or {})
+
+
+def _extend(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> argparse.ArgumentParser:
+    parser = add_flags(parser)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def given_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """Destination -> value of the flags that are on the command line, defaults left out.
+
+    Raises:
+        SystemExit: argparse refuses the command line (it says why).
+    """
+    parser = parser_of()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser._defaults.clear()
+    return vars(parser.parse_args(list(argv)))
+
+
+def option_of(name: str) -> str:
+    """The first flag that sets a destination, for messages."""
+    for action in parser_of()._actions:
+        if action.dest == name:
+            return action.option_strings[0]
+    return f"--{name.replace('_', '-')}"
+
+
+def refuse_flags(given: dict[str, Any]) -> None:
+    """Raise UserError for a flag that cannot work here, with the reason."""
+    for name, reason in REFUSED.items():
+        if given.get(name):
+            raise UserError(f"{option_of(name)} is not supported: {reason}")
+    if given.get("dataloader_type", "single") != "single":
+        raise UserError(f"--dataloader-type {given['dataloader_type']} is not supported: only single resumes exactly")
+    if given.get("context_parallel_size", 1) != 1:
+        raise UserError(f"--context-parallel-size {given['context_parallel_size']} is not supported yet: leave it at 1")
+    if given.get("fp8") and importlib.util.find_spec("transformer_engine") is None:
+        raise UserError(f"--fp8-format {given['fp8']} needs Transformer Engine, which is not installed here")
+
+
+def check_card(given: dict[str, Any], card: ModelCard, folder: str) -> None:
+    """Raise UserError where a given flag says another architecture than the imported model."""
+    wanted = card.megatron_arguments | {"vocab_size": card.vocab_size}
+    if card.rope_scaling_factor is not None:
+        wanted["rope_scaling_factor"] = card.rope_scaling_factor
+    for name, value in wanted.items():
+        if name in given and given[name] != value:
+            raise UserError(
+                f"{option_of(name)} says {given[name]}, the model in {folder} has {value}: leave the flag out"
+            )
+
+
+def defaults_for(card: ModelCard, config: TsftConfig, device: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What the parser assumes unless a flag says otherwise; destinations of Megatron's argparse."""
+    values = EVERY_RUN | card.megatron_arguments
+    if device == "cpu":
+        values |= ON_CPU
+    else:
+        if importlib.util.find_spec("transformer_engine") is None:
+            values |= WITHOUT_TE
+        if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's Apex, by its own module
+            values["gradient_accumulation_fusion"] = False
+    if card.rope_scaling_factor is not None:
+        values["rope_scaling_factor"] = card.rope_scaling_factor
+    values["vocab_size"] = card.vocab_size
+    multiple = given.get("make_vocab_size_divisible_by", card.make_vocab_size_divisible_by)
+    values["make_vocab_size_divisible_by"] = multiple
+    # given outright, because NullTokenizer would count one token more
+    values["padded_vocab_size"] = padded_vocab_size(card.vocab_size, multiple * given.get(TP, 1))
+    values["pretrained_checkpoint"] = config.model
+    if "save" in given:
+        values["load"] = given["save"]  # a run that finds its own checkpoint resumes
+    if "train_iters" in given:
+        values |= {"save_interval": given["train_iters"], "eval_interval": given["train_iters"]}
+    return values
+
+
+def parse(argv: Sequence[str], defaults: dict[str, Any]) -> argparse.Namespace:
+    """Megatron's own parse and validation; what it refuses by assertion becomes a UserError.
+
+    Raises:
+        UserError: Megatron refuses the combination of flags.
+    """
+
+    def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        return _extend(parser, defaults)
+
+    return _with_argv(argv, lambda: parse_and_validate_args(extra_args_provider))
+
+
+def _with_argv(argv: Sequence[str], call: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+    """Megatron reads sys.argv (arguments.py:130)."""
+    before, sys.argv = sys.argv, [sys.argv[0], *argv]
+    try:
+        return call()
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses these flags: {error or 'an assertion without a text failed'}") from error
+    finally:
+        sys.argv = before

@@ -1,0 +1,146 @@
+"""What must fit before the first step: layout, data, objective, teacher and checkpoint."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_tsft import objectives
+from megatron_tsft.checkpoint.card import CARD_FILE, ModelCard
+from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
+from megatron_tsft.checkpoint.keys import compare_keys
+from megatron_tsft.checkpoint.units import expected_keys
+from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.errors import UserError
+from megatron_tsft.loss import q_target_cross_entropy
+from megatron_tsft.objectives import Objective
+from megatron_tsft.training.config import TsftConfig
+
+
+def check_required(config: TsftConfig, given: Mapping[str, Any]) -> None:
+    """Raise UserError for a flag that every run needs and that is missing."""
+    needed = {
+        "--tsft-model": config.model,
+        "--tsft-data": config.data,
+        "--seq-length": given.get("seq_length"),
+        "--train-iters (or --train-samples)": given.get("train_iters") or given.get("train_samples"),
+        "--micro-batch-size": given.get("micro_batch_size"),
+        "--lr": given.get("lr"),
+    }
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise UserError(f"missing {', '.join(missing)}: --help has an example of a whole command")
+
+
+def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> None:
+    """Raise UserError where the parallel layout does not divide the model, the batch or the ranks."""
+    model = card.megatron_arguments
+    tp, pp = given.get("tensor_model_parallel_size", 1), given.get("pipeline_model_parallel_size", 1)
+    heads, groups, layers = model["num_attention_heads"], model["num_query_groups"], model["num_layers"]
+    if heads % tp or (groups % tp and tp % groups):
+        fit = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
+        raise UserError(
+            f"--tensor-model-parallel-size {tp} does not divide the model's {heads} attention heads and {groups}"
+            f" key-value groups: use one of {', '.join(map(str, fit))}"
+        )
+    uneven = {"decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "pipeline_model_parallel_layout"}
+    uneven |= {"account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"}
+    if layers % pp and not uneven & given.keys():
+        fit = [n for n in range(1, layers + 1) if layers % n == 0]
+        raise UserError(
+            f"--pipeline-model-parallel-size {pp} does not divide {layers} layers: use one of {fit}, or"
+            " --decoder-first-pipeline-num-layers for an uneven split"
+        )
+    if world_size % (tp * pp):
+        raise UserError(f"{world_size} processes are not a multiple of tensor {tp} x pipeline {pp}: start {tp * pp}")
+    micro, dp = given["micro_batch_size"], world_size // (tp * pp)
+    batch = given.get("global_batch_size", micro * dp)
+    if batch % (micro * dp):
+        raise UserError(
+            f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x {dp} data-parallel ranks"
+        )
+    longest = model["max_position_embeddings"]
+    if given["seq_length"] > longest:
+        raise UserError(f"--seq-length {given['seq_length']} exceeds the model's {longest} positions: use at most that")
+
+
+def load_objective(config: TsftConfig, weighted: bool) -> Objective:
+    """The objective that the flags ask for, tried on one token so that every rule is the loss's own.
+
+    Args:
+        config: objective, args, teacher, plugin.
+        weighted: the data carries token weights.
+
+    Raises:
+        UserError: unknown name or parameter, a broken plugin, or a teacher that is missing or useless.
+    """
+    try:
+        for file in config.plugin:
+            objectives.load_plugin(file)
+    except (ValueError, OSError) as error:
+        raise UserError(f"--tsft-plugin: {error}") from error
+    try:
+        objective = objectives.get(config.objective, **objectives.parse_parameters(config.args))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--tsft-objective, --tsft-args: {error}") from error
+    one = torch.zeros(1, dtype=torch.int64)
+    try:
+        q_target_cross_entropy(
+            torch.zeros(1, 2),
+            one,
+            objective,
+            teacher=None if config.teacher == "none" else torch.zeros(1, 2),
+            token_weights=torch.ones(1) if weighted else None,
+            sequence_ids=one,
+            num_sequences=1,
+        )
+    except (ValueError, TypeError) as error:
+        fix = "--tsft-teacher reference gives it one" if config.teacher == "none" else "pass --tsft-teacher none"
+        if objective.requires_token_weights and not weighted:
+            fix = "give the JSONL rows `critical` spans or a `weight` and prepare the data again"
+        raise UserError(f"{error} ({fix})") from error
+    return objective
+
+
+def check_data(data: PreparedData, card: ModelCard) -> None:
+    """Raise UserError where prepared data was made for another tokenizer or vocabulary than the model's."""
+    theirs, ours = data.card.tokenizer_fingerprint, card.tokenizer_fingerprint
+    if ours is not None and theirs != ours:
+        raise UserError(
+            f"{data.directory} was prepared with another tokenizer (fingerprint {theirs}) than the model's ({ours}):"
+            " run tools/prepare_data.py with the tokenizer of the model's Hugging Face folder"
+        )
+    if data.card.vocab_size > card.vocab_size:
+        raise UserError(
+            f"{data.directory} holds token id {data.card.vocab_size - 1}, the model's vocabulary ends at"
+            f" {card.vocab_size - 1}: prepare the data with the model's own tokenizer"
+        )
+
+
+def check_checkpoints(config: TsftConfig, card: ModelCard, load: str | None, save: str | None) -> Path:
+    """Compare the weights that will be loaded with the model, key by key; returns the base checkpoint's folder.
+
+    Megatron itself loads a checkpoint that lacks keys of the model and reports success.
+
+    Raises:
+        UserError: a checkpoint is incomplete, or belongs to another model.
+    """
+    base = latest_checkpoint(config.model)
+    compare_keys(expected_keys(card), base)
+    for folder in dict.fromkeys(filter(None, (load, save))):
+        if (Path(folder) / CARD_FILE).is_file() and ModelCard.load(folder) != card:
+            raise UserError(f"{folder} belongs to another model than {config.model}: choose another --save or --load")
+    if load and (Path(load) / TRACKER).is_file():
+        compare_keys(expected_keys(card), latest_checkpoint(load))
+    return base
+
+
+def epochs_text(steps: int, packs_per_epoch: int, global_batch_size: int) -> str:
+    """How long a run is, in words."""
+    per_epoch = packs_per_epoch // global_batch_size
+    epochs = steps / per_epoch
+    return f"{per_epoch} steps an epoch, {steps} steps are {epochs:.2f} epochs" + (
+        "" if epochs >= 1 else f" ({math.ceil(epochs * 100)}% of the data)"
+    )

@@ -1,0 +1,76 @@
+"""Megatron's forward step: one micro-batch of packs through the model, with our loss as the output hook."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training import get_timers
+from torch import Tensor
+
+from megatron_tsft.data.batch import MicroBatch
+from megatron_tsft.data.packed_dataset import PackedDataset
+from megatron_tsft.model.loss_reduction import reduce_loss
+from megatron_tsft.model.output_hook import LossContext, q_target_output
+from megatron_tsft.model.packed_attention import packed_sequences
+from megatron_tsft.objectives import Objective
+
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+class ForwardStep:
+    """What Megatron's schedules call for each micro-batch, on every pipeline stage."""
+
+    def __init__(self, objective: Objective, vocab_size: int, device: torch.device | str, check_nan: bool):
+        """vocab_size: the true vocabulary. check_nan: stop at a loss that is not finite (synchronises)."""
+        self.objective, self.vocab_size, self.device, self.check_nan = objective, vocab_size, device, check_nan
+        self.train_data: PackedDataset | None = None  # set by the datasets provider; for messages
+
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Tensor, LossFunction]:
+        """(the model's output, what turns it into loss, token count and metrics). Every stage and TP rank reads its own
+        packs: cutting them is cheaper than sending them."""
+        timers: Any = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = MicroBatch.from_packs(next(data_iterator), self.device)
+        timers("batch-generator").stop()
+        context = LossContext(
+            objective=self.objective,
+            batch=batch,
+            vocab_size=self.vocab_size,
+            training=model.training,
+            tp_group=_group(mpu.get_tensor_model_parallel_group()),
+            cp_group=_group(mpu.get_context_parallel_group()),
+        )
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=batch.labels,
+            packed_seq_params=packed_sequences(batch.lengths, self.device),
+            output_processor=q_target_output,
+            output_processor_context=context,
+        )
+        return output, partial(self._loss, context)
+
+    def _loss(self, context: LossContext, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        share = 1 / (get_num_microbatches() * mpu.get_data_parallel_world_size(with_context_parallel=True))
+        loss, tokens, metrics = reduce_loss(context, share, output)
+        if self.check_nan and context.training and not bool(torch.isfinite(loss)):
+            raise RuntimeError(f"the loss of a micro-batch is {float(loss)}: {self._where(context)}")
+        return loss, tokens, metrics
+
+    def _where(self, context: LossContext) -> str:
+        """The conversations of a micro-batch, to look at."""
+        if self.train_data is None:
+            return f"packs {context.batch.index}"
+        ids = [sample for index in context.batch.index for sample in self.train_data.sample_ids(index)]
+        return f"packs {context.batch.index} of {self.train_data.data.directory}, sample_ids {', '.join(ids)}"
+
+
+def _group(group: Any) -> Any:
+    """None for a group of one rank: the loss then makes no collective."""
+    return group if group.size() > 1 else None

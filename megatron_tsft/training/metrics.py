@@ -1,0 +1,131 @@
+"""metrics.jsonl: one object a step, written where Megatron keeps its TensorBoard writer, which it still feeds."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_tsft.atomic import write_text
+
+FILE = "metrics.jsonl"
+TRAIN = {
+    "loss": "loss",
+    "nll": "nll",
+    "gamma": "gamma",
+    "entropy": "entropy",
+    "kl": "kl",
+    "tokens": "tokens",
+    "learning-rate": "lr",
+    "grad-norm": "grad_norm",
+}
+HELDOUT = {"loss validation": "loss", "nll validation": "nll"}
+COLUMNS = ("step", "loss", "nll", "gamma", "entropy", "kl", "tokens", "tokens_per_second", "lr", "grad_norm")
+
+
+class MetricsFile:
+    """Appends rows; at the first one of a process, rows that a resumed run computes again are dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._opened = False
+        self._last_heldout = -1
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append one row; a second evaluation of the same step is left out."""
+        heldout, step = row.get("split") == "heldout", row["step"]
+        if not self._opened:
+            self._drop_after(step, heldout)
+        if heldout and step == self._last_heldout:
+            return
+        if heldout:
+            self._last_heldout = step
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _drop_after(self, step: int, heldout: bool) -> None:
+        """Keep what came before this row; also drops the half line of a process that was killed."""
+        self._opened = True
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            same = row["step"] == step and heldout and row.get("split") != "heldout"
+            if row["step"] < step or same:
+                kept.append(line)
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+
+class MetricsWriter:
+    """Stands in for Megatron's TensorBoard writer on the last rank; passes everything on to the real one, if any.
+
+    Megatron writes a step's learning rate, then our metrics, then the gradient norm (training.py, `training_log`).
+    """
+
+    def __init__(
+        self,
+        file: MetricsFile,
+        inner: Any,
+        *,
+        active_seconds: Callable[[], float],
+        last: str,
+        interval: int,
+        eval_tokens: int,
+    ):
+        """
+        Args:
+            file: where rows go.
+            inner: the real TensorBoard writer, or None.
+            active_seconds: seconds of training so far, evaluations and saves left out.
+            last: the name that Megatron writes last of those in `TRAIN`: it completes a row.
+            interval: steps between TensorBoard's values; the file gets every step.
+            eval_tokens: supervised tokens of an evaluation.
+        """
+        self.file, self.inner, self.last, self.interval, self.eval_tokens = file, inner, last, interval, eval_tokens
+        self._active_seconds, self._seconds = active_seconds, 0.0
+        self._row: dict[str, Any] = {}
+        self._heldout: dict[str, Any] = {}
+
+    def add_scalar(self, name: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
+        """One value of one step."""
+        if name in TRAIN:
+            self._row[TRAIN[name]] = number(value)
+        elif name in HELDOUT:
+            self._heldout[HELDOUT[name]] = number(value)
+        if self.inner is not None and (step % self.interval == 0 or "validation" in name):
+            self.inner.add_scalar(name, value, step, *args, **kwargs)
+        if name == self.last:
+            self._finish_step(step)
+        if name in HELDOUT and len(self._heldout) == len(HELDOUT):
+            self.file.write({"split": "heldout", "step": step, **self._heldout, "tokens": self.eval_tokens})
+            self._heldout = {}
+
+    def _finish_step(self, step: int) -> None:
+        seconds = self._active_seconds()
+        rate = self._row["tokens"] / max(seconds - self._seconds, 1e-9)
+        self._seconds = seconds
+        self._row |= {"step": step, "tokens": round(self._row["tokens"]), "tokens_per_second": round(rate, 3)}
+        self.file.write({column: self._row.get(column) for column in COLUMNS})
+        self._row = {}
+        if self.inner is not None and step % self.interval == 0:
+            self.inner.add_scalar("tokens-per-second", rate, step)
+
+    def flush(self) -> None:
+        """Flush the real writer; rows are on their way to the disk already."""
+        if self.inner is not None:
+            self.inner.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """add_text, add_histogram and the rest: the real writer's, or nothing."""
+        return getattr(self.inner, name) if self.inner is not None else lambda *args, **kwargs: None
+
+
+def number(value: Any) -> float | None:
+    """A float, or None where there is none (JSON has no NaN)."""
+    value = float(value)
+    return value if math.isfinite(value) else None

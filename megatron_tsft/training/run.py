@@ -1,0 +1,159 @@
+"""A run from its command line to its last checkpoint: check, build, hand over to Megatron's own `pretrain`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.training import get_timers, global_vars, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.models.gpt import GPTModelConfig
+
+from megatron_tsft import upstream
+from megatron_tsft.checkpoint.card import ModelCard, copy_card
+from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.errors import UserError
+from megatron_tsft.model.packed_attention import packed_local_spec
+from megatron_tsft.model.riding_teacher import GuidedModelConfig, load_teachers
+from megatron_tsft.objectives import Objective
+from megatron_tsft.training import arguments, checks
+from megatron_tsft.training.config import TsftConfig
+from megatron_tsft.training.datasets import Datasets
+from megatron_tsft.training.forward_step import ForwardStep
+from megatron_tsft.training.metrics import FILE, MetricsFile, MetricsWriter
+
+
+def run(argv: Sequence[str], device: str) -> None:
+    """Train, evaluate, save, as the flags say.
+
+    Args:
+        argv: Megatron's flags and ours.
+        device: "cuda" or "cpu" (the CPU layer is installed already).
+
+    Raises:
+        UserError: something does not fit; nothing has been trained or written then.
+    """
+    applied = upstream.apply_all()
+    given = arguments.given_flags(argv)
+    config = TsftConfig.from_given(given)
+    arguments.refuse_flags(given)
+    checks.check_required(config, given)
+    card = ModelCard.load(config.model)
+    arguments.check_card(given, card, config.model)
+    checks.check_layout(given, card, int(os.environ.get("WORLD_SIZE", "1")))
+    train = PreparedData.load(config.data)
+    evaluation = PreparedData.load(config.eval_data) if config.eval_data else None
+    for data in filter(None, (train, evaluation)):
+        checks.check_data(data, card)
+    objective = checks.load_objective(config, train.card.weighted)
+    defaults = arguments.defaults_for(card, config, device, given)
+    load, save = given.get("load", given.get("save")), given.get("save")
+    base = checks.check_checkpoints(config, card, load, save)
+
+    args = arguments.parse(argv, defaults)
+    datasets = Datasets(
+        train,
+        evaluation,
+        seq_length=args.seq_length,
+        global_batch_size=args.global_batch_size,
+        eval_global_batch_size=args.eval_global_batch_size,
+        seed=args.seed,
+        truncate=config.long_samples == "truncate",
+    )
+    args.eval_iters = datasets.eval_iters  # one exact pass
+    if args.eval_interval is None:  # --train-samples: evaluate at the end
+        args.eval_interval = args.train_samples // args.global_batch_size
+    model_config = build_model_config(args, config, base)
+    if args.rank == 0:
+        print("\n".join(describe(objective, config, datasets, args, applied)), flush=True)
+    if config.check:
+        return
+    if save and args.rank == 0:
+        copy_card(config.model, save)  # a checkpoint of this run exports from its own folder
+    if args.rank == args.world_size - 1:
+        install_metrics(args, datasets)
+
+    forward_step = ForwardStep(objective, card.vocab_size, device, args.check_for_nan_in_loss_and_grad)
+    forward_step.train_data = datasets.train
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def build_model_config(args: Any, config: TsftConfig, base: Path) -> GPTModelConfig:
+    """Megatron's model configuration with packed attention and, if asked for, the riding teacher.
+
+    Raises:
+        UserError: Megatron refuses the combination of flags.
+    """
+    from megatron.training import argument_utils  # upstream/rope_factor.py replaces the function there
+
+    guided = config.teacher == "reference"
+    try:
+        model_config = argument_utils.gpt_config_from_args(
+            args, model_config_cls=GuidedModelConfig if guided else GPTModelConfig
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses these flags: {error}") from error
+    if args.transformer_impl == "local":
+        model_config.transformer_layer_spec = packed_local_spec
+    # packs and the teacher's share of what stages send have shapes of their own
+    model_config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    if guided:
+        model_config.post_wrap_hooks.append(lambda model: load_teachers(model, base))
+    return model_config
+
+
+def install_metrics(args: Any, datasets: Datasets) -> None:
+    """Put our writer where Megatron looks for TensorBoard's; on the last rank."""
+    if not args.save:
+        print("no --save: nothing will be kept, metrics.jsonl neither", flush=True)
+        return
+    interval, args.tensorboard_log_interval = args.tensorboard_log_interval, 1
+    global_vars._GLOBAL_TENSORBOARD_WRITER = MetricsWriter(
+        MetricsFile(Path(args.save) / FILE),
+        global_vars._GLOBAL_TENSORBOARD_WRITER,
+        active_seconds=active_seconds,
+        last="grad-norm" if args.clip_grad > 0 else "tokens",
+        interval=interval,
+        eval_tokens=datasets.evaluation.supervised_tokens() if datasets.evaluation else 0,
+    )
+
+
+def active_seconds() -> float:
+    """Seconds of training so far by Megatron's own timer, which stops for evaluations and saves."""
+    timers: Any = get_timers()
+    timer = timers("interval-time")
+    timer.elapsed(reset=False)  # brings the running interval into the sum
+    return timer.active_time()
+
+
+def describe(
+    objective: Objective, config: TsftConfig, datasets: Datasets, args: Any, applied: Sequence[str]
+) -> list[str]:
+    """The plan in a few lines."""
+    train = datasets.train
+    positions = int(train.positions.sum())
+    steps = args.train_iters or args.train_samples // args.global_batch_size
+    lines = [
+        f"objective: {objective!r}, teacher: {config.teacher}, source: {objective.row.source}",
+        f"model: {config.model}; upstream repairs: {', '.join(applied) or 'none needed'}",
+        f"train: {config.data}, {len(train.data)} conversations in {train.packs} packs of {args.seq_length}"
+        f" ({100 * positions / (train.packs * args.seq_length):.0f}% full), {train.truncated} truncated;"
+        f" {checks.epochs_text(steps, train.packs_per_epoch, args.global_batch_size)}",
+    ]
+    if datasets.evaluation is not None:
+        held = datasets.evaluation
+        lines.append(
+            f"evaluation: {config.eval_data}, {len(held.data)} conversations in {held.packs} packs, one exact pass"
+            f" every {args.eval_interval} steps"
+        )
+    return lines

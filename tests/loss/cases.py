@@ -1,0 +1,338 @@
+"""Random problems for the loss: made once, run on any number of ranks through the public API, held against published.py.
+
+Legend: s and b are the leading dimensions, V the true vocabulary, W >= V the padded one, w = W / ranks a rank's shard.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tsft import QTargetOutput, TeacherTopK, objectives, q_target_cross_entropy
+from megatron_tsft.loss import statistics
+from megatron_tsft.loss.reference import q_target_reference
+from tests.loss import published
+from tests.ranks import run_ranks
+
+NEEDS_TEACHER = ("sft-kl", "asft", "kd", "kd-hybrid", "gift", "target-sft")
+NEEDS_REFERENCE = ("iw-sft", "proximal")
+
+# away from the defaults, so that a parameter that is not passed on shows
+NUMBERS: dict[str, dict[str, Any]] = {
+    "beyond-log": {"alpha": 2.5},
+    "profit": {"threshold": 0.05},
+    "eaft": {"top_k": 5, "power": 1.5},
+    "iw-sft": {"temperature": 0.7, "clip_min": 0.8, "clip_max": 1.3},
+    "idft": {"threshold": -1.0, "temperature": 0.7, "weight_min": 0.2, "weight_max": 0.9},
+    "proximal": {"clip_high": 0.15},
+    "label-smoothing": {"smoothing": 0.2},
+    "sft-kl": {"kl_weight": 0.3},
+    "asft": {"kl_weight": 0.2},
+    "gem": {"beta": 0.6},
+    "kd-hybrid": {"teacher_weight": 0.3},
+    "gift": {"beta": 3.0},
+    "target-sft": {"eta": 0.4},
+}
+# per-token parameters are drawn uniformly from these
+INTERVALS: dict[str, dict[str, tuple[float, float]]] = {
+    "beyond-log": {"alpha": (0, 4)},
+    "profit": {"threshold": (0, 0.3)},
+    "eaft": {"power": (0, 2)},
+    "iw-sft": {"temperature": (0, 2), "clip_min": (0, 0.9), "clip_max": (1, 3)},
+    "idft": {"threshold": (-2, 2), "temperature": (0.2, 2), "weight_min": (0, 0.5), "weight_max": (0.5, 2)},
+    "proximal": {"clip_high": (0, 0.6)},
+    "label-smoothing": {"smoothing": (0, 1)},
+    "sft-kl": {"kl_weight": (0, 1)},
+    "asft": {"kl_weight": (0, 1)},
+    "gem": {"beta": (0.3, 2)},
+    "kd-hybrid": {"teacher_weight": (0, 1)},
+    "gift": {"beta": (0, 20)},
+    "target-sft": {"eta": (0, 1)},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the loss, unsharded. Token i follows members[index[i]]; without an index there is one member."""
+
+    members: Sequence[tuple[str, dict[str, Any]]]
+    logits: Tensor  # [..., W]
+    labels: Tensor  # [...]
+    upstream: Tensor  # [...] gradient with respect to the loss
+    vocab_size: int
+    index: Tensor | None = None  # [...]
+    teacher: Tensor | TeacherTopK | None = None
+    reference_logprobs: Tensor | None = None
+    token_weights: Tensor | None = None
+    sequence_ids: Tensor | None = None
+    num_sequences: int | None = None
+    logit_scale: float = 1.0
+    diagnostics: tuple[str, ...] = ()
+    strided: bool = False  # logits and teacher are not contiguous
+    inplace: bool = False
+    chunk: int | None = None  # fp32 scratch elements: small, so that several chunks are needed
+    bad_rows: Tensor | None = field(default=None, compare=False)  # [...] tokens whose teacher row is not finite
+
+    @property
+    def objective(self) -> objectives.Objective:
+        members = [objectives.get(name, **parameters) for name, parameters in self.members]
+        return members[0] if self.index is None else objectives.mixture(members, self.index)
+
+
+def random_case(name: str, seed: int, *, width: int, vocab_size: int, dtype: torch.dtype, variant: str) -> Case:
+    """Variant "plain": [s, b], numbers as parameters. "rich": [N], per-token parameters, and every other option."""
+    g = torch.Generator().manual_seed(seed)
+    plain = variant == "plain"
+    shape = (5, 3) if plain else (13,)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g, dtype=torch.float64)
+
+    logits = (2 * normal(*shape, width)).to(dtype)
+    teacher = logits.double() + 1.5 * normal(*shape, width)
+    scale = 1.0 if plain else 0.75
+    log_p = torch.log_softmax(scale * logits[..., :vocab_size].double(), -1)
+    labels = torch.multinomial(log_p.exp().reshape(-1, vocab_size), 1, generator=g).reshape(shape)
+    unlikely = torch.rand(shape, generator=g) < 0.5
+    labels = torch.where(unlikely, torch.randint(0, vocab_size, shape, generator=g), labels)
+    reference = log_p.gather(-1, labels[..., None])[..., 0] + 0.4 * normal(*shape)
+    labels[torch.rand(shape, generator=g) < 0.15] = -100
+    upstream = normal(*shape)
+    upstream[torch.rand(shape, generator=g) < 0.15] = 0
+
+    parameters = NUMBERS.get(name, {}) if plain else {}
+    if not plain:
+        for key, (low, high) in INTERVALS.get(name, {}).items():
+            parameters[key] = low + (high - low) * torch.rand(shape, generator=g, dtype=torch.float64)
+    from_teacher = name in NEEDS_REFERENCE and not plain  # log p_ref(y) is then the dense teacher's
+    return Case(
+        members=[(name, parameters)],
+        logits=garbage_padding(logits, vocab_size),
+        labels=labels,
+        upstream=upstream,
+        vocab_size=vocab_size,
+        teacher=garbage_padding(teacher.to(dtype), vocab_size) if name in NEEDS_TEACHER or from_teacher else None,
+        reference_logprobs=reference if name in NEEDS_REFERENCE and plain else None,
+        token_weights=2 * torch.rand(shape, generator=g) if name == "critical" or not plain else None,
+        sequence_ids=torch.randint(0, 4, shape, generator=g) if name == "iw-sft" else None,
+        num_sequences=5 if name == "iw-sft" else None,
+        logit_scale=scale,
+        diagnostics=("entropy", "kl"),
+        strided=not plain,
+        inplace=not plain,
+        chunk=None if plain else 40,
+    )
+
+
+def garbage_padding(x: Tensor, vocab_size: int) -> Tensor:
+    """What lies in padded columns must not matter: huge, infinite, NaN."""
+    x = x.clone()
+    padding = x[..., vocab_size:]
+    padding[...] = torch.tensor([6e4, torch.nan, -6e4, torch.inf, -torch.inf], dtype=x.dtype).repeat(x.shape[-1])[
+        : padding.shape[-1]
+    ]
+    return x
+
+
+def shard_of(x: Tensor, rank: int, world: int, strided: bool = False) -> Tensor:
+    """[..., W] -> this rank's [..., w], a fresh tensor."""
+    width = x.shape[-1] // world
+    mine = x[..., rank * width : (rank + 1) * width]
+    return mine.movedim(-1, 0).contiguous().movedim(0, -1) if strided else mine.clone(memory_format=torch.contiguous_format)
+
+
+def call(
+    case: Case, logits: Tensor, rank: int = 0, world: int = 1, group: "dist.ProcessGroup | None" = None, **changes: Any
+) -> QTargetOutput:
+    """The public function on this rank's `logits`."""
+    teacher = case.teacher
+    if isinstance(teacher, Tensor):
+        teacher = shard_of(teacher, rank, world, case.strided)
+    keywords: dict[str, Any] = dict(
+        teacher=teacher,
+        reference_logprobs=case.reference_logprobs,
+        token_weights=case.token_weights,
+        sequence_ids=case.sequence_ids,
+        num_sequences=case.num_sequences,
+        logit_scale=case.logit_scale,
+        diagnostics=case.diagnostics,
+        tp_group=group,
+        vocab_size=case.vocab_size,
+        inplace=case.inplace,
+    )
+    return q_target_cross_entropy(logits, case.labels, case.objective, **(keywords | changes))
+
+
+def run(
+    case: Case, rank: int = 0, world: int = 1, group: "dist.ProcessGroup | None" = None, **changes: Any
+) -> dict[str, Any]:
+    """Forward and backward on this rank: the output's fields, and the gradient of its shard as "grad"."""
+    normal = statistics.CHUNK_ELEMENTS["cpu"]
+    statistics.CHUNK_ELEMENTS["cpu"] = case.chunk or normal
+    try:
+        leaf = shard_of(case.logits, rank, world, case.strided).requires_grad_()
+        # not the leaf itself, so that inplace has a tensor of its own to write to
+        out = call(case, leaf * 1, rank, world, group, **changes)
+        out.loss.backward(case.upstream.to(out.loss.dtype))
+    finally:
+        statistics.CHUNK_ELEMENTS["cpu"] = normal
+    fields = {key: value.detach() for key, value in vars(out).items() if value is not None}
+    assert leaf.grad is not None
+    return fields | {"grad": leaf.grad}
+
+
+def run_reference(case: Case) -> dict[str, Any]:
+    """`run` by the dense definition in megatron_tsft.loss.reference."""
+    leaf = case.logits.clone().requires_grad_()
+    out = q_target_reference(
+        leaf,
+        case.labels,
+        case.objective,
+        teacher=case.teacher,
+        reference_logprobs=case.reference_logprobs,
+        token_weights=case.token_weights,
+        sequence_ids=case.sequence_ids,
+        logit_scale=case.logit_scale,
+        vocab_size=case.vocab_size,
+    )
+    out.loss.backward(case.upstream.to(out.loss.dtype))
+    assert leaf.grad is not None
+    return {key: value.detach() for key, value in vars(out).items()} | {"grad": leaf.grad}
+
+
+def run_all(rank: int, world: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """`run` for every case in the default group; what a test gives to run_ranks."""
+    return [run(case, rank, world, dist.group.WORLD) for case in cases]
+
+
+def computed(world: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """The results of all cases on `world` ranks, from one start of them; one rank is this process, without a group."""
+    return [run(case) for case in cases] if world == 1 else gathered(run_ranks(world, run_all, world, cases))
+
+
+def gathered(per_rank: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One result a case: per-token fields must be equal to the bit on all ranks, gradients are put together."""
+    out = []
+    for results in zip(*per_rank, strict=True):
+        for other in results[1:]:
+            for key in results[0].keys() - {"grad"}:
+                assert torch.equal(results[0][key].nan_to_num(-7), other[key].nan_to_num(-7)), f"ranks differ in {key}"
+        out.append(results[0] | {"grad": torch.cat([r["grad"] for r in results], -1)})
+    return out
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What `run` should have given, fp64, [...] and [..., W]."""
+
+    expected: published.Expected
+    supervised: Tensor
+    loss: Tensor
+    grad: Tensor
+
+
+def truth(case: Case) -> Truth:
+    """What published.py says about a case."""
+    v, shape = case.vocab_size, case.labels.shape
+    leaf = case.logits[..., :v].double().reshape(-1, v).requires_grad_()
+    z = case.logit_scale * leaf
+    flat = case.labels.reshape(-1)
+    supervised = flat != -100
+    if case.bad_rows is not None:
+        supervised = supervised & ~case.bad_rows.reshape(-1)
+    y = flat.clamp(min=0)
+    batch = published.Batch(z, y)
+    if isinstance(case.teacher, TeacherTopK):
+        t = case.teacher
+        k = t.ids.shape[-1]
+        mass = None if t.tail_logmass is None else t.tail_logmass.reshape(-1)
+        log_t = published.topk_teacher(t.ids.reshape(-1, k), t.logprobs.reshape(-1, k), v, t.tail, mass)
+        batch = replace(batch, log_t=log_t)
+        if t.label_logprobs is not None:
+            batch = replace(batch, log_ref=t.label_logprobs.reshape(-1).double())
+    elif case.teacher is not None:
+        log_t = torch.log_softmax(case.teacher[..., :v].double().reshape(-1, v), -1)
+        batch = replace(batch, log_t=log_t, log_ref=batch.at_y(log_t))
+    if case.reference_logprobs is not None:
+        batch = replace(batch, log_ref=case.reference_logprobs.reshape(-1).double())
+    if case.sequence_ids is not None:
+        ids = case.sequence_ids.reshape(-1)
+        batch = replace(batch, sequence_log_ratio=published.sequence_log_ratio(batch.detached(), ids, supervised))
+
+    index = torch.zeros_like(flat) if case.index is None else case.index.reshape(-1)
+    members = [
+        (name, {k: p.double().broadcast_to(shape).reshape(-1) if isinstance(p, Tensor) else p for k, p in given.items()})
+        for name, given in case.members
+    ]
+    kept = published.expected(batch.rows(supervised), *rows_of_members(members, index, supervised))
+    weights = torch.ones(len(flat)).double() if case.token_weights is None else case.token_weights.reshape(-1).double()
+    upstream = case.upstream.reshape(-1).double()
+    objective = (weights[supervised] * upstream[supervised] * kept.published).sum()
+    grad = torch.zeros(len(flat), case.logits.shape[-1], dtype=torch.float64)
+    if supervised.any():
+        grad[:, :v] = torch.autograd.grad(objective, leaf)[0]
+
+    def full(values: Tensor) -> Tensor:
+        return torch.zeros(len(flat), dtype=torch.float64).masked_scatter(supervised, values.detach())
+
+    everywhere = published.Expected(**{key: full(value) for key, value in vars(kept).items()})
+    return Truth(everywhere, supervised, weights * everywhere.loss, grad)
+
+
+def rows_of_members(
+    members: Sequence[tuple[str, dict[str, Any]]], index: Tensor, chosen: Tensor
+) -> tuple[list[tuple[str, dict[str, Any]]], Tensor]:
+    """Per-token parameters and the index of the chosen tokens."""
+    rows = [(n, {k: p[chosen] if isinstance(p, Tensor) and p.dim() else p for k, p in given.items()}) for n, given in members]
+    return rows, index[chosen]
+
+
+def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The distance to the next number of `dtype` at |x|, as fp64."""
+    info = torch.finfo(dtype)
+    return torch.exp2(torch.floor(torch.log2(x.abs().clamp(min=info.tiny)))) * info.eps
+
+
+def check(case: Case, result: dict[str, Any], tolerance: float | None = None) -> None:
+    """Values, gradients, coefficients and KL of one call against the truth, at the precision of the logits' type."""
+    t = truth(case)
+    dtype = case.logits.dtype
+    tolerance = tolerance or (1e-10 if dtype == torch.float64 else 1e-5)
+    want, upstream = t.expected, case.upstream.reshape(-1).double()
+    weights = torch.ones_like(upstream) if case.token_weights is None else case.token_weights.reshape(-1).double()
+    where = f"{case.members} {dtype}"
+
+    assert result["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert result["loss"].shape == case.labels.shape and result["grad"].dtype == dtype
+    assert torch.equal(result["supervised"].reshape(-1), t.supervised), where
+    close(result["loss"], t.loss, tolerance * t.loss.abs().clamp(min=1), f"loss of {where}")
+    for key in ("imitation", "residual", "nll", *case.diagnostics):
+        value = getattr(want, key)
+        close(result[key], value, tolerance * value.abs().clamp(min=1).nan_to_num(1), f"{key} of {where}")
+
+    size = torch.maximum(want.imitation.abs() + want.residual.abs(), want.residual.abs() * want.largest_pi)
+    allowed = tolerance * (size * (weights * upstream * case.logit_scale).abs())[:, None]
+    if dtype in (torch.bfloat16, torch.float16):
+        allowed = torch.maximum(allowed, ulp(t.grad, dtype))
+    grad = result["grad"].reshape(t.grad.shape)
+    close(grad, t.grad, allowed.broadcast_to(grad.shape), f"gradient of {where}")
+    silent = ~t.supervised | (upstream == 0) | (weights == 0)
+    assert not grad[silent].any() and not grad[:, case.vocab_size :].any(), f"gradient that must be zero: {where}"
+    assert not result["loss"].reshape(-1)[~t.supervised].any(), f"loss of an ignored token: {where}"
+
+
+def close(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> None:
+    """|got - want| <= allowed everywhere, NaN exactly where NaN is wanted; the message names the worst element."""
+    got = got.detach().double().reshape(want.shape)
+    same_nan = torch.isnan(got) == torch.isnan(want)
+    excess = torch.where(torch.isnan(want), torch.zeros_like(want), (got - want).abs() - allowed)
+    excess = torch.where(same_nan, excess, torch.full_like(excess, torch.inf))
+    if excess.numel() and excess.max() > 0:
+        i = int(excess.argmax())
+        raise AssertionError(
+            f"{what}: element {i} is {got.flatten()[i]:.17g}, not {want.flatten()[i]:.17g} "
+            f"(allowed {allowed.flatten()[i]:.3g}); {int((excess > 0).sum())} of {excess.numel()} are off"
+        )

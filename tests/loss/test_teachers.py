@@ -1,0 +1,123 @@
+"""Every kind of teacher record, dense and top-k, on 1, 2 and 4 shards, against the same teacher written out densely."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tsft import TeacherTopK
+from tests.loss.cases import (
+    NEEDS_REFERENCE,
+    NEEDS_TEACHER,
+    Case,
+    check,
+    computed,
+    garbage_padding,
+    random_case,
+    run_reference,
+)
+
+WIDTH, VOCABULARY = 20, 17  # 4 ranks: the last shard has 2 tokens and 3 columns of padding
+
+
+@dataclass(frozen=True)
+class TopK:
+    """How to make a TeacherTopK."""
+
+    k: int = 4
+    tail: Literal["uniform", "drop"] = "uniform"
+    known: bool = False  # label_logprobs and tail_logmass are given
+    ids: torch.dtype = torch.int64
+    logprobs: torch.dtype = torch.float32
+    padding: int = 0  # ids of -1 at the end of every other row
+    lowest: bool = False  # all ids in the first rank's shard
+
+
+KINDS = {
+    "uniform": TopK(),
+    "uniform-cached": TopK(known=True, ids=torch.int32, logprobs=torch.float16),  # as the cache stores it
+    "uniform-padded": TopK(padding=2, ids=torch.int32),
+    "uniform-all-padding": TopK(k=2, padding=2),  # nothing is known: T is uniform
+    "uniform-no-k": TopK(k=0),
+    "drop": TopK(tail="drop"),
+    "drop-cached": TopK(tail="drop", known=True, ids=torch.int32, logprobs=torch.float16),
+    "drop-padded": TopK(tail="drop", padding=3),
+    "drop-one": TopK(tail="drop", k=1),
+    "one-rank": TopK(lowest=True),
+    "one-rank-drop": TopK(lowest=True, tail="drop", logprobs=torch.float64),
+    "whole-vocabulary": TopK(k=VOCABULARY),  # no tail is left
+}
+DENSE = {"dense-logits": torch.float64, "dense-fp32": torch.float32, "dense-bf16": torch.bfloat16}
+
+
+def top_k(kind: TopK, case: Case, seed: int) -> TeacherTopK:
+    """The teacher behind it is random, near the student, and known at k tokens: among them the label, half the time."""
+    g = torch.Generator().manual_seed(seed)
+    lead = case.labels.shape
+    student = case.logits[..., :VOCABULARY].double()
+    log_t = torch.log_softmax(student + torch.randn(*lead, VOCABULARY, generator=g, dtype=torch.float64), -1)
+    rank_of = log_t.clone()
+    if kind.lowest:
+        rank_of[..., WIDTH // 4 :] = -torch.inf
+    ids = rank_of.topk(kind.k, -1).indices
+    logprobs = log_t.gather(-1, ids)
+    mass = torch.log1p(-logprobs.exp().sum(-1).clamp(max=1 - 1e-9))
+    if kind.padding:
+        padded = torch.arange(kind.k) >= kind.k - kind.padding
+        ids[::2] = torch.where(padded, -1, ids[::2])
+        logprobs[::2] = torch.where(padded, torch.nan, logprobs[::2])  # what lies there must not matter
+    return TeacherTopK(
+        ids.to(kind.ids),
+        logprobs.to(kind.logprobs),
+        tail=kind.tail,
+        label_logprobs=log_t.gather(-1, case.labels.clamp(min=0)[..., None])[..., 0] if kind.known else None,
+        tail_logmass=mass.float() if kind.known else None,
+    )
+
+
+def teacher_case(name: str, kind: str, dtype: torch.dtype, seed: int) -> Case:
+    variant = "rich" if seed % 2 else "plain"
+    case = random_case(name, seed, width=WIDTH, vocab_size=VOCABULARY, dtype=dtype, variant=variant)
+    case = replace(case, diagnostics=("entropy", "kl"), reference_logprobs=None)
+    if kind in KINDS:
+        return replace(case, teacher=top_k(KINDS[kind], case, seed))
+    noise = torch.randn(case.logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    logits = 3 + 2 * noise  # not normalised: a constant per token must not matter
+    return replace(case, teacher=garbage_padding(logits.to(DENSE[kind]), VOCABULARY))
+
+
+COMBINATIONS = [
+    (name, kind, dtype)
+    for name in NEEDS_TEACHER + NEEDS_REFERENCE
+    for kind in list(KINDS) + list(DENSE)
+    for dtype in (torch.float64, torch.float32)
+    if name in NEEDS_TEACHER or kind in DENSE or KINDS[kind].known
+]
+IMPLEMENTATIONS = ["reference", 1, 2, 4]
+
+
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS, ids=lambda it: it if it == "reference" else f"tp{it}")
+def results(request: pytest.FixtureRequest) -> dict[Any, tuple[Case, dict[str, Any]]]:
+    cases = [teacher_case(*combination, seed) for seed, combination in enumerate(COMBINATIONS)]
+    done = [run_reference(c) for c in cases] if request.param == "reference" else computed(request.param, cases)
+    return dict(zip(COMBINATIONS, zip(cases, done, strict=True), strict=True))
+
+
+@pytest.mark.parametrize(("name", "kind", "dtype"), COMBINATIONS, ids=lambda it: str(it).removeprefix("torch."))
+def test_teacher(results: dict[Any, tuple[Case, dict[str, Any]]], name: str, kind: str, dtype: torch.dtype) -> None:
+    check(*results[name, kind, dtype])
+
+
+def test_top_k_of_the_whole_vocabulary_is_the_dense_teacher() -> None:
+    """The same loss and gradient from the two kinds of record."""
+    from tests.loss.cases import run
+
+    dense = teacher_case("target-sft", "dense-logits", torch.float64, seed=3)
+    assert isinstance(dense.teacher, Tensor)
+    log_t = torch.log_softmax(dense.teacher[..., :VOCABULARY], -1)
+    ids = torch.arange(VOCABULARY).expand(log_t.shape)
+    sparse = run(replace(dense, teacher=TeacherTopK(ids, log_t, "drop")))
+    for key, value in run(dense).items():
+        torch.testing.assert_close(sparse[key], value, rtol=1e-12, atol=1e-12)

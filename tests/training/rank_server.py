@@ -1,0 +1,89 @@
+"""Runs training commands for the tests: Megatron is imported once, on the CPU layer, and each case's ranks are forked.
+
+Reads one JSON object a line: {"world", "argv", "log", "timeout"}; answers with {"codes": [exit status of each rank]}.
+A process of its own, because the CPU layer changes torch for good.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path) -> int:
+    """Fork one rank; its output goes to <log>.<rank>. Returns its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        with Path(f"{log}.{rank}").open("wb", buffering=0) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "RANK": str(rank)}
+        os.environ.update(address, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+        from megatron_tsft.training.pretrain_gpt import main
+
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def run_case(world: int, argv: list[str], log: str, timeout: float) -> list[int]:
+    """Start the ranks and wait; when one fails or time is up, the others are killed, by their ids."""
+    port = free_port()
+    alive = {start_rank(rank, world, port, argv, Path(log)): rank for rank in range(world)}
+    codes = [-1] * world
+    deadline = time.monotonic() + timeout
+    while alive:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in alive:
+            codes[alive.pop(pid)] = os.waitstatus_to_exitcode(status)
+        if any(code > 0 for code in codes):
+            deadline = min(deadline, time.monotonic() + 5)  # its peers report the same error, or hang
+        if time.monotonic() > deadline:
+            for left in alive:
+                os.kill(left, signal.SIGKILL)
+                os.waitpid(left, 0)
+            break
+        if not pid:
+            time.sleep(0.02)
+    return codes
+
+
+def serve() -> None:
+    """Import, say "ready", answer until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")  # imports and cases may print
+    os.dup2(2, 1)
+    import torch
+
+    from megatron_tsft.cpu import install
+
+    torch.set_num_threads(1)
+    install()
+    import megatron_tsft.training.run  # noqa: F401  # what every case imports
+
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps({"codes": run_case(**json.loads(line))}), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
