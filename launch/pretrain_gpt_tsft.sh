@@ -10,7 +10,7 @@ Flags given on the command line come last and win over what the variables set.
 
 required
   MODEL            folder that `tools/convert_checkpoint.py import` wrote
-  DATA             folder that `tools/prepare_data.py` wrote, or a mixture "DIR:0.7:target-sft,eta=0.5 DIR:0.3:sft"
+  DATA             folder that `tools/prepare_data.py` wrote
   SAVE             folder for checkpoints, metrics.jsonl and tensorboard/; a run that finds its own checkpoint resumes
   TRAIN_ITERS      optimizer steps
 
@@ -118,13 +118,7 @@ read -r -a objective_args <<<"${OBJECTIVE_ARGS:-}"
 [[ ${#objective_args[@]} -eq 0 ]] || MODEL_ARGS+=(--tsft-args "${objective_args[@]}")
 [[ -z ${TEACHER:-} ]] || MODEL_ARGS+=(--tsft-teacher "$TEACHER")
 
-DATA_ARGS=(--seq-length "$SEQ_LENGTH" --seed "${SEED:-1234}")
-if [[ -e $DATA ]]; then
-  DATA_ARGS+=(--tsft-data "$DATA")  # one folder, whose name may hold spaces
-else
-  read -r -a mixture <<<"$DATA"
-  DATA_ARGS+=(--tsft-data "${mixture[@]}")
-fi
+DATA_ARGS=(--tsft-data "$DATA" --seq-length "$SEQ_LENGTH" --seed "${SEED:-1234}")
 [[ -z ${EVAL_DATA:-} ]] || DATA_ARGS+=(--tsft-eval-data "$EVAL_DATA")
 
 # ---- how

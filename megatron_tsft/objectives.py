@@ -103,7 +103,7 @@ class Parameter:
             values = [float(value.min()), float(value.max())] if bad else []
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{objective}: {self.name} must be a number or a per-token tensor, not {value!r}")
-        elif self.integer and value != int(value):
+        elif self.integer and not float(value).is_integer():
             raise TypeError(f"{objective}: {self.name} must be an integer, not {value!r}")
         else:
             values = [float(value)]
@@ -153,7 +153,8 @@ def register(
         ordered: pairs of parameters of which the first must not exceed the second.
 
     Raises:
-        ValueError: the name is taken, a statistic is unknown, or a parameter has no default.
+        ValueError: the name is taken, a statistic is unknown, a parameter has no default, or `a` or `b` depends on a
+            statistic.
     """
     if name in _ROWS:
         raise ValueError(f"objective {name!r} is registered already ({_ROWS[name].source}): choose another name")
@@ -165,14 +166,18 @@ def register(
 
     def add(function: Callable[..., Coefficients]) -> Callable[..., Coefficients]:
         parameters = {}
-        for key, p in list(inspect.signature(function).parameters.items())[1:]:
+        # eval_str: under `from __future__ import annotations` an annotation is its text, and its Range would be lost
+        for key, p in list(inspect.signature(function, eval_str=True).parameters.items())[1:]:
             if p.default is inspect.Parameter.empty:
                 raise ValueError(f"objective {name!r}: parameter {key!r} needs a default")
             metadata = getattr(p.annotation, "__metadata__", ())
             limits = next((m for m in metadata if isinstance(m, Range)), Range())
             integer = p.annotation is int or getattr(p.annotation, "__origin__", None) is int
             parameters[key] = Parameter(key, p.default, limits, integer)
-        _ROWS[name] = Row(name, function, source, tuple(needs), teacher, token_weights, tuple(ordered), parameters)
+        entry = Row(name, function, source, tuple(needs), teacher, token_weights, tuple(ordered), parameters)
+        # on the host, where looking at a and b is free
+        Objective(entry, {key: p.default for key, p in parameters.items()}).residual_plan()
+        _ROWS[name] = entry
         return function
 
     return add
@@ -273,12 +278,13 @@ class Objective:
             )
         return self.row.function(stats, **self.parameters)
 
-    def residual_plan(self) -> Coefficients:
+    def residual_plan(self, device: torch.device | str = "cpu") -> Coefficients:
         """What is known before any statistic is: a, b, and whether there is a residual (the number 0: none).
 
-        The row is asked with NaN statistics: what comes back finite depends on parameters alone.
+        The row is asked with NaN statistics, on the device of its parameters: what comes back finite depends on
+        parameters alone.
         """
-        nan = torch.tensor(math.nan)
+        nan = torch.full((), math.nan, device=device)
         plan = self.row.function(Statistics({name: nan for name in ALWAYS + ON_DEMAND}), **self.parameters)
         for key in ("a", "b"):
             value = getattr(plan, key)
@@ -339,8 +345,7 @@ class Mixture(Objective):
         index = self.index  # flat by now
         out = torch.zeros(index.shape, dtype=dtype, device=index.device)
         for i, v in enumerate(values):
-            v = torch.as_tensor(v, dtype=dtype, device=index.device)
-            out = torch.where(index == i, v, out)
+            out = torch.where(index == i, as_like(v, out), out)
         return out
 
     def _merge(self, parts: Sequence[Coefficients], dtype: torch.dtype) -> Coefficients:
@@ -350,9 +355,9 @@ class Mixture(Objective):
     def coefficients(self, stats: Statistics) -> Coefficients:
         return self._merge([member.coefficients(stats) for member in self.members], stats.logp_y.dtype)
 
-    def residual_plan(self) -> Coefficients:
+    def residual_plan(self, device: torch.device | str = "cpu") -> Coefficients:
         # fp64 keeps fp64 parameters; the loss rounds a and b to its own working type
-        return self._merge([member.residual_plan() for member in self.members], torch.float64)
+        return self._merge([member.residual_plan(device) for member in self.members], torch.float64)
 
 
 def get(name: str, **parameters: Scalar) -> Objective:
@@ -415,6 +420,24 @@ def mixture(members: Sequence[Objective], index: Tensor) -> Mixture:
     if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(members):
         raise ValueError(f"mixture index must lie in [0, {len(members)}), got {int(index.min())}..{int(index.max())}")
     return Mixture(members, index)
+
+
+# ---- what rows share ------------------------------------------------------------------------------------------------
+
+
+def as_like(value: Scalar, like: Tensor) -> Tensor:
+    """`value` as a tensor of `like`'s type and device; a number is added, not copied, for which the host would wait."""
+    return (torch.zeros((), dtype=like.dtype, device=like.device) + value).to(like.dtype)
+
+
+def keep(weight: Scalar) -> Scalar:
+    """A residual weight that stays a residual at 0: a schedule that starts at 0 must not change the program."""
+    return weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
+
+
+def log_expm1(x: Tensor) -> Tensor:
+    """log(e^x - 1) for x >= 0 without overflow."""
+    return x + torch.log(-torch.expm1(-x))
 
 
 # ---- the rows -------------------------------------------------------------------------------------------------------
@@ -540,21 +563,3 @@ def gift(s: Statistics, *, beta: NonNegative = 20.0) -> Coefficients:
 def target_sft(s: Statistics, *, eta: Unit = 0.5) -> Coefficients:
     """CE(Q), Q = p(y) onehot(y) + (1 - p(y)) softmax((1 - eta) log p + eta log T): c_y = p(y), c_r = 1 - p(y)"""
     return Coefficients(imitation=s.p_y, residual=-torch.expm1(s.logp_y), a=1 - eta, b=eta)
-
-
-# ---- what rows share ------------------------------------------------------------------------------------------------
-
-
-def as_like(value: Scalar, like: Tensor) -> Tensor:
-    """`value` as a tensor of `like`'s type and device."""
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
-
-
-def keep(weight: Scalar) -> Scalar:
-    """A residual weight that stays a residual at 0: a schedule that starts at 0 must not change the program."""
-    return weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
-
-
-def log_expm1(x: Tensor) -> Tensor:
-    """log(e^x - 1) for x >= 0 without overflow."""
-    return x + torch.log(-torch.expm1(-x))

@@ -1,8 +1,10 @@
 """A function of a test file in a new interpreter: for what depends on who imported Megatron first, or replaced what."""
 
+import contextlib
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,7 @@ with open(result, "w") as file:
 """
 
 
-def fresh(function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any:
+def fresh(function: Callable[..., Any], *args: Any, timeout: float = 300) -> Any:
     """`function(*args)` in a new interpreter; arguments and result travel as JSON (tuples arrive as lists).
 
     Raises:
@@ -29,11 +31,17 @@ def fresh(function: Callable[..., Any], *args: Any, timeout: float = 120) -> Any
     module = ".".join(Path(inspect.getfile(function)).relative_to(REPOSITORY).with_suffix("").parts)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as scratch:
-        result = Path(scratch) / "result.json"
+        result, output = Path(scratch) / "result.json", Path(scratch) / "output"
         line = [sys.executable, "-c", PROGRAM, module, function.__name__, json.dumps(args), str(result)]
-        try:
-            done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=timeout)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"{function.__name__} was not done in {timeout} s: {error.stderr}") from error
-        assert done.returncode == 0, f"{function.__name__} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        with output.open("w") as file:  # a file: what the process leaves running would keep a pipe open
+            process = subprocess.Popen(line, stdout=file, stderr=file, env=environment, start_new_session=True)
+            try:
+                code = process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                code = f"no end after {timeout} s"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        assert code == 0, f"{function.__name__}: {code}\n{output.read_text(errors='replace')}"
         return json.loads(result.read_text())

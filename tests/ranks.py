@@ -1,8 +1,10 @@
 """The ranks of a test: forked from this process (it has imported everything), in one gloo group, each ended by id."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -37,9 +39,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
             late = _wait(ranks, timeout)
         finally:
             for rank in ranks:
-                if rank.pid and rank.is_alive():
-                    rank.kill()
-                    rank.join()
+                _end(rank)
         files = {i: folder / f"error{i}" for i in range(world)}
         errors = [f"rank {i}: {file.read_text()}" for i, file in files.items() if file.exists()]
         assert not errors, "\n".join(errors)
@@ -50,6 +50,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def _rank(folder: Path, rank: int, world: int, group: bool, function: Callable[..., Any], args: tuple) -> None:
+    os.setsid()  # so that _end finds what this rank starts, such as the helpers of Megatron's checkpoint writer
     try:
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
@@ -63,6 +64,17 @@ def _rank(folder: Path, rank: int, world: int, group: bool, function: Callable[.
     except BaseException:
         (folder / f"error{rank}").write_text(traceback.format_exc())
         os._exit(1)  # no clean-up: it could wait for a peer
+
+
+def _end(rank: Any) -> None:
+    """End one rank, if it runs, and whatever it has left running."""
+    if rank.pid is None:
+        return
+    if rank.is_alive():
+        rank.kill()
+    rank.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(rank.pid, signal.SIGKILL)
 
 
 def _wait(ranks: list[Any], timeout: float) -> list[int]:

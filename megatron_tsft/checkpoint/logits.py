@@ -7,6 +7,8 @@ and attention forks a CUDA random state for a dropout of 0.
 """
 
 import contextlib
+import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +149,25 @@ def cpu_ranks() -> Iterator[int]:
 
     The tensor parallel ranks are those of the default process group; without one, this process alone.
     """
+    with _quiet(), _groups() as world:
+        yield world
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings: Megatron's are about CUDA devices and fused kernels, which are missing here on purpose."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+@contextlib.contextmanager
+def _groups() -> Iterator[int]:
     from megatron.core import parallel_state, tensor_parallel
 
     alone = not dist.is_initialized()

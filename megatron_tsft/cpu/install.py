@@ -6,10 +6,9 @@ import sys
 
 import torch
 
-from megatron_tsft.cpu import cuda_names
-from megatron_tsft.cpu.function_mode import CudaToCpu
+from megatron_tsft.cpu import cuda_names, function_mode
 
-_installed: list[CudaToCpu] = []
+_installed: list[bool] = []
 
 
 def install() -> None:
@@ -27,9 +26,8 @@ def install() -> None:
         raise RuntimeError("install the CPU layer before importing megatron")
     cuda_names.install()
     torch._dynamo.config.disable = True  # type: ignore[attr-defined]  # Megatron's jit_fuser is torch.compile
-    mode = CudaToCpu()
-    mode.__enter__()
-    _installed.append(mode)
+    function_mode.install()
+    _installed.append(True)
 
     import megatron.training.training as training
 

@@ -23,6 +23,7 @@ from megatron_tsft.data.writer import PreparedWriter
 from megatron_tsft.errors import UserError
 
 TOO_LONG = ("truncate", "refuse")
+PRELOAD = ["__main__", "megatron_tsft.data.prepare", "transformers.models.auto.tokenization_auto"]
 LINES_KEPT = 5  # first line numbers of each reason
 
 
@@ -65,7 +66,7 @@ def encode_block(encoder: ChatEncoder, job: Job, block: Block) -> list[Outcome]:
                     raise Refusal(f"no supervised token within --max-tokens {limit}")
             outcomes.append(Outcome(number, encoded, truncated))
         except Refusal as refusal:
-            outcomes.append(Outcome(number, None, reason=refusal.reason, detail=str(refusal.__cause__ or "")))
+            outcomes.append(Outcome(number, None, reason=refusal.reason, detail=refusal.detail))
         except Exception as error:
             error.add_note(f"at number {number} of the input")
             raise
@@ -154,8 +155,10 @@ def _outcomes(
         for block in rows.blocks():
             yield encode_block(encoder, job, block), block.done
         return
-    # spawn: forking a process with a tokenizer's and Arrow's threads may hang
-    context = multiprocessing.get_context("spawn")
+    # A fork of this process, with its threads, may hang, and every spawned one would import transformers anew, which
+    # takes seconds and 400 MB: so workers are forks of a server that has only imported.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job,))
     waiting: deque[tuple[Future[list[Outcome]], int]] = deque()
     try:
@@ -179,6 +182,7 @@ _encode: Any = None  # of a worker process: what `encode_block` needs beside the
 def _start_worker(job: Job) -> None:
     global _encode
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # texts come one by one: no pool of threads in every worker
     _encode = partial(encode_block, ChatEncoder(load_tokenizer(job.tokenizer_dir)), job)
 
 

@@ -143,7 +143,9 @@ class PreparedData:
         whole = (
             len(data) == card.conversations
             and int(data.lengths.sum()) == card.tokens
+            and not any(column.null_count for column in table.columns)
             and all(np.array_equal(_list_lengths(column), data.lengths) for column in lists)
+            and all((np.diff(_text_offsets(chunk)) == 32).all() for chunk in table["sample_id"].chunks)
             and dataset_fingerprint(ids) == card.fingerprint
         )
         if not whole:
@@ -187,6 +189,7 @@ def _read_table(directory: Path, card: DataCard) -> pa.Table:
             raise UserError(f"{path} {state}: {REMEDY}")
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+            table.validate()  # the buffers are as long as the rows need
             names = SCHEMA.names if card.weighted else SCHEMA.names[:-1]
             tables.append(table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names])))
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -202,8 +205,12 @@ def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
+def _text_offsets(chunk: pa.Array) -> np.ndarray:
+    """[rows + 1] where each text of a string column's chunk begins."""
+    return np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+
+
 def _text_bytes(chunk: pa.Array) -> pa.Buffer:
-    """The text of a string column's chunk as one piece, without copying."""
-    offsets, text = chunk.buffers()[1:]
-    bounds = np.frombuffer(offsets, np.int32)[[chunk.offset, chunk.offset + len(chunk)]]
-    return text.slice(int(bounds[0]), int(bounds[1] - bounds[0]))
+    """The texts of a string column's chunk as one piece, without copying."""
+    offsets = _text_offsets(chunk)
+    return chunk.buffers()[2].slice(int(offsets[0]), int(offsets[-1] - offsets[0]))

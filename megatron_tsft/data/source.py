@@ -109,7 +109,7 @@ def decode(row: bytes | dict[str, Any]) -> dict[str, Any]:
     try:
         value = json.loads(row)
     except (ValueError, RecursionError) as error:
-        raise Refusal("bad JSON") from error
+        raise Refusal("bad JSON", str(error)) from error
     if not isinstance(value, dict):
         raise Refusal("not a JSON object")
     return value

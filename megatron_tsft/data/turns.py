@@ -25,9 +25,10 @@ GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 class Refusal(Exception):
     """One conversation cannot be used; `reason` has few values in a file, so that refusals can be counted by it."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
+        self.detail = detail  # of this conversation alone
 
 
 @dataclass(frozen=True)

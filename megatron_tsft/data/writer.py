@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megatron_tsft.data.prepared import SCHEMA, DataCard, dataset_fingerprint, s
 
 BATCH_ROWS = 1000
 BATCH_TOKENS = 1 << 22  # what is held in memory
-STREAM = "rows.tmp"
+STREAM = "tmp/rows.arrow"  # a folder of its own: datasets refuses to save beside the file that it reads
 
 
 class PreparedWriter:
@@ -22,6 +23,7 @@ class PreparedWriter:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        (folder / STREAM).parent.mkdir()
         self._stream = pa.OSFile(str(folder / STREAM), "wb")
         self._writer = pa.ipc.new_stream(self._stream, SCHEMA)
         self._rows: list[Encoded] = []
@@ -45,8 +47,9 @@ class PreparedWriter:
 
     def close(self) -> None:
         """Close the stream; safe to call again."""
-        self._writer.close()
-        self._stream.close()
+        if not self._stream.closed:
+            self._writer.close()
+            self._stream.close()
 
     def finish(self, tokenizer_fingerprint: str, *, progress: bool, **counts: Any) -> DataCard:
         """Save the folder and its card, which comes last. counts: the card's fields that only the caller knows."""
@@ -66,7 +69,7 @@ class PreparedWriter:
             Dataset(table, fingerprint=fingerprint).save_to_disk(str(self._folder))
         duplicates = self.conversations - len(ids.unique())
         del table, ids
-        (self._folder / STREAM).unlink()
+        shutil.rmtree((self._folder / STREAM).parent)
         card = DataCard(
             tokenizer_fingerprint=tokenizer_fingerprint,
             vocab_size=self.vocab_size,

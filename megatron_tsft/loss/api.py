@@ -1,5 +1,6 @@
 """`q_target_cross_entropy`: the public function. It checks every input, flattens to N tokens and calls the loss."""
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -11,7 +12,7 @@ from megatron_tsft.loss.records import QTargetOutput, TeacherTopK
 from megatron_tsft.loss.statistics import Shard
 from megatron_tsft.loss.teacher import DenseTeacher, SparseTeacher, sparse_teacher
 from megatron_tsft.loss.vocab_parallel import Problem, vocab_parallel_q_target
-from megatron_tsft.objectives import Coefficients, Objective, Scalar
+from megatron_tsft.objectives import Coefficients, Objective, Scalar, as_like
 
 LOGIT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DIAGNOSTICS = ("entropy", "kl")
@@ -70,13 +71,13 @@ def q_target_cross_entropy(
         raise ValueError(
             f"vocab_size={vocab_size} does not fit {world} shard(s) of {width} columns: pass 1..{width * world}"
         )
-    if float(logit_scale) != logit_scale or logit_scale == 0:
-        raise ValueError(f"logit_scale={logit_scale!r} must be a non-zero number")
+    if not math.isfinite(logit_scale) or logit_scale == 0:
+        raise ValueError(f"logit_scale={logit_scale!r} must be a non-zero, finite number")
     for name in diagnostics:
         if name not in DIAGNOSTICS:
             raise ValueError(f"unknown diagnostic {name!r}; valid: {', '.join(DIAGNOSTICS)}")
     objective = objective.flatten(shape)
-    plan = objective.residual_plan()
+    plan = objective.residual_plan(logits.device)
     _check_combination(
         objective, plan, teacher, reference_logprobs, token_weights, sequence_ids, num_sequences, cp_group
     )
@@ -110,7 +111,7 @@ def q_target_cross_entropy(
         view = DenseTeacher(teacher.detach().reshape(-1, width), columns)
 
     def number(value: Scalar) -> Scalar:
-        return value.to(device=logits.device, dtype=dtype) if isinstance(value, Tensor) else float(value)
+        return as_like(value, logits.new_empty(0, dtype=dtype)) if isinstance(value, Tensor) else float(value)
 
     if sequence_ids is not None and num_sequences is None:
         num_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0

@@ -13,8 +13,8 @@ from megatron_tsft.objectives import Objective, Statistics
 
 def dense_teacher(teacher: TeacherTopK, vocab_size: int) -> Tensor:
     """log T [..., V] of a top-k teacher with its tail, fp64."""
-    lead = teacher.ids.shape[:-1]
-    ids, logprobs = (x.reshape(lead.numel(), -1 if x.numel() else 0) for x in (teacher.ids.long(), teacher.logprobs.double()))
+    lead, k = teacher.ids.shape[:-1], teacher.ids.shape[-1]
+    ids, logprobs = teacher.ids.reshape(lead.numel(), k).long(), teacher.logprobs.reshape(lead.numel(), k).double()
     log_t = torch.full((ids.shape[0], vocab_size), -torch.inf, dtype=torch.float64)
     for i in range(ids.shape[0]):
         kept = ids[i] >= 0
@@ -67,11 +67,11 @@ def q_target_reference(
     for k in objective.top_ks:
         top = torch.softmax(z.detach().topk(min(k, v)).values, -1)
         s[f"topk_entropy_{k}"] = torch.special.entr(top).sum(-1)
-        s[f"topk_log_k_{k}"] = torch.full_like(s.p_y, min(k, v)).log()
+        s[f"topk_log_k_{k}"] = torch.full_like(s.p_y, max(min(k, v), 2)).log()
     if log_t is not None:
         s["teacher_logp_y"] = s["reference_logp_y"] = at_y(log_t)
     if reference_logprobs is not None:
-        s["reference_logp_y"] = reference_logprobs.reshape(-1).to(working)
+        s["reference_logp_y"] = reference_logprobs.reshape(-1).to(working).clamp(min=-1e30)  # 0 * (-inf) is 0
     if sequence_ids is not None and "reference_logp_y" in s:
         ratio, ids = s.logp_y - s.reference_logp_y, sequence_ids.reshape(-1)
         members = (ids[:, None] == ids[None, :]) & supervised[None, :]  # [N, N]

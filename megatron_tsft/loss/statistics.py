@@ -58,12 +58,21 @@ class Shard:
         z = self.logits[rows, : self.columns].to(self.dtype)
         return (z * self.scale if self.scale != 1.0 else z).clamp(min=FLOOR)
 
-    def exponent(self, z: Tensor, rows: slice) -> Tensor:
-        """pi's exponent u = a * z + b * log T of a chunk, [n, columns], at least FLOOR."""
-        az, b = term(rows_of(self.a, rows), z), rows_of(self.b, rows)
-        if self.teacher is None:
-            return az if isinstance(az, Tensor) else torch.zeros_like(z)
-        return self.teacher.exponent(az, b, rows, z).clamp(min=FLOOR)
+    def exponent(self, centred: Tensor, log_t: Tensor | None, rows: slice) -> Tensor:
+        """pi's exponent u = a * (z - m) + b * (log T - m_t) of a chunk, [n, columns], at least FLOOR.
+
+        From centred values: at z = 1e4, fp32 rounds a * z by 5e-4. `log_t` is a dense teacher's, a top-k one is used
+        as it is (m_t = 0).
+        """
+        az, b = term(rows_of(self.a, rows), centred), rows_of(self.b, rows)
+        if isinstance(self.teacher, SparseTeacher):
+            return self.teacher.exponent(az, b, rows).clamp(min=FLOOR)
+        u = az if log_t is None else az + term(b, log_t)
+        return u.clamp(min=FLOOR) if isinstance(u, Tensor) else torch.zeros_like(centred)
+
+    def origin(self, m: Tensor, m_t: Tensor | None) -> Tensor:
+        """What u leaves out, [N]: a * m + b * m_t."""
+        return self.a * m if m_t is None else self.a * m + self.b * m_t
 
 
 MAXIMA = {"m": "always", "m_pi": "residual", "m_t": "teacher_rows"}
@@ -72,7 +81,7 @@ SUMS = {
     "z_y": "always",  # z at the label, from the shard that owns it
     "e": "entropy",  # sum e^(z-m) (z-m)
     "c": "collision",  # sum e^2(z-m)
-    "s_pi": "residual",  # sum w, w = e^(u-m_pi)
+    "s_pi": "residual",  # sum w, w = e^(u-m_pi), u as in Shard.exponent
     "d_pi": "residual",  # sum w (z-m)
     "k_pi": "kl",  # sum w (u-m_pi)
     "u_y": "kl",  # u at the label
@@ -134,8 +143,20 @@ def local_statistics(shard: Shard, wanted: Wanted) -> Merged:
             sums["e"][rows] = (e * centred).sum(1)
         if wanted.collision:
             sums["c"][rows] = e.square().sum(1)
+        log_t = None
+        if isinstance(shard.teacher, DenseTeacher):
+            t = shard.teacher.chunk(rows, shard.dtype)
+            m_t = t.amax(1)
+            bad = torch.isnan(m_t) | (m_t == torch.inf)
+            sums["bad"][rows] = bad.to(shard.dtype)
+            m_t = torch.where(bad, torch.zeros_like(m_t), m_t).clamp(min=FLOOR)
+            maxima["m_t"][rows] = m_t
+            log_t = t - m_t[:, None]
+            if wanted.teacher_logp:
+                sums["s_t"][rows] = log_t.exp().sum(1)
+                sums["t_y"][rows] = at_label(t).clamp(min=FLOOR)
         if wanted.residual:
-            u = shard.exponent(z, rows)
+            u = shard.exponent(centred, log_t, rows)
             m_pi = u.amax(1)
             maxima["m_pi"][rows] = m_pi
             if wanted.kl:
@@ -146,28 +167,20 @@ def local_statistics(shard: Shard, wanted: Wanted) -> Merged:
             sums["d_pi"][rows] = (w * centred).sum(1)
             if wanted.kl:
                 sums["k_pi"][rows] = (w * u).sum(1)
-        if wanted.teacher_rows and isinstance(shard.teacher, DenseTeacher):
-            t = shard.teacher.chunk(rows, shard.dtype)
-            m_t = t.amax(1)
-            bad = torch.isnan(m_t) | (m_t == torch.inf)
-            sums["bad"][rows] = bad.to(shard.dtype)
-            m_t = torch.where(bad, torch.zeros_like(m_t), m_t).clamp(min=FLOOR)
-            maxima["m_t"][rows] = m_t
-            if wanted.teacher_logp:
-                sums["s_t"][rows] = (t - m_t[:, None]).exp().sum(1)
-                sums["t_y"][rows] = at_label(t).clamp(min=FLOOR)
     return Merged(maxima, sums, top)
 
 
-def merge(local: Merged, group: "dist.ProcessGroup | None") -> Merged:
+def merge(local: Merged, shard: Shard, group: "dist.ProcessGroup | None") -> Merged:
     """The same statistics over the whole vocabulary, equal on every rank: one MAX and one SUM all-reduce."""
     if group is None or group.size() == 1 or local.maxima.data.shape[1] == 0:
         return local
-    old, sums, top = local.maxima, local.sums, local.top
-    mine = old.data.clone()
-    dist.all_reduce(old.data, dist.ReduceOp.MAX, group=group)
-    moved = mine - old.data  # local maximum minus the global one, <= 0, finite
-    by = {name: moved[i] for i, name in enumerate(old.names)}
+    maxima, sums, top = local.maxima, local.sums, local.top
+    mine = dict(zip(maxima.names, maxima.data.clone(), strict=True))
+    if "m_pi" in mine:  # u counts from this shard's m and m_t; shards compare what they stand for
+        maxima["m_pi"].add_(shard.origin(mine["m"], mine.get("m_t")))
+    dist.all_reduce(maxima.data, dist.ReduceOp.MAX, group=group)
+    # by how much each exponent moves when it counts from the maxima of all shards; finite, at most 0
+    by = {name: value - maxima[name] for name, value in mine.items() if name != "m_pi"}
     factor = by["m"].exp()
     # a sum of e^(z-m) times (z-m) moves in its exponent and in its factor
     if "e" in sums:
@@ -176,10 +189,14 @@ def merge(local: Merged, group: "dist.ProcessGroup | None") -> Merged:
         sums["c"].mul_(factor.square())
     sums["s"].mul_(factor)
     if "s_pi" in sums:
-        factor_pi = by["m_pi"].exp()
+        maxima["m_pi"].sub_(shard.origin(maxima["m"], maxima["m_t"] if "m_t" in maxima else None))  # alike on all ranks
+        moved = shard.origin(by["m"], by.get("m_t"))
+        by_pi = (mine["m_pi"] + moved - maxima["m_pi"]).clamp(min=FLOOR)
+        factor_pi = by_pi.exp()
         sums["d_pi"].add_(sums["s_pi"] * by["m"]).mul_(factor_pi)
         if "k_pi" in sums:
-            sums["k_pi"].add_(sums["s_pi"] * by["m_pi"]).mul_(factor_pi)
+            sums["k_pi"].add_(sums["s_pi"] * by_pi).mul_(factor_pi)
+            sums["u_y"].add_(torch.where(shard.owns_label, moved, torch.zeros_like(moved)))
         sums["s_pi"].mul_(factor_pi)
     if "s_t" in sums:
         sums["s_t"].mul_(by["m_t"].exp())
@@ -190,7 +207,7 @@ def merge(local: Merged, group: "dist.ProcessGroup | None") -> Merged:
         # the list form: torch deprecates all_gather_into_tensor, and 2.11 does not have its successor
         dist.all_gather(list(gathered), top, group=group)
         top = gathered.transpose(0, 1).reshape(n, -1).topk(k, dim=1).values
-    return Merged(old, sums, top)
+    return Merged(maxima, sums, top)
 
 
 def topk_entropy(top: Tensor, k: int, vocab_size: int) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-"""One rank's view of a teacher, dense or top-k: the exponent of pi on this shard, and log T(y)."""
+"""One rank's view of a teacher, dense or top-k: its part of pi's exponent on this shard, and log T(y)."""
 
 from dataclasses import dataclass
 
@@ -34,10 +34,9 @@ class DenseTeacher:
     def chunk(self, rows: slice, dtype: torch.dtype) -> Tensor:
         return self.values[rows, : self.columns].to(dtype)
 
-    def exponent(self, az: Tensor | float, b: Scalar, rows: slice, z: Tensor) -> Tensor:
-        """u = a * z + b * log T up to a constant per token, [n, columns]."""
-        bt = term(b, self.chunk(rows, z.dtype))
-        return (az + bt) if isinstance(az, Tensor) or isinstance(bt, Tensor) else torch.zeros_like(z)
+    def centred(self, rows: slice, m_t: Tensor) -> Tensor:
+        """log T - m_t of a chunk up to a constant per token, [n, columns], in the type of m_t [n]."""
+        return self.chunk(rows, m_t.dtype) - m_t[:, None]
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,16 @@ class SparseTeacher:
     bad: Tensor  # [N] bool
     columns: int
 
-    def exponent(self, az: Tensor | float, b: Scalar, rows: slice, z: Tensor) -> Tensor:
-        """As DenseTeacher.exponent. The top-k columns are written over the tail's, never subtracted from a sum."""
-        tail = term(b, self.tail[rows, None])
-        n = z.shape[0]
-        u = torch.empty(n, self.columns + 1, dtype=z.dtype, device=z.device)  # the last column takes foreign ids
+    def exponent(self, az: Tensor | float, b: Scalar, rows: slice) -> Tensor:
+        """az + b * log T, [n, columns]. The top-k columns are written over the tail's, never subtracted from a sum."""
+        tail, local = term(b, self.tail[rows, None]), self.local[rows]
+        # the last column takes foreign ids
+        u = torch.empty(len(local), self.columns + 1, dtype=self.tail.dtype, device=self.tail.device)
         u[:, : self.columns] = az + tail
-        z_k = torch.nn.functional.pad(z, (0, 1)).gather(1, self.local[rows]) if isinstance(az, Tensor) else None
-        a_k = 0.0 if z_k is None else torch.nn.functional.pad(az, (0, 1)).gather(1, self.local[rows])
-        written = a_k + term(b, self.logprobs[rows])
+        az_k = torch.nn.functional.pad(az, (0, 1)).gather(1, local) if isinstance(az, Tensor) else az
+        written = az_k + term(b, self.logprobs[rows])
         if isinstance(written, Tensor):  # a float only where a = b = 0: then every column is alike already
-            u.scatter_(1, self.local[rows], written.to(u.dtype))
+            u.scatter_(1, local, written.to(u.dtype))
         return u[:, : self.columns]
 
 

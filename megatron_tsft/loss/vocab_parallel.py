@@ -7,7 +7,7 @@ Budget: forward two collectives over TP (MAX, SUM; eaft one all-gather more, iw-
 Kept for backward: logits and teacher by reference and a dozen numbers per token, never a vocabulary-sized tensor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from megatron_tsft.loss.diagnostics import target_kl
 from megatron_tsft.loss.records import QTargetOutput
 from megatron_tsft.loss.statistics import Merged, Shard, Wanted, local_statistics, merge, topk_entropy
 from megatron_tsft.loss.teacher import FLOOR, DenseTeacher, SparseTeacher
-from megatron_tsft.objectives import Coefficients, Objective, Statistics
+from megatron_tsft.objectives import Coefficients, Objective, Statistics, as_like
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def decide_targets(problem: Problem, merged: Merged) -> Targets:
     coefficients = objective.coefficients(stats)
     zero = torch.zeros_like(logp_y)
     imitation, residual = (
-        torch.where(supervised, torch.as_tensor(c, dtype=zero.dtype, device=zero.device), zero)
-        for c in (coefficients.imitation, coefficients.residual)
+        torch.where(supervised, as_like(c, zero), zero) for c in (coefficients.imitation, coefficients.residual)
     )
     cross_entropy = log_s - sums["d_pi"] / sums["s_pi"] if problem.has_residual else None
     return Targets(stats, imitation, residual, supervised, (bad & problem.labelled).sum(), cross_entropy)
@@ -127,14 +126,16 @@ def _teacher_statistics(problem: Problem, merged: Merged, stats: Statistics) -> 
         reference = stats["reference_logp_y"]
         reads = problem.objective.where_needs("reference_logp_y", "sequence_log_ratio")
         bad = bad | ((torch.isnan(reference) | (reference == torch.inf)) & reads)
+        stats["reference_logp_y"] = reference.clamp(min=FLOOR)  # at -inf a weight of 0 could not remove the ratio
     return bad
 
 
 def _sequence_mean(problem: Problem, stats: Statistics, supervised: Tensor) -> Tensor:
     """mean over each token's sequence of log p(y) - log p_ref(y), [N]; sequences may span CP ranks."""
     assert problem.sequence_ids is not None
-    ratio = torch.where(supervised, stats.logp_y - stats.reference_logp_y, torch.zeros_like(stats.logp_y))
-    values = torch.stack([ratio, supervised.to(ratio.dtype)])  # [2, N]
+    counted = supervised & ~torch.isnan(stats.reference_logp_y)  # in a mixture other tokens may have no reference
+    ratio = torch.where(counted, stats.logp_y - stats.reference_logp_y, torch.zeros_like(stats.logp_y))
+    values = torch.stack([ratio, counted.to(ratio.dtype)])  # [2, N]
     totals = torch.zeros(2, problem.num_sequences, dtype=ratio.dtype, device=ratio.device)
     totals.index_add_(1, problem.sequence_ids, values)
     if problem.cp_group is not None and problem.cp_group.size() > 1:
@@ -148,7 +149,7 @@ class _QTarget(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, problem: Problem, box: dict[str, Tensor]) -> Tensor:
         shard = problem.shard
-        merged = merge(local_statistics(shard, problem.wanted()), problem.tp_group)
+        merged = merge(local_statistics(shard, problem.wanted()), shard, problem.tp_group)
         targets = decide_targets(problem, merged)
         sums, maxima, stats = merged.sums, merged.maxima, targets.stats
         zero = torch.zeros_like(stats.logp_y)
@@ -176,32 +177,36 @@ class _QTarget(torch.autograd.Function):
             box["kl"] = torch.where(targets.supervised, kl, zero)
 
         weights = problem.token_weights if problem.token_weights is not None else torch.ones_like(zero)
-        ctx.problem = problem
         per_token = [maxima["m"], sums["s"], stats.logp_y, weights * targets.imitation, weights * targets.residual]
         if problem.has_residual:
             per_token += [maxima["m_pi"], sums["s_pi"]]
+            if isinstance(shard.teacher, DenseTeacher):
+                per_token.append(maxima["m_t"])
+        # The logits go through save_for_backward alone, so that autograd frees them after backward though the loss may
+        # live on. The teacher cannot: autograd refuses to save tensors made under torch.inference_mode.
+        ctx.shard, ctx.inplace = replace(shard, logits=logits.new_empty(0)), problem.inplace
         ctx.save_for_backward(logits, targets.supervised, *per_token)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        problem: Problem = ctx.problem
-        shard = problem.shard
         logits, supervised, m, s, logp_y, c_y, c_r, *pi_parts = ctx.saved_tensors
-        grad = logits.detach() if problem.inplace else torch.empty_like(logits)
+        shard: Shard = replace(ctx.shard, logits=logits)
+        grad = logits.detach() if ctx.inplace else torch.empty_like(logits)
         grad[:, shard.columns :] = 0
         scale = grad_output.to(m.dtype) * shard.scale
         for rows in shard.chunks() if shard.columns else []:
-            z = shard.z(rows)
+            centred = shard.z(rows) - m[rows, None]
             label = shard.label[rows, None]
             p_y = logp_y[rows].exp()
-            g = (z - m[rows, None]).exp_().mul_(((c_y + c_r) / s)[rows, None])
+            g = centred.exp().mul_(((c_y + c_r) / s)[rows, None])
             # the label's column from expm1, where p_y - 1 would cancel
             at_label = c_y[rows] * torch.expm1(logp_y[rows]) + c_r[rows] * p_y
             if pi_parts:
-                m_pi, s_pi = pi_parts
-                pi = (shard.exponent(z, rows) - m_pi[rows, None]).exp_().mul_((c_r / s_pi)[rows, None])
+                m_pi, s_pi, *m_t = pi_parts
+                log_t = shard.teacher.centred(rows, m_t[0][rows]) if isinstance(shard.teacher, DenseTeacher) else None
+                pi = (shard.exponent(centred, log_t, rows) - m_pi[rows, None]).exp_().mul_((c_r / s_pi)[rows, None])
                 # where a row has no residual its pi may be anything, even NaN
                 pi = torch.where((c_r[rows] != 0)[:, None], pi, torch.zeros((), dtype=pi.dtype, device=pi.device))
                 at_label = at_label - pi.gather(1, label)[:, 0]

@@ -24,6 +24,7 @@ EVERY_RUN = {
     "dataloader_type": "single",  # its order is a function of the consumed samples alone
     "tokenizer_type": "NullTokenizer",  # the data is tokenized already
     "log_interval": 1,
+    "override_opt_param_scheduler": True,  # a resumed run follows its flags, also where --train-iters has grown
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     # the other optimizer formats resume wrong in bf16, silently, or not with another number of ranks
@@ -140,6 +141,8 @@ def defaults_for(card: ModelCard, config: TsftConfig, device: str, given: dict[s
     # given outright, because NullTokenizer would count one token more
     values["padded_vocab_size"] = padded_vocab_size(card.vocab_size, multiple * given.get(TP, 1))
     values["pretrained_checkpoint"] = config.model
+    if "use_checkpoint_opt_param_scheduler" in given:
+        del values["override_opt_param_scheduler"]
     if "save" in given:
         values["load"] = given["save"]  # a run that finds its own checkpoint resumes
     if "train_iters" in given:

@@ -35,8 +35,8 @@ def run(argv: Sequence[str], device: str) -> None:
     Raises:
         UserError: something does not fit; nothing has been trained or written then.
     """
-    applied = upstream.apply_all()
     given = arguments.given_flags(argv)
+    applied = upstream.apply_all(asynchronous_saves="async_save" in given)
     config = TsftConfig.from_given(given)
     arguments.refuse_flags(given)
     checks.check_required(config, given)

@@ -6,15 +6,19 @@ device, and says what it did.
 
 from types import ModuleType
 
-from megatron_tsft.upstream import dataset_helpers, optimizer_resume, rope_factor, sequence_parallel_norm
+from megatron_tsft.upstream import dataset_helpers, optimizer_resume, rope_factor, save_queue, sequence_parallel_norm
 
 DEFECTS: tuple[ModuleType, ...] = (dataset_helpers, sequence_parallel_norm, optimizer_resume, rope_factor)
+SYNCHRONOUS_SAVES: tuple[ModuleType, ...] = (save_queue,)
 
 
-def apply_all() -> list[str]:
-    """Repair each defect that is present; returns the names of the files that applied. Safe to call twice."""
+def apply_all(*, asynchronous_saves: bool = False) -> list[str]:
+    """Repair each defect that is present; returns the names of the files that applied. Safe to call twice.
+
+    asynchronous_saves: the run uses --async-save, so what is wrong with synchronous saves alone stays.
+    """
     applied = []
-    for defect in DEFECTS:
+    for defect in DEFECTS if asynchronous_saves else DEFECTS + SYNCHRONOUS_SAVES:
         if defect.applies():
             defect.apply()
             applied.append(defect.__name__.rpartition(".")[2])

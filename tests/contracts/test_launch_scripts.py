@@ -145,12 +145,6 @@ def test_extra_arguments_come_last_and_keep_their_spaces(tmp_path: Path) -> None
     assert value(words, "--tsft-data") == str(data)
 
 
-def test_a_mixture_becomes_several_words() -> None:
-    words = command(**CPU | {"DATA": "a:0.7:target-sft,eta=0.5 b:0.3:sft"})
-    at = words.index("--tsft-data")
-    assert words[at + 1 : at + 3] == ["a:0.7:target-sft,eta=0.5", "b:0.3:sft"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -129,7 +129,8 @@ def power_loss(nll: Tensor, a: Any) -> Tensor:
 def topk_confidence(b: Batch, top_k: int) -> Tensor:
     """Entropy of the renormalised k most likely tokens over log k."""
     top = b.p.topk(min(top_k, b.p.shape[-1]), -1).values
-    return entropy(top / top.sum(-1, keepdim=True)) / torch.tensor(min(top_k, b.p.shape[-1]), dtype=torch.float64).log()
+    k = torch.tensor(max(top.shape[-1], 2), dtype=torch.float64)  # of one token the entropy is 0, whatever it is over
+    return (entropy(top / top.sum(-1, keepdim=True)) / k.log()).clamp(max=1)  # 1 is its maximum, but for rounding
 
 
 def mixed_target(b: Batch, eta: Any) -> Tensor:
@@ -203,9 +204,9 @@ def only_label(c_y: Any) -> tuple[Any, Any, None]:
 
 
 def gift_parts(b: Batch, beta: Any) -> tuple[Any, Any, Tensor]:
-    """Q is T / Z away from y, Z = sum T e^(beta onehot)."""
+    """Q is T / Z away from y, Z = sum T e^(beta onehot); at y it is T e^beta / Z, of which T / Z belongs to pi."""
     z = (b.t * torch.exp(column(beta) * b.onehot)).sum(-1)
-    return 1 - 1 / z, 1 / z, b.t
+    return b.at_y(b.t) * torch.expm1(torch.as_tensor(beta, dtype=torch.float64)) / z, 1 / z, b.t
 
 
 def proximal_weight(b: Batch, clip_high: Any) -> Tensor:
@@ -227,7 +228,7 @@ SURROGATE: dict[str, Callable[..., tuple[Any, Any, Tensor | None]]] = {
         importance_weight(b, temperature, clip_min, clip_max)
     ),
     "critical": lambda b: only_label(1.0),
-    "deft": lambda b: only_label(b.p_y ** (b.p**2).sum(-1)),
+    "deft": lambda b: only_label(torch.exp(-(b.p**2).sum(-1) * b.nll)),
     "idft": lambda b, threshold=0.0, temperature=1.0, weight_min=0.1, weight_max=1.0: only_label(
         idft_weight(b, threshold, temperature, weight_min, weight_max)
     ),

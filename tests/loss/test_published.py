@@ -1,4 +1,4 @@
-"""The two descriptions in published.py agree: same gradient for every objective, same value where the design says so."""
+"""The two descriptions in published.py agree: the same gradient for all, the same value where the design says so."""
 
 import pytest
 import torch

@@ -16,6 +16,7 @@ from tests.loss.cases import (
     computed,
     garbage_padding,
     random_case,
+    run,
     run_reference,
 )
 
@@ -49,12 +50,13 @@ KINDS = {
     "one-rank-drop": TopK(lowest=True, tail="drop", logprobs=torch.float64),
     "whole-vocabulary": TopK(k=VOCABULARY),  # no tail is left
 }
-DENSE = {"dense-logits": torch.float64, "dense-fp32": torch.float32, "dense-bf16": torch.bfloat16}
+DENSE = {"dense-fp64": torch.float64, "dense-fp32": torch.float32, "dense-bf16": torch.bfloat16}
+OFFSET = {"dense-fp64": 3.0, "dense-fp32": -1e4, "dense-bf16": 0.0}
 
 
 def top_k(kind: TopK, case: Case, seed: int) -> TeacherTopK:
     """The teacher behind it is random, near the student, and known at k tokens: among them the label, half the time."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(1000 + seed)
     lead = case.labels.shape
     student = case.logits[..., :VOCABULARY].double()
     log_t = torch.log_softmax(student + torch.randn(*lead, VOCABULARY, generator=g, dtype=torch.float64), -1)
@@ -83,8 +85,8 @@ def teacher_case(name: str, kind: str, dtype: torch.dtype, seed: int) -> Case:
     case = replace(case, diagnostics=("entropy", "kl"), reference_logprobs=None)
     if kind in KINDS:
         return replace(case, teacher=top_k(KINDS[kind], case, seed))
-    noise = torch.randn(case.logits.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    logits = 3 + 2 * noise  # not normalised: a constant per token must not matter
+    noise = torch.randn(case.logits.shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
+    logits = OFFSET[kind] + 2 * noise  # not normalised: a constant per token must not matter
     return replace(case, teacher=garbage_padding(logits.to(DENSE[kind]), VOCABULARY))
 
 
@@ -112,9 +114,7 @@ def test_teacher(results: dict[Any, tuple[Case, dict[str, Any]]], name: str, kin
 
 def test_top_k_of_the_whole_vocabulary_is_the_dense_teacher() -> None:
     """The same loss and gradient from the two kinds of record."""
-    from tests.loss.cases import run
-
-    dense = teacher_case("target-sft", "dense-logits", torch.float64, seed=3)
+    dense = teacher_case("target-sft", "dense-fp64", torch.float64, seed=3)
     assert isinstance(dense.teacher, Tensor)
     log_t = torch.log_softmax(dense.teacher[..., :VOCABULARY], -1)
     ids = torch.arange(VOCABULARY).expand(log_t.shape)

@@ -1,4 +1,4 @@
-"""Every objective, dense and on 1 to 4 vocabulary shards: the published gradient, the surrogate's value, at each dtype."""
+"""Every objective, dense and on 1 to 4 vocabulary shards: the published gradient, the surrogate's value, each dtype."""
 
 from typing import Any
 

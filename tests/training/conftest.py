@@ -1,78 +1,11 @@
-"""Training runs for the tests: a tiny Llama, prepared data, and `train`, which runs Megatron's real loop on gloo."""
+"""The session's model, data and rank server, and `train`, which runs a command on them."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a training command left: exit status of each rank, what rank 0 said, the rows of metrics.jsonl."""
-
-    codes: list[int]
-    logs: list[str]
-    save: Path
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Training rows by step."""
-        return [row for row in self._all if "split" not in row]
-
-    @property
-    def heldout(self) -> list[dict[str, Any]]:
-        return [row for row in self._all if row.get("split") == "heldout"]
-
-    @property
-    def _all(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.save / "metrics.jsonl").read_text().splitlines()]
-
-    @property
-    def error(self) -> str:
-        """The line that starts with "error:"; empty without one."""
-        return next((line for line in self.logs[0].splitlines() if line.startswith("error:")), "")
-
-
-class Server:
-    """tests/training/rank_server.py, started once a session."""
-
-    def __init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        program = Path(__file__).with_name("rank_server.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(program)],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline().strip() == "ready"
-
-    def run(self, world: int, argv: list[str], log: Path, timeout: float) -> list[int]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        case = {"world": world, "argv": argv, "log": str(log), "timeout": timeout}
-        self.process.stdin.write(json.dumps(case) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())["codes"]
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+from tests.training.runs import BATCH, Run, Server, Train, World, make_hf, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -80,3 +13,38 @@ def server() -> Iterator[Server]:
     server = Server()
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    from megatron_tsft.checkpoint.convert import import_hf
+    from megatron_tsft.data.prepare import prepare
+
+    world = World(tmp_path_factory.mktemp("training"))
+    import_hf(make_hf(world.hf), world.base, progress=False)
+    for name, count, seed in (("train", 60, 0), ("held", 13, 1)):
+        rows = write_rows(world.root / f"{name}.jsonl", count, seed)
+        prepare(rows, world.hf, world.root / name, progress=False)
+    return world
+
+
+@pytest.fixture
+def train(server: Server, world: World, tmp_path: Path) -> Train:
+    """train(save, *flags, ranks=1, steps=3): a run on the session's model and data; a flag given twice: the last wins.
+
+    It stops after `steps` without a checkpoint (writing one takes seconds) unless `keep` is set.
+    """
+
+    def run(
+        save: Path | str, *flags: str, ranks: int = 1, steps: int = 3, keep: bool = False, timeout: float = 120
+    ) -> Run:
+        save = tmp_path / save
+        argv = ["--tsft-model", str(world.base), "--tsft-data", str(world.train), "--tsft-device", "cpu"]
+        argv += [*BATCH.split(), "--save", str(save), "--train-iters", str(steps if keep else 1000)]
+        argv += [] if keep else ["--exit-interval", str(steps), "--save-interval", "1000"]
+        log = tmp_path / f"{save.name}.log"
+        codes = server.run(ranks, [*argv, *flags], log, timeout)
+        logs = [Path(f"{log}.{rank}").read_text(errors="replace") for rank in range(ranks)]
+        return Run(codes, logs, save)
+
+    return run

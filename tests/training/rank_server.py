@@ -5,6 +5,7 @@ A process of its own, because the CPU layer changes torch for good.
 """
 
 import json
+import multiprocessing.util
 import os
 import signal
 import socket
@@ -41,6 +42,7 @@ def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path) -> 
     except BaseException:
         traceback.print_exc()
     finally:
+        multiprocessing.util._exit_function()  # what Python does at exit: ends the processes that the rank started
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -13,6 +13,7 @@ from tests.upstream.source import check_lines
 
 def start_twice() -> dict[str, Any]:
     """What `megatron.training.initialize` does to the helpers, before and after the repair."""
+
     def compile_as_start_up_does() -> object:
         from megatron.core.datasets.utils import compile_helpers
 

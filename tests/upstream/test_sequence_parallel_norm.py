@@ -1,4 +1,4 @@
-"""Torch's norms under sequence parallelism: refused by Megatron, and with the repair their gradients are those of TP 1."""
+"""Torch's norms under sequence parallelism: refused upstream; with the repair their gradients are those of TP 1."""
 
 from typing import Any
 
@@ -19,7 +19,8 @@ def build_norms() -> dict[str, Any]:
 
     def build(**settings: Any) -> Any:
         size = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "tensor_model_parallel_size": 2}
-        config = TransformerConfig(**size, normalization="RMSNorm", **({"persist_layer_norm": False} | settings))
+        rest: dict[str, Any] = size | {"normalization": "RMSNorm", "persist_layer_norm": False} | settings
+        config = TransformerConfig(**rest)
         given = (config.sequence_parallel, config.persist_layer_norm)
         try:
             norm: Any = WrappedTorchNorm(config, 8, eps=1e-6)
@@ -27,7 +28,8 @@ def build_norms() -> dict[str, Any]:
             return str(error)
         assert (config.sequence_parallel, config.persist_layer_norm) == given  # the model's own configuration stays
         assert type(norm) is torch.nn.RMSNorm and norm.eps == 1e-6
-        return [parameter.sequence_parallel for parameter in norm.parameters()]
+        parameters: list[Any] = list(norm.parameters())
+        return [parameter.sequence_parallel for parameter in parameters]
 
     def build_all() -> list[Any]:
         settings = ({"sequence_parallel": True}, {"persist_layer_norm": True}, {"layernorm_zero_centered_gamma": True})
@@ -39,13 +41,12 @@ def build_norms() -> dict[str, Any]:
     return result | {"after": build_all()}
 
 
-def norm_gradients() -> list[dict[str, list[float]]]:
-    """Name -> gradient of every norm at TP 1, and at TP 2 with sequence parallelism on both ranks."""
+def build_and_train() -> dict[str, Any]:
+    """`build_norms`, and name -> gradient of every norm at TP 1 and at TP 2 with sequence parallelism (both ranks)."""
     from megatron_tsft import cpu
 
     cpu.install()
-    sequence_parallel_norm.apply()
-    return run_ranks(1, one_rank, 1) + run_ranks(2, one_rank, 2)
+    return build_norms() | {"gradients": run_ranks(1, one_rank, 1) + run_ranks(2, one_rank, 2)}
 
 
 def one_rank(_: int, tp: int) -> dict[str, list[float]]:
@@ -59,8 +60,12 @@ def one_rank(_: int, tp: int) -> dict[str, list[float]]:
     return {name: p.main_grad.tolist() for name, p in model.named_parameters() if p.dim() == 1}
 
 
-def test_refused_upstream_and_tagged_with_the_repair() -> None:
-    result = fresh(build_norms)
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return fresh(build_and_train)
+
+
+def test_refused_upstream_and_tagged_with_the_repair(result: dict[str, Any]) -> None:
     assert result["applies"] == [True, False]
     sequence, persist, centered = result["before"]
     assert "sequence parallel not supported" in sequence and "persist_layer_norm not supported" in persist
@@ -68,8 +73,8 @@ def test_refused_upstream_and_tagged_with_the_repair() -> None:
     assert "zero_centered_gamma not supported" in centered  # still refused: torch's norm would compute something else
 
 
-def test_gradients_are_those_of_one_rank() -> None:
-    alone, first, second = fresh(norm_gradients)
+def test_gradients_are_those_of_one_rank(result: dict[str, Any]) -> None:
+    alone, first, second = result["gradients"]
     assert len(alone) == 5  # two a layer and the final one
     for name, gradient in alone.items():
         assert max(map(abs, gradient)) > 1e-4

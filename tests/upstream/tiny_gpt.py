@@ -1,4 +1,4 @@
-"""A tiny GPTModel of Megatron's local layer spec with DDP, for the ranks of a gloo group; install the CPU layer first."""
+"""A tiny GPTModel of Megatron's local layer spec under DDP, for ranks that have installed the CPU layer."""
 
 from typing import Any
 

@@ -1,0 +1,125 @@
+"""The command line: what it prints, how it ends, and what a killed run leaves behind."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+import pytest
+
+from megatron_tsft.data.prepare import prepare
+from megatron_tsft.data.prepared import DataCard, PreparedData
+from megatron_tsft.errors import UserError
+from tests.data.chat_tokenizers import assistant, byte_level, user
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL = ROOT / "tools" / "prepare_data.py"
+ROWS = [
+    {"messages": [user("one plus two?"), assistant("three")]},
+    {"prompt": "The answer", "completion": " is five.", "weight": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    byte_level().save_pretrained(str(tmp_path / "tokenizer"))
+    lines = [json.dumps(ROWS[0]), *["{"] * 6, json.dumps(ROWS[1]), json.dumps(ROWS[0]), json.dumps({"messages": []})]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
+    places = {"--input": "in.jsonl", "--tokenizer": "tokenizer", "--output": "out"}
+    return [word for flag, name in places.items() for word in (flag, str(tmp_path / name))]
+
+
+def start(*words: object) -> subprocess.Popen[str]:
+    """tools/prepare_data.py as a user starts it."""
+    line = [sys.executable, str(TOOL), *map(str, words)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_the_report(tool: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([*arguments, "--show", "2"]) == 0
+    out, err = capsys.readouterr()
+    card = DataCard.load(tmp_path / "out")
+    assert (
+        f"wrote {tmp_path / 'out'}: 3 conversations, {card.tokens} tokens, {card.supervised_tokens} supervised (" in out
+    )
+    assert f"longest {card.longest}\n" in out
+    assert "truncated: 0, duplicates (kept): 1, with token weights\n" in out
+    assert "refused: 7\n  6: bad JSON (lines 2, 3, 4, 5, 6, ...)\n  1: no assistant turn (lines 10)\n" in out
+    assert "<|im_start|>assistant\n[[three<|im_end|>]]\n" in out and "The answer[[ is five.<|im_end|>]]\n" in out
+    assert "tokenising: 100%" in err
+    assert card.refused == {"bad JSON": 6, "no assistant turn": 1}
+    assert card.refused_lines == {"bad JSON": [2, 3, 4, 5, 6], "no assistant turn": [10]}
+
+
+def test_errors_are_one_line(tool: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([*arguments, "--no-progress", "--strict"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1
+    assert err.startswith("error: ") and "in.jsonl, line 2: bad JSON (" in err
+    assert tool.main([*arguments, "--no-progress", "--max-tokens", "12", "--too-long", "refuse"]) == 0
+    out, err = capsys.readouterr()
+    assert not err and "longer than --max-tokens 12 (lines 1, 9)" in out
+    assert tool.main([*arguments, "--no-progress"]) == 2
+    assert "exists already: name another folder, delete it, or pass --overwrite" in capsys.readouterr().err
+    assert tool.main([*arguments, "--no-progress", "--overwrite"]) == 0
+
+
+def test_help_shows_an_example(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        tool.main(["--help"])
+    assert done.value.code == 0 and "examples:\n  tools/prepare_data.py --input" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_run_leaves_no_folder_that_loads(arguments: list[str], tmp_path: Path, workers: int) -> None:
+    """Killed while it tokenises: nothing loads, no worker stays behind, and the next run succeeds."""
+    rows = [json.dumps({"messages": [user(f"{i} plus one?"), assistant(f"{i + 1} " * 20)]}) for i in range(20000)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    process = start(*arguments, "--workers", workers)
+    partial = tmp_path / ".out.partial"
+    family: list[psutil.Process] = []
+    try:
+        while process.poll() is None:
+            stream = partial / "tmp" / "rows.arrow"
+            if stream.is_file() and stream.stat().st_size > 2000:  # some batches are written
+                break
+            time.sleep(0.02)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert process.poll() is None, process.communicate()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert workers == 1 or len(family) >= 3  # the server and its workers
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive, alive
+    assert not (tmp_path / "out").exists() and partial.is_dir()
+    for folder in (tmp_path / "out", partial):
+        with pytest.raises(UserError, match="has no tsft_data.json"):
+            PreparedData.load(folder)
+    (tmp_path / "in.jsonl").write_text("\n".join(rows[:10]))
+    card = prepare(tmp_path / "in.jsonl", tmp_path / "tokenizer", tmp_path / "out", progress=False)
+    assert card.conversations == len(PreparedData.load(tmp_path / "out")) == 10 and not partial.exists()
+
+
+def test_from_the_shell(arguments: list[str], tmp_path: Path) -> None:
+    process = start(*arguments, "--no-progress")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and not err, err
+    assert "wrote" in out and len(PreparedData.load(tmp_path / "out")) == 3

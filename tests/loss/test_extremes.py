@@ -1,0 +1,267 @@
+"""Where floating point bites: huge or equal logits, certain tokens, empty shards, no support, no tokens; never a NaN."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tsft import TeacherTopK
+from tests.loss.cases import (
+    NEEDS_REFERENCE,
+    NEEDS_TEACHER,
+    Case,
+    check,
+    computed,
+    garbage_padding,
+    random_case,
+    run,
+    run_reference,
+    truth,
+)
+from tests.loss.published import NAMES
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+WIDTH, VOCABULARY = 12, 9
+
+
+def base(name: str, dtype: torch.dtype, seed: int, width: int = WIDTH, vocab_size: int = VOCABULARY) -> Case:
+    case = random_case(name, seed, width=width, vocab_size=vocab_size, dtype=dtype, variant="plain")
+    return replace(case, diagnostics=("entropy", "kl"))
+
+
+def with_logits(case: Case, logits: Tensor) -> Case:
+    """Other logits [..., V] in the case's type; reference log-probs stay near the student's, as proximal needs."""
+    logits = logits.to(case.logits.dtype)
+    reference = case.reference_logprobs
+    if reference is not None:
+        log_p = torch.log_softmax(logits.double(), -1).gather(-1, case.labels.clamp(min=0)[..., None])[..., 0]
+        reference = log_p + 0.3 * torch.sin(torch.arange(log_p.numel()).double()).reshape(log_p.shape)
+    padded = torch.zeros(case.logits.shape, dtype=logits.dtype)
+    padded[..., : case.vocab_size] = logits
+    return replace(case, logits=garbage_padding(padded, case.vocab_size), reference_logprobs=reference)
+
+
+def noise(case: Case, seed: int = 0) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*case.labels.shape, case.vocab_size, generator=g, dtype=torch.float64)
+
+
+def labelled(case: Case) -> Tensor:
+    return torch.nn.functional.one_hot(case.labels.clamp(min=0), case.vocab_size).double()
+
+
+# what the logits [..., V] are; each also meets the label anywhere
+LOGITS: dict[str, Callable[[Case], Tensor]] = {
+    "plus-minus-1e4": lambda case: 1e4 * torch.sign(noise(case)) + noise(case, 1),
+    "offset-1e4": lambda case: 1e4 + noise(case),
+    "offset-minus-1e4": lambda case: -1e4 + noise(case),
+    "all-equal": lambda case: torch.full_like(noise(case), 3.0),
+    "all-zero": lambda case: torch.zeros_like(noise(case)),
+    "p-is-one": lambda case: noise(case) + 2000 * labelled(case),
+    "p-is-zero": lambda case: noise(case) - 2000 * labelled(case),
+    "p-near-one": lambda case: noise(case) + 18 * labelled(case),  # 1 - p is about 1e-7
+}
+
+
+def logits_case(name: str, logits: str, dtype: torch.dtype) -> Case:
+    case = base(name, dtype, seed=3)
+    return with_logits(case, LOGITS[logits](case))
+
+
+LOGITS_GRID = [(name, logits, dtype) for name in NAMES for logits in LOGITS for dtype in DTYPES]
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=lambda world: f"tp{world}")
+def logits_results(request: pytest.FixtureRequest) -> dict[Any, tuple[Case, dict[str, Any]]]:
+    cases = [logits_case(*key) for key in LOGITS_GRID]
+    return dict(zip(LOGITS_GRID, zip(cases, computed(request.param, cases), strict=True), strict=True))
+
+
+def finite(case: Case, result: dict[str, Any]) -> None:
+    for key in ("loss", "nll", "imitation", "residual", "entropy", "grad"):
+        if key in result:
+            assert torch.isfinite(result[key]).all(), f"{key} of {case.members} is not finite: {result[key]}"
+
+
+@pytest.mark.parametrize(("name", "logits", "dtype"), LOGITS_GRID, ids=lambda it: str(it).removeprefix("torch."))
+def test_logits(logits_results: dict[Any, Any], name: str, logits: str, dtype: torch.dtype) -> None:
+    case, result = logits_results[name, logits, dtype]
+    finite(case, result)
+    # two log-probs of -2e4 in fp32 are each off by an ulp, 2e-3, and the exponential of their difference is as well
+    spacing = 4 * 2.0**-23 * float(result["nll"].max()) if name in NEEDS_REFERENCE and dtype != torch.float64 else 0
+    check(case, result, tolerance=max(spacing, 1e-10 if dtype == torch.float64 else 1e-5))
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("world", "width", "vocabulary"), [(1, 1, 1), (1, 4, 1)])
+def test_vocabulary_of_one_token(name: str, world: int, width: int, vocabulary: int) -> None:
+    case = base(name, torch.float32, seed=5, width=width, vocab_size=vocabulary)
+    result = run(case)
+    finite(case, result)
+    assert not result["grad"].any() and not result["nll"].any()
+
+
+SHARDS = {"one-token-shards": (4, 4), "one-token-shards-and-padding": (4, 3), "shards-of-padding": (12, 5)}
+
+
+def test_tiny_and_empty_shards() -> None:
+    """TP 4: one column a rank, the last of it padding, and two ranks with nothing but padding."""
+    cases = [
+        replace(base(name, dtype, seed, width, vocabulary), diagnostics=("entropy", "kl"))
+        for seed, name in enumerate(NAMES)
+        for width, vocabulary in SHARDS.values()
+        for dtype in (torch.float64, torch.float32)
+    ]
+    # a top-k teacher too, whose ids leave most ranks without any
+    for name in NEEDS_TEACHER:
+        for tail in ("drop", "uniform"):
+            case = base(name, torch.float64, 1, *SHARDS["shards-of-padding"])
+            ids = torch.tensor([0, 1]).expand(*case.labels.shape, 2)
+            logprobs = torch.tensor([0.5, 0.3]).log().expand(ids.shape)
+            cases.append(replace(case, teacher=TeacherTopK(ids, logprobs, tail)))
+    for case, result in zip(cases, computed(4, cases), strict=True):
+        finite(case, result)
+        check(case, result)
+
+
+def test_zero_tokens() -> None:
+    """Every objective on no tokens at all, also in a group: empty results and an empty gradient."""
+    cases = []
+    for name in NAMES:
+        case = base(name, torch.float32, seed=1)
+        for shape in ((0,), (0, 3)):
+            cases.append(
+                replace(
+                    case,
+                    logits=torch.zeros(*shape, WIDTH),
+                    labels=torch.zeros(shape, dtype=torch.int64),
+                    upstream=torch.zeros(shape),
+                    teacher=None if case.teacher is None else torch.zeros(*shape, WIDTH),
+                    reference_logprobs=None if case.reference_logprobs is None else torch.zeros(shape),
+                    token_weights=None if case.token_weights is None else torch.zeros(shape),
+                    sequence_ids=None if case.sequence_ids is None else torch.zeros(shape, dtype=torch.int64),
+                )
+            )
+    for world in (1, 2):
+        for case, result in zip(cases, computed(world, cases), strict=True):
+            assert result["loss"].shape == case.labels.shape and result["grad"].shape == case.logits.shape
+            assert result["bad_teacher_rows"] == 0
+    no_sequence_known = replace(next(c for c in cases if c.members[0][0] == "iw-sft"), num_sequences=None)
+    assert run(no_sequence_known)["loss"].shape == (0,)
+
+
+def test_a_single_token_without_leading_dimensions() -> None:
+    case = base("target-sft", torch.float64, seed=2)
+    assert isinstance(case.teacher, Tensor)
+    one = replace(
+        case, logits=case.logits[0, 0], teacher=case.teacher[0, 0], labels=torch.tensor(4), upstream=torch.tensor(1.5)
+    )
+    check(one, run(one))
+
+
+def test_all_labels_ignored() -> None:
+    for name in NAMES:
+        case = base(name, torch.float32, seed=1)
+        case = replace(case, labels=torch.full_like(case.labels, -100))
+        result = run(case)
+        finite(case, result)
+        assert not result["loss"].any() and not result["grad"].any() and not result["supervised"].any()
+
+
+# ---- teachers and parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, "per-token"])
+def test_teacher_without_support(eta: float | str, dtype: torch.dtype) -> None:
+    """Log-probs of -inf, at the label too: 0 * (-inf) must be 0, whether eta or the teacher's probability is 0."""
+    case = base("target-sft", dtype, seed=4)
+    given = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64) if eta == "per-token" else eta
+    teacher = noise(case).masked_fill(noise(case, 2) > 0, -torch.inf)
+    teacher[..., 0] = 0  # at least one token has support
+    padded = torch.zeros(case.logits.shape, dtype=dtype)
+    padded[..., :VOCABULARY] = teacher
+    cases = [
+        replace(case, members=[("target-sft", {"eta": given})], teacher=garbage_padding(padded, VOCABULARY)),
+        *(replace(base(name, dtype, seed=4), teacher=padded) for name in NEEDS_TEACHER),
+    ]
+    for world in (1, 3):
+        for member, result in zip(cases, computed(world, cases), strict=True):
+            finite(member, result)
+            check(member, result)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_unused_teacher_rows_may_be_anything(world: int) -> None:
+    """eta per token, 0 in places: NaN and infinities of the teacher there change nothing and are not counted."""
+    case = base("target-sft", torch.float64, seed=6)
+    eta = torch.zeros(case.labels.shape, dtype=torch.float64)
+    eta[::2] = 0.7
+    assert isinstance(case.teacher, Tensor)
+    teacher = case.teacher.clone()
+    teacher[1::2, :, 3], teacher[3] = torch.nan, torch.inf
+    case = replace(case, members=[("target-sft", {"eta": eta})])
+    [spoiled] = computed(world, [replace(case, teacher=teacher)])
+    [clean] = computed(world, [case])
+    check(case, spoiled)
+    assert spoiled["bad_teacher_rows"] == 0
+    for key, value in clean.items():
+        assert torch.equal(spoiled[key], value), key
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-6, 100.0])
+def test_gift_at_the_ends_of_beta(beta: float) -> None:
+    for dtype in (torch.float64, torch.float32):
+        case = replace(base("gift", dtype, seed=2), members=[("gift", {"beta": beta})])
+        check(case, run(case))
+
+
+def test_gift_beyond_the_range_of_exp() -> None:
+    case = replace(base("gift", torch.float32, seed=2), members=[("gift", {"beta": 1000.0})])
+    plain = replace(case, members=[("sft", {})], teacher=None)
+    for key in ("loss", "grad"):  # all mass is on the label
+        torch.testing.assert_close(run(case)[key], run(plain)[key])
+
+
+@pytest.mark.parametrize("ratio", [-200.0, 200.0, torch.inf])
+@pytest.mark.parametrize("name", NEEDS_REFERENCE)
+def test_reference_far_from_the_student(name: str, ratio: float) -> None:
+    """log p - log p_ref of 200 overflows fp32's exp: proximal's indicator and iw-sft's clamp must still hold."""
+    for dtype in (torch.float64, torch.float32):
+        case = base(name, dtype, seed=3)
+        log_p = -truth(case).expected.nll.reshape(case.labels.shape)
+        result = run(replace(case, reference_logprobs=log_p - ratio))
+        finite(case, result)
+        weights = result["imitation"][result["supervised"]]
+        if name == "proximal":
+            assert float(weights.max()) < 1e-80 and float(result["grad"].abs().max()) < 1e-80
+        else:
+            end = case.members[0][1]["clip_max" if ratio > 0 else "clip_min"]
+            torch.testing.assert_close(weights, torch.full_like(weights, end))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_iw_sft_with_a_reference_that_excludes_the_label(temperature: float) -> None:
+    """log p_ref = -inf is a ratio of +inf; at temperature 0 the weight is 1 all the same."""
+    case = base("iw-sft", torch.float32, seed=3)
+    none = torch.full(case.labels.shape, -torch.inf)
+    case = replace(case, members=[("iw-sft", {"temperature": temperature})], reference_logprobs=none)
+    for result in (run(case), run_reference(case)):
+        finite(case, result)
+        assert (result["imitation"][result["supervised"]] == (16.0 if temperature else 1.0)).all()
+
+
+def test_top_k_that_says_more_than_everything() -> None:
+    """fp16 log-probs may sum to a little over 1: no mass is left for the tail, and nothing is NaN."""
+    case = base("kd", torch.float32, seed=2)
+    ids = torch.arange(4).expand(*case.labels.shape, 4)
+    logprobs = torch.full(ids.shape, 0.2502, dtype=torch.float64).log().half()
+    case = replace(case, teacher=TeacherTopK(ids, logprobs, "uniform"))
+    finite(case, run(case))
+    check(case, run(case))
