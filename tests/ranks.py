@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 FORK = multiprocessing.get_context("fork")
+INHERITED: dict[str, Any] = {}
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, group: bool = True) -> list:
@@ -51,6 +53,9 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 def _rank(folder: Path, rank: int, world: int, group: bool, function: Callable[..., Any], args: tuple) -> None:
     os.setsid()  # so that _end finds what this rank starts, such as the helpers of Megatron's checkpoint writer
+    # a group that the parent has left in Megatron's globals: its destructor would wait here for threads of the parent
+    if "megatron.core.parallel_state" in sys.modules:
+        INHERITED.update(vars(sys.modules["megatron.core.parallel_state"]))
     try:
         torch.set_num_threads(1)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))

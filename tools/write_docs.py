@@ -28,13 +28,19 @@ def source_link(row: Row) -> str:
 
 def needs(row: Row) -> str:
     """What a row asks of the run."""
-    reference = {"reference_logp_y", "sequence_log_ratio"} & set(row.needs)
-    return "token weights in the data" if row.token_weights else "yes (its log p(y))" if reference else TEACHERS[row.teacher]
+    if row.token_weights:
+        return "no; token weights in the data"
+    if {"reference_logp_y", "sequence_log_ratio"} & set(row.needs):
+        return "yes (its log p(y))"
+    return TEACHERS[row.teacher]
 
 
 def objectives_table() -> str:
     """One line a row of the catalogue."""
-    lines = ["| objective | loss and coefficients | parameters (default; range) | teacher | source |", "|---|---|---|---|---|"]
+    lines = [
+        "| objective | loss and coefficients | parameters (default; range) | teacher | source |",
+        "|---|---|---|---|---|",
+    ]
     for name in objectives.names():
         row = objectives.row(name)
         parameters = "<br>".join(f"`{p.name}` ({p.default:g}; {p.range})" for p in row.parameters.values())

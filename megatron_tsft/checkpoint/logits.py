@@ -183,5 +183,8 @@ def _groups() -> Iterator[int]:
     finally:
         torch.cuda.current_device, tensor_parallel.get_cuda_rng_tracker = device, tracker
         parallel_state.destroy_model_parallel()
+        for name, value in list(vars(parallel_state).items()):
+            if isinstance(value, dist.ProcessGroup):  # it forgets some, whose threads would live on
+                setattr(parallel_state, name, None)
         if alone:
             dist.destroy_process_group()

@@ -99,7 +99,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         has weights; index int64 scalar. Labels are shifted inside each conversation, never across."""
         size = self.seq_length
         tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
-        positions, weights = np.zeros(size, np.int64), np.ones(size, np.float32)
+        positions = np.zeros(size, np.int64)
+        weights: np.ndarray = np.ones(size, np.float32)
         at = 0
         for row in self.rows(index):
             sample, n = self.data.row(row), int(self.positions[row])

@@ -75,7 +75,7 @@ def packed_local_spec(config: Any, vp_stage: int | None = None) -> Any:
     """Megatron's default layer spec for a GPTModelConfig with this attention in it (`transformer_layer_spec=`)."""
     from megatron.training.models.gpt import default_layer_spec
 
-    spec = default_layer_spec(config, vp_stage)
+    spec: Any = default_layer_spec(config, vp_stage)  # type: ignore[arg-type]  # None without virtual stages
     for layer in getattr(spec, "layer_specs", None) or [spec]:
         layer.submodules.self_attention.submodules.core_attention = PackedDotProductAttention
     return spec

@@ -36,13 +36,14 @@ class GuidedGPTModel(GPTModel):
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Split what the previous stage sent: [s, b, student hidden + teacher hidden]."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
-        if received is None:
-            super().set_input_tensor([None])
-            self.teacher.set_input_tensor([None])
-            return
-        width = self.config.hidden_size
-        super().set_input_tensor([received[..., :width].contiguous()])
-        self.teacher.set_input_tensor([received[..., width:].detach().contiguous()])
+        student: Any = None
+        teacher: Any = None
+        if received is not None:
+            width = self.config.hidden_size
+            student = received[..., :width].contiguous()
+            teacher = received[..., width:].detach().contiguous()
+        super().set_input_tensor(student)
+        self.teacher.set_input_tensor(teacher)
 
     def forward(self, *args: Any, output_processor_context: Any = None, **kwargs: Any) -> Tensor:
         """As GPTModel.forward; on the last stage the context gets `teacher_logits` before the student's hook runs."""
@@ -65,10 +66,11 @@ class GuidedModelBuilder(GPTModelBuilder):
         """One stage; the student's random initialisation is what it would be without a teacher."""
         student = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         student.__class__ = GuidedGPTModel
-        assert isinstance(student, GuidedGPTModel)
-        tracker = tensor_parallel.get_cuda_rng_tracker()
+        config = self._model_config
+        assert isinstance(student, GuidedGPTModel) and isinstance(config, GPTModelConfig)
+        tracker: Any = tensor_parallel.get_cuda_rng_tracker()
         random_state = torch.get_rng_state(), tracker.get_states()
-        teacher = GPTModelBuilder(frozen_config(self._model_config)).build_model(
+        teacher = GPTModelBuilder(frozen_config(config)).build_model(
             pg_collection, student.pre_process, student.post_process, vp_stage
         )
         torch.set_rng_state(random_state[0])
@@ -110,7 +112,7 @@ def load_teachers(model: list[Any], checkpoint: Path) -> list[Any]:
         f"model{i}": teacher.sharded_state_dict(metadata={"dp_cp_group": teacher.pg_collection.dp_cp})
         for i, teacher in enumerate(teachers)
     }
-    loaded = dist_checkpointing.load(state, str(checkpoint))
+    loaded: Any = dist_checkpointing.load(state, str(checkpoint))
     for i, teacher in enumerate(teachers):
         teacher.load_state_dict(loaded[f"model{i}"], strict=False)  # _extra_state entries are empty here
     return model

@@ -12,9 +12,10 @@ from megatron_tsft.checkpoint.architecture import decoder_arguments, rope_argume
 from megatron_tsft.checkpoint.convert import export_hf, import_hf
 from megatron_tsft.checkpoint.families.llama import FAMILY as LLAMA
 from megatron_tsft.checkpoint.families.llama import KEY_VALUE, LAYER, QUERY
-from megatron_tsft.checkpoint.logits import compare_logits, megatron_logits
+from megatron_tsft.checkpoint.logits import compare_logits, difference, hf_logits, megatron_logits
 from megatron_tsft.checkpoint.mapping import Family, Row, Source
 from megatron_tsft.checkpoint.verify import verify
+from tests.ranks import run_ranks
 
 Make = Callable[..., Path]
 Same = Callable[[Path, Path], None]
@@ -35,16 +36,32 @@ def test_logits_are_those_of_transformers(tied: bool, dtype: torch.dtype, make_h
     assert result.max_logit > 1 and result.positions == 64
 
 
-def test_rope_scaling_at_3072_positions(make_hf: Make, tmp_path: Path) -> None:
+def rank_logits(_: int, folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    return megatron_logits(folder, ids)
+
+
+def test_rope_scaling_at_3072_positions_on_one_rank_and_on_two(make_hf: Make, tmp_path: Path) -> None:
     # dozens of positions would not exercise the scaling: only wavelengths above 2048 positions are scaled
     source = make_hf(rope_factor=32.0, num_attention_heads=4, num_hidden_layers=2)
     import_hf(source, tmp_path / "megatron", progress=False)
     ids = random_ids(3072)
-    result = compare_logits(source, tmp_path / "megatron", ids)
-    assert result.max_difference < 1e-4 and result.positions == 3072
-    with_scaling = megatron_logits(tmp_path / "megatron", ids)
+    theirs, ours = hf_logits(source, ids), megatron_logits(tmp_path / "megatron", ids)
+    for logits in (ours, *run_ranks(2, rank_logits, tmp_path / "megatron", ids)):
+        result = difference(logits, theirs)
+        assert result.max_difference < 1e-4 and result.argmax_agreement == 1.0 and result.positions == 3072
     without = megatron_logits(tmp_path / "megatron", ids, rope_scaling=False)
-    assert (with_scaling - without).abs().max() > 0.1
+    assert (ours - without).abs().max() > 0.1
+
+
+def test_tensor_parallel_ranks_may_share_a_key_value_head_and_pad_the_vocabulary_more(
+    make_hf: Make, tmp_path: Path
+) -> None:
+    source = make_hf(num_key_value_heads=1, vocab_size=1100)  # padded to 1152 in the checkpoint, to 1280 at TP 2
+    import_hf(source, tmp_path / "megatron", progress=False)
+    ids = random_ids(64)
+    for logits in run_ranks(2, rank_logits, tmp_path / "megatron", ids):
+        assert logits.shape == (1, 64, 1100)
+        assert difference(logits, hf_logits(source, ids)).max_difference < 1e-4
 
 
 def test_verify_compares_logits_on_a_text(make_hf: Make, tmp_path: Path) -> None:

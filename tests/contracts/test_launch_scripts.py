@@ -22,7 +22,9 @@ REQUIRED = {"MODEL": "base", "DATA": "data/train", "SAVE": "runs/a", "TRAIN_ITER
 CPU = REQUIRED | {"DEVICE": "cpu"}
 
 
-def start(script: Path, *arguments: str, cwd: Path | str = REPOSITORY, **variables: str) -> subprocess.CompletedProcess[str]:
+def start(
+    script: Path, *arguments: str, cwd: Path | str = REPOSITORY, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script with nothing in its environment but PATH, DRY_RUN=1 and `variables`."""
     environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1"} | variables
     return subprocess.run(

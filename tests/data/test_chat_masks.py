@@ -4,10 +4,12 @@ The oracle of a case is a list of (text, supervised) pieces, each tokenised alon
 because a special token, a line break or a space stands there.
 """
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from megatron_tsft.data.chat import ChatEncoder, mark_supervised
 from megatron_tsft.data.turns import Refusal
@@ -162,6 +164,15 @@ def test_a_token_across_the_border_is_supervised() -> None:
     assert mark_supervised(tokenizer, encoded.input_ids, encoded.loss_mask).endswith("[[five<|eot_id|>]]")
 
 
+def test_a_header_token_that_swallows_space_is_not_supervised() -> None:
+    """Phi-3's <|assistant|> takes the white space behind it along, also that of the answer."""
+    tokenizer = copy.deepcopy(byte_level(t.PHI3))
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True, special=True)], special_tokens=True)
+    encoded = ChatEncoder(tokenizer).encode({"messages": [user("two"), assistant("  five")]})
+    text = mark_supervised(tokenizer, encoded.input_ids, encoded.loss_mask)
+    assert text == "<|user|>\ntwo<|end|>\n<|assistant|>[[five<|end|>\n<|endoftext|>]]"
+
+
 def test_system_tool_and_consecutive_assistant_messages() -> None:
     messages = [
         {"role": "system", "content": "You are fine."},
@@ -230,6 +241,8 @@ def test_raw_text() -> None:
         (t.QWEN3, [user("a"), assistant("b", reasoning_content="hm"), user("c"), assistant("d")], "drop its thinking"),
         (t.OPEN_THOUGHT, [user("a"), assistant("b")], "renders the prompt of an assistant turn differently"),
         (t.NO_END, [user("a"), assistant("b")], "without special token"),
+        # the next turn's <|im_start|> is no end
+        (t.NO_END, [user("a"), assistant("b"), user("c")], "without special token"),
         (t.NO_END.replace("m['role'] + '\\n'", "m['role']"), [user("a"), assistant("b")], "without special token"),
         (t.CHATML, [assistant("b"), user("c"), assistant("d")], "the first message is the assistant's"),
         (t.MISTRAL, [user("a"), user("a"), assistant("b")], "refuses it: roles must alternate"),

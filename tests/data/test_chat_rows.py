@@ -80,6 +80,16 @@ def test_critical_spans_where_the_template_strips() -> None:
     assert found[-1] == ("<|eot_id|>", 0)
 
 
+def test_critical_spans_where_the_turn_says_the_content_twice() -> None:
+    """The template writes <think> before the content 'think'."""
+    tokenizer = byte_level(t.QWEN3)
+    encoded = ChatEncoder(tokenizer).encode({"messages": [user("two"), assistant("think", critical=[[0, 5]])]})
+    found = weighted_tokens(tokenizer, encoded)
+    text = "".join(token for token, _ in found)
+    chosen = "".join(token if weight else "." * len(token) for token, weight in found)
+    assert chosen.strip(".") == "think" and chosen.index("think") == text.rindex("think")
+
+
 def test_an_empty_list_of_spans_chooses_nothing() -> None:
     tokenizer = byte_level()
     encoded = ChatEncoder(tokenizer).encode({"messages": [user("two"), assistant("five", critical=[])], "weight": 3})

@@ -13,14 +13,11 @@ def textbook(lengths: list[int], capacity: int) -> list[int]:
     room: list[int] = []
     bins = []
     for length in lengths:
-        for i, free in enumerate(room):
-            if free >= length:
-                break
-        else:
-            i = len(room)
+        place = next((i for i, free in enumerate(room) if free >= length), len(room))
+        if place == len(room):
             room.append(capacity)
-        room[i] -= length
-        bins.append(i)
+        room[place] -= length
+        bins.append(place)
     return bins
 
 

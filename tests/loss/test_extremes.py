@@ -1,4 +1,4 @@
-"""Where floating point bites: huge or equal logits, certain tokens, empty shards, no support, no tokens; never a NaN."""
+"""Where floating point bites: huge or equal logits, certain tokens, empty shards, no support, no tokens, no NaN."""
 
 from collections.abc import Callable
 from dataclasses import replace

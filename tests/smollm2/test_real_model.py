@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct itself: Hugging Face -> Megatron -> Hugging Face bit by bit, and the same logits at TP 1 and 3."""
+"""SmolLM2-135M-Instruct itself: to Megatron and back bit by bit, and the logits of transformers at TP 1 and TP 3."""
 
 import os
 import subprocess

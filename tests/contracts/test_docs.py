@@ -1,0 +1,96 @@
+"""Pages say what is true: generated tables are current, links lead somewhere, code blocks run, flags exist."""
+
+import functools
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
+SCRIPTS = sorted([*REPOSITORY.glob("launch/*"), *REPOSITORY.glob("examples/**/*.sh")])
+TOOLS = sorted(REPOSITORY.glob("tools/*.py"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+@functools.cache  # a tool imports for seconds before it helps
+def help_of(tool: Path, *command: str) -> str:
+    line = [sys.executable, str(tool), *command, "--help"]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_generated_tables_are_current() -> None:
+    spec = importlib.util.spec_from_file_location("write_docs", REPOSITORY / "tools" / "write_docs.py")
+    assert spec is not None and spec.loader is not None
+    write_docs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(write_docs)
+    for name in write_docs.TABLES:
+        path, now, fresh = write_docs.page(name)
+        assert now == fresh, f"{path.name} is out of date: run tools/write_docs.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_blocks_run(page: Path) -> None:
+    for block in blocks(page, "python"):
+        done = subprocess.run([sys.executable, "-c", block], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_json_rows_of_the_data_page_are_rows() -> None:
+    rows = [json.loads(line) for block in blocks(REPOSITORY / "docs/data.md", "json") for line in block.splitlines()]
+    assert len(rows) >= 4
+    assert all("messages" in row or {"prompt", "completion"} <= row.keys() for row in rows)
+
+
+def test_every_flag_of_ours_that_is_named_exists() -> None:
+    from megatron_tsft.training.config import TsftConfig, option
+
+    known = {option(name) for name in TsftConfig.__dataclass_fields__}
+    for path in [
+        *PAGES,
+        *SCRIPTS,
+        *TOOLS,
+        *REPOSITORY.glob("examples/**/*.py"),
+        *REPOSITORY.glob("megatron_tsft/**/*.py"),
+    ]:
+        for flag in set(re.findall(r"--tsft-[a-z-]*[a-z]", path.read_text(encoding="utf-8"))):
+            assert flag in known, f"{path.name} names {flag}"
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
+def test_every_tool_has_help_with_an_example(tool: Path) -> None:
+    text = help_of(tool)
+    assert "example" in text and f"tools/{tool.name}" in text
+
+
+def test_named_tools_and_their_flags_exist() -> None:
+    commands = [
+        " ".join(block.replace("\\\n", " ").split())
+        for page in PAGES
+        for block in re.findall(r"(tools/\w+\.py(?:[^\n`]|\\\n)*)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(commands) > 5
+    for command in commands:
+        tool, *words = command.split()
+        path = REPOSITORY / tool
+        assert path.exists(), command
+        sub = [word for word in words[:1] if word in ("import", "export", "verify")]
+        for flag in re.findall(r"(?<!\S)--[a-z-]+", command):
+            assert flag in help_of(path, *sub), f"{command}: there is no {flag}"
