@@ -32,11 +32,14 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty temporary sibling of `path`; on success it becomes `path`, on any error it is removed.
 
     Raises:
-        UserError: `path` exists and is not an empty folder, and `overwrite` is False.
+        UserError: `path` is a file, or a folder that is not empty, and `overwrite` is False.
     """
     path = Path(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: name a folder")
+    if path.exists() and not overwrite and any(path.iterdir()):
         raise UserError(f"{path} exists already: name another folder, delete it, or pass --overwrite")
+    path = path.resolve()  # behind a link, the folder that it names is made or replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")  # a fixed name: the next try clears what a killed one left
     shutil.rmtree(temporary, ignore_errors=True)
@@ -50,7 +53,10 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         for name in names:
             fsync_path(Path(folder) / name)
         fsync_path(Path(folder))
+    replaced = path.with_name(f".{path.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
+        os.replace(path, replaced)  # first aside, then deleted: a folder that is half deleted has not its own name
     os.replace(temporary, path)
     fsync_path(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)

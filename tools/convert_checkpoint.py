@@ -3,10 +3,10 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from megatron_tsft.checkpoint.convert import export_hf, import_hf
-from megatron_tsft.checkpoint.verify import Verification, verify
-from megatron_tsft.errors import UserError
+if TYPE_CHECKING:
+    from megatron_tsft.checkpoint.verify import Verification
 
 EXAMPLE = """examples:
   tools/convert_checkpoint.py import --hf SmolLM2-135M-Instruct --megatron base --verify
@@ -40,7 +40,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def report(result: Verification) -> int:
+def report(result: "Verification") -> int:
     """Print what was compared; 0 where everything agrees, else 1."""
     print(f"{result.tensors - len(result.different)} of {result.tensors} tensors are identical bit by bit")
     for name in result.different[:10]:
@@ -58,6 +58,11 @@ def report(result: Verification) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 where a verification finds a difference, or 2 for a user's error."""
     args = parse(argv)
+    # after parsing: torch and what it brings take seconds, which --help and a wrong flag need not wait for
+    from megatron_tsft.checkpoint.convert import export_hf, import_hf
+    from megatron_tsft.checkpoint.verify import verify
+    from megatron_tsft.errors import UserError
+
     bar = not args.no_progress
     try:
         if args.command == "import":
@@ -83,9 +88,12 @@ def main(argv: list[str] | None = None) -> int:
             )
             return 0
         return report(verify(args.hf, args.megatron, args.text, progress=bar))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: no space, no permission; what was half-written is gone already
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

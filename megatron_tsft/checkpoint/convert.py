@@ -39,7 +39,7 @@ def import_hf(
         UserError: the folder is incomplete or its model is one that Megatron cannot express; nothing is written then.
     """
     hf_dir, megatron_dir = Path(hf_dir), Path(megatron_dir)
-    _check_target(megatron_dir, hf_dir, overwrite, CARD_FILE)
+    _check_target(megatron_dir, hf_dir, overwrite, (CARD_FILE, "release"))  # a run's own folder has no release
     config = load_config(hf_dir)
     family = family_of(config)
     arguments, factor = family.arguments(config)
@@ -117,8 +117,12 @@ def export_hf(
         UserError: no card, no complete checkpoint, one that does not fit the card, or an unknown dtype.
     """
     megatron_dir, hf_dir = Path(megatron_dir), Path(hf_dir)
-    _check_target(hf_dir, megatron_dir, overwrite, "config.json")
+    _check_target(hf_dir, megatron_dir, overwrite, ("config.json", "*.safetensors"))
     card = ModelCard.load(megatron_dir)
+    if not (megatron_dir / HF_FOLDER / "config.json").is_file():
+        raise UserError(
+            f"{megatron_dir} has no {HF_FOLDER}/config.json: copy the folder {HF_FOLDER} from the imported checkpoint"
+        )
     one_dtype = None if dtype is None else _dtype_name(dtype)
     checkpoint = latest_checkpoint(megatron_dir, iteration)
     compare_keys(expected_keys(card), checkpoint)
@@ -206,16 +210,19 @@ def _fingerprint(hf_dir: Path) -> str | None:
     return tokenizer_fingerprint(load_tokenizer(hf_dir))
 
 
-def _check_target(target: Path, source: Path, overwrite: bool, marker: str) -> None:
-    """Refuse a target that would destroy something: `marker` is a file that only such a folder has."""
+def _check_target(target: Path, source: Path, overwrite: bool, markers: tuple[str, ...]) -> None:
+    """Refuse a target that would destroy something: `markers` match files that only such a folder has all of."""
     new, old = target.resolve(), source.resolve()
     if new == old or new in old.parents or old in new.parents:
         raise UserError(f"{target} and {source} lie in one another: write to a folder of its own")
-    if target.is_dir() and any(target.iterdir()) and (not overwrite or not (target / marker).is_file()):
-        remedy = "pass --overwrite" if (target / marker).is_file() else f"it has no {marker}, so it is not overwritten"
-        raise UserError(f"{target} exists already: name another folder, or {remedy}")
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder")
+    if target.is_dir() and any(target.iterdir()):
+        missing = [marker for marker in markers if not any(target.glob(marker))]
+        if missing:
+            raise UserError(f"{target} holds other files and no {missing[0]}, so it is kept: name another folder")
+        if not overwrite:
+            raise UserError(f"{target} exists already: name another folder, or pass --overwrite")
 
 
 def _check_space(target: Path, needed: int) -> None:

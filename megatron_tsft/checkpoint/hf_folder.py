@@ -73,7 +73,10 @@ class HfWeights:
             return {}
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
-            return json.loads(index.read_text())["weight_map"]
+            try:
+                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{index} is damaged ({error!r}): download or copy it again") from error
         suffixes = {path.suffix for path in self.directory.iterdir()}
         load = "load it once with AutoModelForCausalLM.from_pretrained(DIR"
         if ".gguf" in suffixes:

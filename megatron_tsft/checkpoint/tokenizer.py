@@ -20,8 +20,8 @@ def load_tokenizer(directory: str | Path) -> Any:
         raise UserError(f"tokenizer folder {directory} does not exist: pass a local Hugging Face folder")
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"no tokenizer could be loaded from {directory}: {error}") from error
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
+        raise UserError(f"no tokenizer could be loaded from {directory}: {' '.join(str(error).split())}") from error
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -125,14 +126,29 @@ def write_checkpoint(directory: Path, boxes: list[Box], objects: Mapping[str, An
     """Write one torch_dist checkpoint folder as `megatron.core.dist_checkpointing.save` lays it out.
 
     boxes: cover every tensor exactly once; made in this order, one at a time. objects: unique key -> picklable object.
+
+    Raises:
+        OSError: the disk is full, or whatever else the disk or a box's `make` raises.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # no copy-ahead: on a machine with a GPU torch would otherwise load boxes ahead through CUDA streams
     writer = FileSystemWriter(str(directory), single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
     with warnings.catch_warnings():  # "torch.distributed is uninitialized": intended
         warnings.simplefilter("ignore")
-        save({}, storage_writer=writer, planner=_StreamingPlanner(boxes, objects), no_dist=True)
+        try:
+            save({}, storage_writer=writer, planner=_StreamingPlanner(boxes, objects), no_dist=True)
+        except CheckpointException as error:  # the tracebacks of all ranks in one text, and no Exception
+            cause, _ = next(iter(error.failures.values()))
+            raise _origin(cause) from None
     (directory / "metadata.json").write_text(json.dumps(BACKEND))
+
+
+def _origin(error: BaseException) -> BaseException:
+    """The OSError behind an exception, if there is one: torch.save says "unexpected pos" where the disk is full."""
+    link: BaseException | None = error
+    while link is not None and not isinstance(link, OSError):
+        link = link.__cause__ or link.__context__
+    return link or error
 
 
 class _BoxPlanner(LoadPlanner):

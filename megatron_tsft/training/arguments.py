@@ -8,7 +8,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
@@ -65,23 +65,23 @@ REFUSED: dict[str, str] = {
 }
 
 
-def parser_of(defaults: dict[str, Any] | None = None) -> argparse.ArgumentParser:
-    """Megatron's parser with our group, and `defaults` set over Megatron's own."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    return _extend(add_megatron_arguments(parser), defaults or {})
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, where argparse would print the usage of some 900 flags first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists our flags, --help-megatron Megatron's")
 
 
-def _extend(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> argparse.ArgumentParser:
-    parser = add_flags(parser)
-    parser.set_defaults(**defaults)
-    return parser
+def parser_of() -> argparse.ArgumentParser:
+    """Megatron's parser with our group."""
+    return add_flags(add_megatron_arguments(_Parser(allow_abbrev=False)))
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Any]:
     """Destination -> value of the flags that are on the command line, defaults left out.
 
     Raises:
-        SystemExit: argparse refuses the command line (it says why).
+        UserError: an unknown flag, or a value that is none for its flag.
     """
     parser = parser_of()
     for action in parser._actions:
@@ -158,7 +158,9 @@ def parse(argv: Sequence[str], defaults: dict[str, Any]) -> argparse.Namespace:
     """
 
     def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        return _extend(parser, defaults)
+        parser = add_flags(parser)
+        parser.set_defaults(**defaults)
+        return parser
 
     return _with_argv(argv, lambda: parse_and_validate_args(extra_args_provider))
 

@@ -10,8 +10,11 @@ launch/pretrain_gpt_tsft.sh puts such a command together. Started again with the
 """
 
 import argparse
+import json
 import os
 import sys
+import time
+from pathlib import Path
 
 from megatron_tsft.errors import UserError
 from megatron_tsft.training.config import DEVICES, add_flags
@@ -45,7 +48,7 @@ def print_help() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; the exit status is 2 for what the user can fix, said in one line by rank 0."""
+    """Run; the exit status is 2 for what the user can fix."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print_help()
@@ -67,10 +70,19 @@ def main(argv: list[str] | None = None) -> int:
 
         run(argv, device)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return say(error)
     return 0
+
+
+def say(error: UserError) -> int:
+    """Rank 0 says it, on standard error and in torchrun's closing summary; returns the exit status."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)  # torchrun ends this rank when rank 0 is gone; were this one first, rank 0 might never speak
+        return 2
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torch/distributed/elastic/multiprocessing/errors
+        Path(file).write_text(json.dumps({"message": f"error: {error}", "timestamp": str(int(time.time()))}))
+    return 2
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def run_case(world: int, argv: list[str], log: str, timeout: float) -> list[int]
         if pid in alive:
             codes[alive.pop(pid)] = os.waitstatus_to_exitcode(status)
         if any(code > 0 for code in codes):
-            deadline = min(deadline, time.monotonic() + 5)  # its peers report the same error, or hang
+            deadline = min(deadline, time.monotonic() + 1)  # as torchrun does: its peers may wait for it
         if time.monotonic() > deadline:
             for left in alive:
                 os.kill(left, signal.SIGKILL)
