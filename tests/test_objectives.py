@@ -123,6 +123,16 @@ def test_parsed_objective_on_two_ranks() -> None:
     torch.testing.assert_close(torch.cat([grad for _, grad in per_rank], -1), leaf.grad, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("kd-hybrid", "teacher_weight"), ("label-smoothing", "smoothing"), ("sft-kl", "kl_weight"), ("asft", "kl_weight")],
+)
+def test_a_weight_of_zero_is_still_a_residual(name: str, key: str) -> None:
+    """A schedule that starts at 0 must not change the program: only the number 0 says that there is no residual."""
+    assert isinstance(objectives.get(name, **{key: 0.0}).residual_plan().residual, Tensor)
+    assert objectives.get("sft").residual_plan().residual == 0.0
+
+
 def test_how_an_objective_prints() -> None:
     assert repr(objectives.get("target-sft", eta=0.25)) == "target-sft, eta=0.25"
     assert repr(objectives.get("gem", beta=torch.ones(3))) == "gem, beta=tensor"

@@ -88,12 +88,12 @@ def main(argv: list[str] | None = None) -> int:
             )
             return 0
         return report(verify(args.hf, args.megatron, args.text, progress=bar))
-    except (UserError, OSError) as error:  # OSError: no space, no permission; what was half-written is gone already
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was left half-written", file=sys.stderr)
-        return 130
+    except (OSError, KeyboardInterrupt) as error:  # no space, no permission, Ctrl-C
+        print(f"error: {args.command} stopped: {error or 'interrupted'}; nothing is left half-written", file=sys.stderr)
+        return 2 if isinstance(error, OSError) else 130
 
 
 if __name__ == "__main__":

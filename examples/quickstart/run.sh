@@ -69,7 +69,7 @@ else
     SEQ_LENGTH=128 MBS=2 GBS=4 TRAIN_ITERS=$STEPS SAVE_INTERVAL=12 \
     LR=1e-4 MIN_LR=1e-5 WARMUP_ITERS=3 ADAM_BETA1=0.9 ADAM_BETA2=0.95 WEIGHT_DECAY=0 CLIP_GRAD=1.0 \
     launch/pretrain_gpt_tsft.sh 2>&1 | tee "$RUN/training.log" |
-    { grep --line-buffered -E 'iteration +[0-9]+/|validation loss|saved checkpoint|^error:' || true; } || trained=$?
+    { grep --line-buffered -E '^(step|heldout) [0-9]|saved checkpoint|^error:' || true; } || trained=$?
   if [[ $trained -ne 0 || $(trained_steps) != "$STEPS" ]]; then
     tail -n 30 "$RUN/training.log" >&2
     echo "error: the training stopped; the whole log is $RUN/training.log, and 'make quickstart' goes on from step" \

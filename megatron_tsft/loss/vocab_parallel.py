@@ -155,8 +155,7 @@ class _QTarget(torch.autograd.Function):
         zero = torch.zeros_like(stats.logp_y)
         loss = targets.imitation * stats.nll
         if targets.cross_entropy is not None:
-            part = targets.residual * targets.cross_entropy
-            loss = loss + torch.where(targets.residual != 0, part, zero)
+            loss = loss + targets.residual * targets.cross_entropy
         if problem.token_weights is not None:
             loss = loss * problem.token_weights
         loss = torch.where(targets.supervised, loss, zero)
@@ -207,12 +206,11 @@ class _QTarget(torch.autograd.Function):
                 m_pi, s_pi, *m_t = pi_parts
                 log_t = shard.teacher.centred(rows, m_t[0][rows]) if isinstance(shard.teacher, DenseTeacher) else None
                 pi = (shard.exponent(centred, log_t, rows) - m_pi[rows, None]).exp_().mul_((c_r / s_pi)[rows, None])
-                # where a row has no residual its pi may be anything, even NaN
-                pi = torch.where((c_r[rows] != 0)[:, None], pi, torch.zeros((), dtype=pi.dtype, device=pi.device))
                 at_label = at_label - pi.gather(1, label)[:, 0]
                 g = g.sub_(pi)
             at_label = torch.where(shard.owns_label[rows], at_label, g.gather(1, label)[:, 0])
             g.scatter_(1, label, at_label[:, None])
+            # masked, not multiplied: an ignored token's numbers, or a bad teacher row's, may be NaN
             g.mul_(scale[rows, None]).masked_fill_(~supervised[rows, None], 0)
             grad[rows, : shard.columns] = g.to(grad.dtype)
         return grad, None, None

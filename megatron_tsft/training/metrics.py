@@ -31,17 +31,18 @@ class MetricsFile:
         self._opened = False
         self._last_heldout = -1
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Append one row; a second evaluation of the same step is left out."""
+    def write(self, row: dict[str, Any]) -> bool:
+        """Append one row; False for a second evaluation of the same step, which is left out."""
         heldout, step = row.get("split") == "heldout", row["step"]
         if not self._opened:
             self._drop_after(step, heldout)
         if heldout and step == self._last_heldout:
-            return
+            return False
         if heldout:
             self._last_heldout = step
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        return True
 
     def _drop_after(self, step: int, heldout: bool) -> None:
         """Keep what came before this row; also drops the half line of a process that was killed."""
@@ -76,6 +77,7 @@ class MetricsWriter:
         last: str,
         interval: int,
         eval_tokens: int,
+        print_interval: int = 1,
     ):
         """
         Args:
@@ -85,8 +87,10 @@ class MetricsWriter:
             last: the name that Megatron writes last of those in `TRAIN`: it completes a row.
             interval: steps between TensorBoard's values; the file gets every step.
             eval_tokens: supervised tokens of an evaluation.
+            print_interval: steps between the lines on the console.
         """
         self.file, self.inner, self.last, self.interval, self.eval_tokens = file, inner, last, interval, eval_tokens
+        self.print_interval = print_interval
         self._active_seconds, self._seconds = active_seconds, 0.0
         self._row: dict[str, Any] = {}
         self._heldout: dict[str, Any] = {}
@@ -102,16 +106,21 @@ class MetricsWriter:
         if name == self.last:
             self._finish_step(step)
         if name in HELDOUT and len(self._heldout) == len(HELDOUT):
-            self.file.write({"split": "heldout", "step": step, **self._heldout, "tokens": self.eval_tokens})
+            row = {"split": "heldout", "step": step, **self._heldout, "tokens": self.eval_tokens}
             self._heldout = {}
+            if self.file.write(row):
+                print(line(row), flush=True)
 
     def _finish_step(self, step: int) -> None:
         seconds = self._active_seconds()
         rate = self._row["tokens"] / max(seconds - self._seconds, 1e-9)
         self._seconds = seconds
         self._row |= {"step": step, "tokens": round(self._row["tokens"]), "tokens_per_second": round(rate, 3)}
-        self.file.write({column: self._row.get(column) for column in COLUMNS})
+        row = {column: self._row.get(column) for column in COLUMNS}
         self._row = {}
+        self.file.write(row)
+        if step % self.print_interval == 0:
+            print(line(row), flush=True)
         if self.inner is not None and step % self.interval == 0:
             self.inner.add_scalar("tokens-per-second", rate, step)
 
@@ -123,6 +132,14 @@ class MetricsWriter:
     def __getattr__(self, name: str) -> Any:
         """add_text, add_histogram and the rest: the real writer's, or nothing."""
         return getattr(self.inner, name) if self.inner is not None else lambda *args, **kwargs: None
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for the console: Megatron's own line leaves negative values and the speed out."""
+    values = (
+        f"{name} {value:.5g}" for name, value in row.items() if name not in ("split", "step") and value is not None
+    )
+    return " | ".join([f"{row.get('split', 'step')} {row['step']}", *values])
 
 
 def number(value: Any) -> float | None:

@@ -124,6 +124,7 @@ def install_metrics(args: Any, datasets: Datasets) -> None:
         active_seconds=active_seconds,
         last="grad-norm" if args.clip_grad > 0 else "tokens",
         interval=interval,
+        print_interval=args.log_interval,
         eval_tokens=datasets.evaluation.supervised_tokens() if datasets.evaluation else 0,
     )
 

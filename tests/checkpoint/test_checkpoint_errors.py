@@ -62,6 +62,7 @@ BAD_CONFIGS = {
     "another width": ({"intermediate_size": 96}, "gate_proj.weight is .112, 64.*says .96, 64"),
     "another depth": ({"num_hidden_layers": 4}, "9 missing tensors.*layers.3"),
     "another depth, fewer": ({"num_hidden_layers": 2}, "9 unexpected tensors.*layers.2"),
+    "llama3 without its constants": ({"rope_parameters": LLAMA3}, "cannot be read.*low_freq_factor"),
     "nonsense": ({"hidden_size": "wide"}, "cannot be read"),
 }
 
@@ -85,6 +86,10 @@ def test_folders_that_are_not_complete(make_hf: Make, tmp_path: Path) -> None:
     refused(source, target, f"{shard.name} is damaged")
     shutil.copy(sorted(source.glob("*.safetensors"))[0], shard)
     refused(source, target, "where the index says")
+    index = source / "model.safetensors.index.json"
+    for text in ('{"metadata": {', '{"metadata": {}}', '{"weight_map": 3}'):
+        index.write_text(text)
+        refused(source, target, f"{index.name} is damaged")
     for file in source.glob("*safetensors*"):
         file.unlink()
     refused(source, target, "no model.safetensors")
@@ -118,6 +123,13 @@ def test_tensors_that_the_table_does_not_know(make_hf: Make, read_tensors: Read,
     refused(source, target, "is F64")
 
 
+def test_a_damaged_tokenizer(make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf(tokenizer=True)
+    for text in ('{"trunc', '{"version": "1.0"}'):
+        (source / "tokenizer.json").write_text(text)
+        refused(source, tmp_path / "megatron", f"no tokenizer could be loaded from {source}")
+
+
 def test_no_space_on_the_disk(make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -130,10 +142,26 @@ def test_only_folders_of_ours_are_overwritten(make_hf: Make, tmp_path: Path) -> 
     target.mkdir()
     precious.touch()
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="exists already"):
+        with pytest.raises(UserError, match="holds other files and no tsft_model.json, so it is kept"):
             import_hf(source, target, overwrite=overwrite, progress=False)
     precious.unlink()
     import_hf(source, target, progress=False)
+    run, project = tmp_path / "run", tmp_path / "project"
+    copy_card(target, run)  # a training run's own folder has a card too
+    (run / "iter_0000020").mkdir()
+    with pytest.raises(UserError, match="holds other files and no release, so it is kept"):
+        import_hf(source, run, overwrite=True, progress=False)
+    project.mkdir()
+    (project / "config.json").touch()
+    with pytest.raises(UserError, match=r"holds other files and no \*.safetensors, so it is kept"):
+        export_hf(target, project, overwrite=True, progress=False)
+    (project / "config.json").unlink()
+    export_hf(target, project, progress=False)
+    with pytest.raises(UserError, match="pass --overwrite"):
+        export_hf(target, project, progress=False)
+    export_hf(target, project, overwrite=True, progress=False)
+    with pytest.raises(UserError, match="is a file"):
+        export_hf(target, project / "config.json", overwrite=True, progress=False)
     with pytest.raises(UserError, match="pass --overwrite"):
         import_hf(source, target, progress=False)
     import_hf(source, target, overwrite=True, progress=False)
@@ -205,6 +233,13 @@ def test_cards(make_hf: Make, tmp_path: Path) -> None:
     (save / "tsft_model.json").write_text('{"format_version": 99}')
     with pytest.raises(UserError, match="another format version"):
         ModelCard.load(save)
+
+
+def test_a_folder_that_lost_its_side_files(make_hf: Make, tmp_path: Path) -> None:
+    import_hf(make_hf(), tmp_path / "megatron", progress=False)
+    shutil.rmtree(tmp_path / "megatron" / "hf")
+    with pytest.raises(UserError, match="has no hf/config.json"):
+        export_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
 
 
 def test_an_unknown_dtype(make_hf: Make, tmp_path: Path) -> None:

@@ -71,6 +71,27 @@ def test_transformers_loads_the_export_without_missing_or_unexpected_keys(make_h
     assert torch.equal(*logits)
 
 
+def test_the_export_generates_what_the_original_does(make_hf: Make, tmp_path: Path) -> None:
+    """As a user of transformers: the chat template's prompt in, greedy tokens out; from several files, in bf16."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = make_hf(dtype=torch.bfloat16, tokenizer=True, tie_word_embeddings=True, shard="60KB")
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 12, "do_sample": False}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    import_hf(source, tmp_path / "megatron", progress=False)
+    export_hf(tmp_path / "megatron", tmp_path / "back", progress=False, max_shard_bytes=50_000)
+    answers = []
+    for folder in (source, tmp_path / "back"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
+        model: Any = AutoModelForCausalLM.from_pretrained(str(folder))
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "one plus two"}], return_tensors="pt", return_dict=True
+        )
+        assert model.generation_config.max_new_tokens == 12
+        answers.append(model.generate(input_ids=prompt["input_ids"]).tolist())
+    assert answers[0] == answers[1] and len(answers[0][0]) > 8
+
+
 def test_tokenizer_template_and_generation_config_travel_through(make_hf: Make, tmp_path: Path) -> None:
     source = make_hf(tokenizer=True)
     (source / "LICENSE").write_text("free")

@@ -287,7 +287,7 @@ def truth(case: Case) -> Truth:
         return torch.zeros(len(flat), dtype=torch.float64).masked_scatter(supervised, values.detach())
 
     everywhere = published.Expected(**{key: full(value) for key, value in vars(kept).items()})
-    return Truth(everywhere, supervised, weights * everywhere.loss, grad)
+    return Truth(everywhere, supervised, full(weights[supervised] * kept.loss), grad)
 
 
 def rows_of_members(
@@ -312,8 +312,12 @@ def check(case: Case, result: dict[str, Any], tolerance: float | None = None) ->
     t = truth(case)
     dtype = case.logits.dtype
     tolerance = tolerance or (1e-10 if dtype == torch.float64 else 1e-5)
-    want, upstream = t.expected, case.upstream.reshape(-1).double()
-    weights = torch.ones_like(upstream) if case.token_weights is None else case.token_weights.reshape(-1).double()
+    want = t.expected
+    upstream = case.upstream.reshape(-1).double()
+    factor = upstream * case.logit_scale
+    if case.token_weights is not None:
+        factor = factor * case.token_weights.reshape(-1).double()
+    factor = factor.abs().masked_fill(~t.supervised, 0)
     where = f"{case.members} {dtype}"
 
     assert result["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -325,19 +329,19 @@ def check(case: Case, result: dict[str, Any], tolerance: float | None = None) ->
         close(result[key], value, tolerance * value.abs().clamp(min=1).nan_to_num(1), f"{key} of {where}")
 
     size = torch.maximum(want.imitation.abs() + want.residual.abs(), want.residual.abs() * want.largest_pi)
-    allowed = tolerance * (size * (weights * upstream * case.logit_scale).abs())[:, None]
+    allowed = tolerance * (size * factor)[:, None]
     if dtype in (torch.bfloat16, torch.float16):
         allowed = torch.maximum(allowed, ulp(t.grad, dtype))
     allowed = allowed + torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
     grad = result["grad"].reshape(t.grad.shape)
     close(grad, t.grad, allowed.broadcast_to(grad.shape), f"gradient of {where}")
-    silent = ~t.supervised | (upstream == 0) | (weights == 0)
-    assert not grad[silent].any() and not grad[:, case.vocab_size :].any(), f"gradient that must be zero: {where}"
+    assert not grad[factor == 0].any() and not grad[:, case.vocab_size :].any(), f"gradient that must be zero: {where}"
     assert not result["loss"].reshape(-1)[~t.supervised].any(), f"loss of an ignored token: {where}"
 
 
 def close(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> None:
     """|got - want| <= allowed everywhere, NaN exactly where NaN is wanted; the message names the worst element."""
+    assert torch.isfinite(allowed).all(), "a tolerance that is not finite would allow anything"
     got = got.detach().double().reshape(want.shape)
     same_nan = torch.isnan(got) == torch.isnan(want)
     excess = torch.where(torch.isnan(want), torch.zeros_like(want), (got - want).abs() - allowed)

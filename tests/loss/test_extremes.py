@@ -174,6 +174,29 @@ def test_all_labels_ignored() -> None:
         assert not result["loss"].any() and not result["grad"].any() and not result["supervised"].any()
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_garbage_at_ignored_labels(world: int) -> None:
+    """Whatever lies at a token that is not supervised, its loss and gradient are zero and the others' are unharmed."""
+    cases = []
+    for name in NAMES:
+        case = base(name, torch.float32, seed=6)
+        ignored = case.labels == -100
+        assert 0 < ignored.sum() < ignored.numel()
+        spoil = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        garbage = spoil.repeat(ignored.numel())[: int(ignored.sum())].double()
+        changes = {}
+        for key in ("logits", "teacher", "reference_logprobs", "token_weights", "upstream"):
+            value = getattr(case, key)
+            if isinstance(value, Tensor):
+                changes[key] = value.clone()
+                changes[key][ignored] = garbage.to(value.dtype)[(...,) + (None,) * (value.dim() - 2)]
+        cases.append(replace(case, **changes))
+    for case, result in zip(cases, computed(world, cases), strict=True):
+        finite(case, result)
+        check(case, result)
+        assert result["bad_teacher_rows"] == 0
+
+
 # ---- teachers and parameters
 
 
@@ -220,6 +243,22 @@ def test_gift_at_the_ends_of_beta(beta: float) -> None:
     for dtype in (torch.float64, torch.float32):
         case = replace(base("gift", dtype, seed=2), members=[("gift", {"beta": beta})])
         check(case, run(case))
+
+
+@pytest.mark.parametrize("logp_y", [-95.0, -torch.inf])
+def test_gift_at_a_label_that_the_teacher_excludes(logp_y: float) -> None:
+    """exp(100) overflows fp32, but T(y) exp(100) does not: with log T(y) = -95 the label gets sigmoid(5)."""
+    for dtype in (torch.float64, torch.float32):
+        case = replace(base("gift", dtype, seed=2), members=[("gift", {"beta": 100.0})])
+        assert isinstance(case.teacher, Tensor)
+        teacher = case.teacher.clone()
+        teacher[..., :VOCABULARY] = torch.log_softmax(teacher[..., :VOCABULARY], -1)
+        teacher.scatter_(-1, case.labels.clamp(min=0)[..., None], logp_y)
+        case = replace(case, teacher=teacher)
+        result = run(case)
+        trust = float(result["imitation"].max())
+        assert 0.5 < trust < 1 if logp_y == -95 else trust == 0
+        check(case, result, tolerance=1e-10 if dtype == torch.float64 else 2e-5)  # fp32 rounds 95 to 4e-6
 
 
 def test_gift_beyond_the_range_of_exp() -> None:

@@ -14,13 +14,13 @@ import torch
 from tests.training.runs import Train, World, check_ran
 
 
-def encoded(world: World) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def encoded(world: World, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(ids [n], supervised [n]) of every row, by the tokenizer alone: prompt, completion, end of sequence."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(world.hf))
     rows = []
-    for line in (world.root / "train.jsonl").read_text().splitlines():
+    for line in (world.root / f"{name}.jsonl").read_text().splitlines():
         row = json.loads(line)
         prompt, completion = (
             tokenizer(row[key], add_special_tokens=False).input_ids for key in ("prompt", "completion")
@@ -61,10 +61,14 @@ def dense_step(student: Any, teacher: Any, rows: list[tuple[torch.Tensor, torch.
 
 @pytest.mark.parametrize(("ranks", "flags"), [(1, ()), (2, ("--tensor-model-parallel-size", "2"))], ids=["tp1", "tp2"])
 def test_first_step_of_sft(train: Train, world: World, ranks: int, flags: tuple[str, ...]) -> None:
-    expected = dense_step(model_of(world.hf), None, encoded(world), None)
-    whole = ("--global-batch-size", "20", "--tsft-objective", "sft")  # 60 conversations fill fewer than 20 packs
-    run = check_ran(train("sft", *whole, *flags, ranks=ranks, steps=1))
-    assert "one epoch" not in run.logs[0] and "1 steps an epoch" in run.logs[0]
+    expected = dense_step(model_of(world.hf), None, encoded(world, "train"), None)
+    heldout = dense_step(model_of(world.hf), None, encoded(world, "held"), None)
+    whole = "--global-batch-size 20 --tsft-objective sft".split()  # 60 conversations fill fewer than 20 packs
+    evaluate = ["--tsft-eval-data", str(world.held), "--eval-interval", "1", "--lr", "1e-12"]  # the weights stay
+    run = check_ran(train("sft", *whole, *evaluate, *flags, ranks=ranks, steps=1))
+    assert " 1 steps an epoch" in run.logs[0]
+    assert run.heldout[0]["tokens"] == heldout["tokens"]
+    assert run.heldout[0]["nll"] == pytest.approx(heldout["nll"], rel=2e-5)
     for key, value in expected.items():
         assert run.rows[0][key] == pytest.approx(value, rel=2e-5), key
     assert run.rows[0]["gamma"] == 1.0
@@ -76,7 +80,7 @@ def test_first_step_of_target_sft_with_a_teacher_that_differs(train: Train, worl
 
     trained = check_ran(train("trained", "--tsft-objective", "sft", "--lr", "3e-3", steps=20, keep=True))
     export_hf(trained.save, tmp_path / "student", progress=False)
-    rows = encoded(world)
+    rows = encoded(world, "train")
     expected = dense_step(model_of(tmp_path / "student"), model_of(world.hf), rows, 0.5)
     start = ("--load", str(trained.save), "--finetune", "--tsft-teacher", "reference", "--global-batch-size", "20")
     for name, ranks, flags in (("one", 1, ""), ("pp2", 2, "--pipeline-model-parallel-size 2")):

@@ -66,6 +66,14 @@ def test_a_step_is_one_row_at_once(tmp_path: Path) -> None:
     assert rows(path)[1]["tokens_per_second"] == 2.0  # 8 tokens in 4 seconds
 
 
+def test_the_console_shows_what_megatron_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step(writer(tmp_path / "metrics.jsonl"), 1, loss=-1.25)
+    shown = (
+        "step 1 | loss -1.25 | nll 2 | gamma 0.5 | entropy 3 | tokens 8 | tokens_per_second 4 | lr 0.1 | grad_norm 0.25"
+    )
+    assert capsys.readouterr().out == shown + "\n"
+
+
 def test_an_evaluation_is_one_row_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     to = writer(path)

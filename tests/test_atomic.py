@@ -1,0 +1,80 @@
+"""A name never holds something half-written, whatever stops the writer, and a link stays a link."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_tsft.atomic import new_directory, write_text
+from megatron_tsft.errors import UserError
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    with pytest.raises(KeyboardInterrupt), new_directory(target) as folder:
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    assert list(target.parent.iterdir()) == []
+    with new_directory(target) as folder:
+        (folder / "a").write_text("whole")
+        assert not target.exists()
+    assert (target / "a").read_text() == "whole" and list(target.parent.iterdir()) == [target]
+
+
+def test_what_is_there_is_kept_unless_asked(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    with new_directory(target) as folder:  # an empty folder is in nobody's way
+        (folder / "a").write_text("old")
+    with pytest.raises(UserError, match="exists already"), new_directory(target):
+        raise AssertionError("not reached")
+    with pytest.raises(ZeroDivisionError), new_directory(target, overwrite=True):
+        raise ZeroDivisionError
+    assert (target / "a").read_text() == "old"
+    with new_directory(target, overwrite=True) as folder:
+        (folder / "b").touch()
+    assert [path.name for path in target.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(UserError, match="is a file"), new_directory(target / "b", overwrite=True):
+        raise AssertionError("not reached")
+
+
+def test_a_writer_killed_while_it_deletes_the_old_folder_leaves_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    with new_directory(target) as folder:
+        (folder / "a").write_text("old")
+    monkeypatch.setattr(os, "unlink", killed)  # what rmtree deletes files with
+    with pytest.raises(KeyboardInterrupt), new_directory(target, overwrite=True) as folder:
+        (folder / "a").write_text("new")
+    monkeypatch.undo()
+    assert (target / "a").read_text() == "new"
+    with new_directory(target, overwrite=True) as folder:
+        (folder / "c").touch()
+    assert list(tmp_path.iterdir()) == [target]  # what the killed one left is gone
+
+
+def killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_behind_a_link_the_folder_itself_is_made(tmp_path: Path) -> None:
+    disk, link = tmp_path / "disk" / "folder", tmp_path / "link"
+    disk.mkdir(parents=True)
+    link.symlink_to(disk)
+    for name in "ab":
+        with new_directory(link, overwrite=True) as folder:
+            (folder / name).touch()
+        assert link.is_symlink() and [path.name for path in disk.iterdir()] == [name]
+
+
+def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old")
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_text(path, "n\u00e9w")
+    assert path.read_text(encoding="utf-8") == "n\u00e9w"
