@@ -20,7 +20,7 @@ from megatron_tsft.checkpoint.mapping import (
 )
 from megatron_tsft.checkpoint.torch_dist import Box, CheckpointReader
 
-BOX_BYTES = 128 * 2**20  # tensors are written in boxes of about this size: a bound on memory, not part of the format
+BOX_BYTES = 32 * 2**20  # tensors are written in boxes of about this size: a bound on memory, not part of the format
 ReadRows = Callable[[str, int, int], torch.Tensor]  # (tensor name, first row, end row) -> those rows
 
 
@@ -108,9 +108,8 @@ def read_unit(reader: CheckpointReader, unit: Unit) -> list[torch.Tensor]:
     whole = reader.read(unit.row.megatron, offsets, extents, kind).view(rows, *unit.columns)
     if len(unit.names) == 1:
         return [whole]
-    result = [torch.empty(shape, dtype=kind) for shape in unit.shapes]
-    for segment in unit.segments:
+    parts: list[list[torch.Tensor]] = [[] for _ in unit.names]
+    for segment in sorted(unit.segments, key=lambda segment: segment.start):
         if segment.source is not None:
-            place = slice(segment.start, segment.start + segment.length)
-            result[segment.source][place] = whole[segment.target : segment.target + segment.length]
-    return result
+            parts[segment.source].append(whole[segment.target : segment.target + segment.length])
+    return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]  # one part is a view, not a copy

@@ -92,9 +92,8 @@ MODEL: dict[str, Any] = {
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
 
 
-def make_hf(folder: Path, **overrides: Any) -> Path:
-    """A random Llama with peaked predictions and a word-level tokenizer, as a Hugging Face folder."""
-    import torch
+def make_tokenizer() -> Any:
+    """A word-level tokenizer."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -102,7 +101,14 @@ def make_hf(folder: Path, **overrides: Any) -> Path:
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT_TEMPLATE, **special)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT_TEMPLATE, **special)
+
+
+def make_hf(folder: Path, **overrides: Any) -> Path:
+    """A random Llama with peaked predictions and a word-level tokenizer, as a Hugging Face folder."""
+    import torch
+    import transformers
+
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(MODEL | overrides)))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -110,7 +116,7 @@ def make_hf(folder: Path, **overrides: Any) -> Path:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.25 * noise)
     model.save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
+    make_tokenizer().save_pretrained(str(folder))
     return folder
 
 
