@@ -17,7 +17,7 @@ required
 objective
   OBJECTIVE        default target-sft; OBJECTIVE_ARGS="name=value ..." (default eta=0.5 for target-sft)
   TEACHER          none or reference (default reference for target-sft, else what the entry point defaults to)
-  EVAL_DATA        prepared held-out folder; EVAL_INTERVAL steps between its evaluations (default TRAIN_ITERS)
+  EVAL_DATA        prepared held-out folder; EVAL_INTERVAL steps between its evaluations (default: at the end)
 
 optimization
   LR               peak, default 1e-5; MIN_LR default LR/10; LR_DECAY_STYLE default cosine; WARMUP_ITERS default 0
@@ -160,7 +160,7 @@ EVAL_AND_LOGGING_ARGS=(
   --save-interval "${SAVE_INTERVAL:-$TRAIN_ITERS}"
   --tensorboard-dir "$SAVE/tensorboard"
 )
-[[ -z ${EVAL_DATA:-} ]] || EVAL_AND_LOGGING_ARGS+=(--eval-interval "${EVAL_INTERVAL:-$TRAIN_ITERS}")
+[[ -z ${EVAL_INTERVAL:-} ]] || EVAL_AND_LOGGING_ARGS+=(--eval-interval "$EVAL_INTERVAL")
 
 # ---- go
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # Megatron overlaps by the order of its kernels

@@ -146,7 +146,8 @@ def defaults_for(card: ModelCard, config: TsftConfig, device: str, given: dict[s
     if "save" in given:
         values["load"] = given["save"]  # a run that finds its own checkpoint resumes
     if "train_iters" in given:
-        values |= {"save_interval": given["train_iters"], "eval_interval": given["train_iters"]}
+        # Megatron evaluates once more when training is over, so an interval of all steps would do it twice
+        values |= {"save_interval": given["train_iters"], "eval_interval": given["train_iters"] + 1}
     return values
 
 

@@ -64,7 +64,7 @@ def run(argv: Sequence[str], device: str) -> None:
     )
     args.eval_iters = datasets.eval_iters  # one exact pass
     if args.eval_interval is None:  # --train-samples: evaluate at the end
-        args.eval_interval = args.train_samples // args.global_batch_size
+        args.eval_interval = args.train_samples // args.global_batch_size + 1
     model_config = build_model_config(args, config, base)
     if args.rank == 0:
         print("\n".join(describe(objective, config, datasets, args, applied)), flush=True)
@@ -153,8 +153,9 @@ def describe(
     ]
     if datasets.evaluation is not None:
         held = datasets.evaluation
+        when = f"every {args.eval_interval} steps and at the end" if args.eval_interval <= steps else "at the end"
         lines.append(
             f"evaluation: {config.eval_data}, {len(held.data)} conversations in {held.packs} packs, one exact pass"
-            f" every {args.eval_interval} steps"
+            f" {when}"
         )
     return lines
