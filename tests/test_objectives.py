@@ -260,6 +260,21 @@ def test_a_row_of_everything() -> None:
     assert (out.residual == 0.75).all()
 
 
+def test_a_row_is_asked_on_the_device_of_the_logits() -> None:
+    """Also for its plan, before there are statistics: a row that mixed devices would copy, and make the host wait."""
+    seen: list[str] = []
+
+    @objectives.register("where", source="us")
+    def where(s: Statistics, *, level: float = 0.5) -> Coefficients:
+        seen.extend(s[key].device.type for key in objectives.ALWAYS)
+        return Coefficients(imitation=level * s.p_y)
+
+    seen.clear()  # registering asks on the host
+    logits, _, labels = (x.to("meta") for x in parsed_problem())
+    q_target_cross_entropy(logits, labels, objectives.mixture([objectives.get("where")] * 2, labels))
+    assert set(seen) == {"meta"}
+
+
 def test_register_refuses() -> None:
     with pytest.raises(
         ValueError, match=r"objective 'sft' is registered already \(maximum likelihood\): choose another"

@@ -183,7 +183,8 @@ class _QTarget(torch.autograd.Function):
                 per_token.append(maxima["m_t"])
         # The logits go through save_for_backward alone, so that autograd frees them after backward though the loss may
         # live on. The teacher cannot: autograd refuses to save tensors made under torch.inference_mode.
-        ctx.shard, ctx.inplace = replace(shard, logits=logits.new_empty(0)), problem.inplace
+        teacher = shard.teacher if problem.has_residual else None  # backward reads it for pi alone
+        ctx.shard, ctx.inplace = replace(shard, logits=logits.new_empty(0), teacher=teacher), problem.inplace
         ctx.save_for_backward(logits, targets.supervised, *per_token)
         return loss
 

@@ -120,7 +120,7 @@ def random_case(name: str, seed: int, *, width: int, vocab_size: int, dtype: tor
         sequence_ids=torch.randint(0, 4, shape, generator=g) if name == "iw-sft" else None,
         num_sequences=5 if name == "iw-sft" else None,
         logit_scale=scale,
-        diagnostics=("entropy", "kl"),
+        diagnostics=() if plain else ("entropy", "kl"),
         strided=not plain,
         inplace=not plain,
         chunk=None if plain else 40,

@@ -210,6 +210,7 @@ def gift_parts(b: Batch, beta: Any) -> tuple[Any, Any, Tensor]:
 
 
 def proximal_weight(b: Batch, clip_high: Any) -> Tensor:
+    assert b.log_ref is not None
     r = torch.exp(-b.nll - b.log_ref)
     return torch.where(r > 1 + clip_high, torch.zeros_like(r), r)
 

@@ -85,6 +85,17 @@ def test_the_counter_sees_collectives() -> None:
     assert {"all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"} <= set(COLLECTIVES)
 
 
+def test_only_what_is_asked_for_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers a token, MAX and SUM: the two of cross-entropy and its label's, then what an objective adds."""
+    moved: list[int] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda x, *args, **keywords: moved.append(len(x)))
+    for name, numbers in {"sft": [1, 2], "dft": [1, 2], "idft": [1, 3], "deft": [1, 3], "gem": [2, 4]}.items():
+        moved.clear()
+        case = random_case(name, 3, width=WIDTH, vocab_size=VOCABULARY, dtype=torch.float32, variant="plain")
+        call(case, shard_of(case.logits, 1, 2), 1, 2, Alone())  # type: ignore[arg-type]
+        assert moved == numbers, name
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,7 @@ def run_grid(rank: int, tp: int, cases: list[tuple[Case, list[Tensor]]]) -> list
     """Ranks 0..tp-1 share the first context-parallel part, the next tp ranks the second, as in Megatron."""
     tp_groups = [dist.new_group([cp * tp + i for i in range(tp)]) for cp in range(2)]
     cp_groups = [dist.new_group([i, tp + i]) for i in range(tp)]
-    mine = dict(rank=rank % tp, world=tp, group=tp_groups[rank // tp], cp_group=cp_groups[rank % tp])
+    mine: dict[str, Any] = dict(rank=rank % tp, world=tp, group=tp_groups[rank // tp], cp_group=cp_groups[rank % tp])
     return [run(part(case, parts[rank // tp]), **mine) for case, parts in cases]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def case_of(name: str, labels_there: bool = True) -> Case:
     return replace(case, labels=labels, bad_rows=rows)
 
 
-def dense(case: Case, spoil: Callable[[Tensor], None]) -> Case:
+def dense(case: Case, spoil: Callable[[Tensor], Tensor]) -> Case:
     assert isinstance(case.teacher, Tensor)
     teacher = case.teacher.clone()
     for at in SPOILED:
@@ -35,7 +35,7 @@ def dense(case: Case, spoil: Callable[[Tensor], None]) -> Case:
     return replace(case, teacher=teacher)
 
 
-def top_k(case: Case, spoil: Callable[[Tensor], None], tail: str) -> Case:
+def top_k(case: Case, spoil: Callable[[Tensor], Tensor], tail: Literal["drop", "uniform"]) -> Case:
     assert isinstance(case.teacher, Tensor)
     top = torch.log_softmax(case.teacher[..., :VOCABULARY], -1).topk(3, -1)
     for at in SPOILED:
@@ -43,15 +43,15 @@ def top_k(case: Case, spoil: Callable[[Tensor], None], tail: str) -> Case:
     return replace(case, teacher=TeacherTopK(top.indices, top.values, tail))
 
 
-def one(value: float) -> Callable[[Tensor], None]:
+def one(value: float) -> Callable[[Tensor], Tensor]:
     return lambda row: row[2:3].fill_(value)  # in the first shard of two
 
 
-def last(value: float) -> Callable[[Tensor], None]:
+def last(value: float) -> Callable[[Tensor], Tensor]:
     return lambda row: row[8:9].fill_(value)  # in the last shard of two
 
 
-def whole(value: float) -> Callable[[Tensor], None]:
+def whole(value: float) -> Callable[[Tensor], Tensor]:
     return lambda row: row.fill_(value)
 
 

@@ -126,8 +126,8 @@ def test_diagnostics_given_as_one_word() -> None:
 
 def test_what_is_accepted() -> None:
     """The borders of the refusals above: an optional teacher, eta of zero, one sequence, a whole vocabulary."""
-    for keywords in (dict(), dict(teacher=LOGITS), dict(teacher=TOP)):
-        assert torch.isfinite(loss("target-sft,eta=0", **keywords)).all()
+    for teacher in (None, LOGITS, TOP):
+        assert torch.isfinite(loss("target-sft,eta=0", teacher=teacher)).all()
     zeros = objectives.get("target-sft", eta=torch.zeros(S, B))
     assert torch.isfinite(q_target_cross_entropy(LOGITS, LABELS, zeros).loss).all()
     given = dict(reference_logprobs=TOKENS, sequence_ids=SEQUENCES)
