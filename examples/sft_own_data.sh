@@ -41,14 +41,22 @@ export PYTHON HF_HUB_OFFLINE=1 PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH
 SEQ_LENGTH=${SEQ_LENGTH:-2048}
 
 prepare() { # JSONL FOLDER
-  [[ -d $2 ]] || "$PYTHON" "$REPOSITORY/tools/prepare_data.py" --input "$1" --tokenizer "$HF" --output "$2" \
+  if [[ -d $2 ]]; then
+    echo "using $2, prepared before; delete it to prepare $1 again"
+    return
+  fi
+  "$PYTHON" "$REPOSITORY/tools/prepare_data.py" --input "$1" --tokenizer "$HF" --output "$2" \
     --max-tokens $((SEQ_LENGTH + 1))
 }
 
 # every folder appears whole or not at all, so "it exists" means "it is finished"
 prepare "$DATA" "$OUT/train"
 [[ -z ${HELDOUT:-} ]] || prepare "$HELDOUT" "$OUT/heldout"
-[[ -d $OUT/base ]] || "$PYTHON" "$REPOSITORY/tools/convert_checkpoint.py" import --hf "$HF" --megatron "$OUT/base"
+if [[ -d $OUT/base ]]; then
+  echo "using $OUT/base, imported before; delete it to import $HF again"
+else
+  "$PYTHON" "$REPOSITORY/tools/convert_checkpoint.py" import --hf "$HF" --megatron "$OUT/base"
+fi
 [[ -z ${HELDOUT:-} ]] || export EVAL_DATA="$OUT/heldout"
 MODEL="$OUT/base" DATA="$OUT/train" SAVE="$OUT/checkpoint" SEQ_LENGTH=$SEQ_LENGTH TRAIN_ITERS=${TRAIN_ITERS:-100} \
   "$REPOSITORY/launch/pretrain_gpt_tsft.sh" "$@"

@@ -24,12 +24,12 @@ optimization
   WEIGHT_DECAY     default 0; CLIP_GRAD default 1.0; ADAM_BETA1 default 0.9; ADAM_BETA2 default 0.95; SEED default 1234
   MBS, GBS         micro and global batch, in sequences; default 1 and 32
   SEQ_LENGTH       default 4096; DTYPE bf16, fp16 or fp32 (default bf16 on GPUs, fp32 on CPU)
-  SAVE_INTERVAL    default TRAIN_ITERS; LOG_INTERVAL default 1
+  SAVE_INTERVAL    steps between checkpoints, default 200; one more is written at the end; LOG_INTERVAL default 1
 
 layout
-  TP, PP, CP       tensor, pipeline and context parallel sizes, default 1 each; the rest is data parallel
+  TP, PP, CP       tensor, pipeline and context parallel sizes, default 1 each (CP: only 1 for now); the rest is data
   SEQUENCE_PARALLEL  1 or 0 (default 1 on GPUs with TP > 1)
-  GPUS_PER_NODE    processes on this node (default: the GPUs that nvidia-smi lists; on CPU, TP*PP*CP)
+  GPUS_PER_NODE    processes on this node (default: CUDA_VISIBLE_DEVICES or nvidia-smi's list; on CPU, TP*PP*CP)
   NUM_NODES        default 1; with more: NODE_RANK, MASTER_ADDR (required) and MASTER_PORT (default 6000)
   MASTER_PORT      on one node: unset takes a free port
   DEVICE           cuda or cpu (default: cuda where nvidia-smi finds a GPU); PYTHON default: .venv's, else python3
@@ -77,10 +77,14 @@ NUM_NODES=${NUM_NODES:-1}
 for name in TP PP CP MBS GBS SEQ_LENGTH NUM_NODES TRAIN_ITERS; do whole_number "$name" 1; done
 if [[ -z ${GPUS_PER_NODE:-} ]]; then
   if [[ $DEVICE == cuda ]]; then
-    GPUS_PER_NODE=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    if [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+      GPUS_PER_NODE=$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES")
+    else
+      GPUS_PER_NODE=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    fi
     [[ $GPUS_PER_NODE -ge 1 ]] || fail "nvidia-smi lists no GPU: set GPUS_PER_NODE, or DEVICE=cpu"
   else
-    GPUS_PER_NODE=$((TP * PP * CP / NUM_NODES))
+    GPUS_PER_NODE=$(((TP * PP * CP + NUM_NODES - 1) / NUM_NODES))
   fi
 fi
 whole_number GPUS_PER_NODE 1
@@ -111,7 +115,7 @@ MODEL_ARGS=(--tsft-model "$MODEL" --tsft-device "$DEVICE")
 if [[ -z ${OBJECTIVE:-} || $OBJECTIVE == target-sft ]]; then
   OBJECTIVE=target-sft
   OBJECTIVE_ARGS=${OBJECTIVE_ARGS-eta=0.5}
-  TEACHER=${TEACHER-reference}
+  [[ $OBJECTIVE_ARGS =~ ^eta=0(\.0*)?$ ]] || TEACHER=${TEACHER-reference} # at eta 0 no teacher is read
 fi
 MODEL_ARGS+=(--tsft-objective "$OBJECTIVE")
 read -r -a objective_args <<<"${OBJECTIVE_ARGS:-}"
@@ -157,7 +161,7 @@ fi
 EVAL_AND_LOGGING_ARGS=(
   --log-interval "${LOG_INTERVAL:-1}"
   --save "$SAVE"
-  --save-interval "${SAVE_INTERVAL:-$TRAIN_ITERS}"
+  --save-interval "${SAVE_INTERVAL:-200}"
   --tensorboard-dir "$SAVE/tensorboard"
 )
 [[ -z ${EVAL_INTERVAL:-} ]] || EVAL_AND_LOGGING_ARGS+=(--eval-interval "$EVAL_INTERVAL")

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from megatron_tsft.data.packed_dataset import IGNORED
 from megatron_tsft.model.output_hook import LossContext
 
 
@@ -35,7 +36,10 @@ def reduce_loss(
         n = known.sum().float() if name == "kl" else count
         metrics[name] = _pair(values.where(known, values.new_zeros(())).sum(), n)
     if context.training:  # the evaluation's count is known, and Megatron would print its exponential
-        metrics["tokens"] = _pair(count, count.new_full((), samples_share))
+        share = count.new_full((), samples_share)
+        metrics["tokens"] = _pair(count, share)
+        labelled = (context.batch.labels != IGNORED).sum()
+        metrics["bad_teacher_rows"] = _pair(labelled - count, share)
     return rows["loss"].sum(), count.int(), metrics
 
 

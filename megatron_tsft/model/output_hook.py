@@ -74,5 +74,5 @@ def q_target_output(
         "kl": out.kl,
         "supervised": out.supervised.to(out.loss.dtype),
     }
-    rows = [values[name] for name in context.metrics]
-    return torch.stack([row for row in rows if row is not None]).transpose(1, 2).contiguous()
+    rows: list[Tensor] = [values[name] for name in context.metrics]  # type: ignore[misc]  # those asked for are there
+    return torch.stack(rows).transpose(1, 2).contiguous()

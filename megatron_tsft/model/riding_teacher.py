@@ -95,7 +95,8 @@ def frozen_config(student: GPTModelConfig) -> GPTModelConfig:
     transformer.perform_initialization = False
     transformer.fp8 = None
     transformer.recompute_granularity = None
-    transformer.cpu_offloading = False
+    transformer.cpu_offloading = transformer.fine_grained_activation_offloading = False
+    transformer.cuda_graph_impl = "none"
     object.__setattr__(config, "transformer", transformer)  # GPTModelConfig proxies plain assignment
     return config
 

@@ -7,7 +7,9 @@ except where it contradicts the model: that is an error.
 import argparse
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
@@ -62,7 +64,27 @@ REFUSED: dict[str, str] = {
     "hybrid_layer_pattern": "HybridModel has no hook for the loss (0.19.2)",
     "overlap_moe_expert_parallel_comm": "it bypasses the model's forward, where the teacher rides along",
     "multiple_validation_sets": "pass one --tsft-eval-data",
+    "eval_iters": "an evaluation is one exact pass over --tsft-eval-data",
+    "skip_train": "Megatron writes such an evaluation nowhere; evaluate an export, or train with --tsft-eval-data",
+    "check_for_spiky_loss": "it reads Megatron's own loss",
 }
+# data of Megatron's own kind: our data set knows nothing of them
+REFUSED |= dict.fromkeys(
+    "train_data_path valid_data_path test_data_path data_args_path per_split_data_args_path split reset_position_ids"
+    " reset_attention_mask eod_mask_loss dataloader_inter_document_masking phase_transition_iterations".split(),
+    "the data comes from --tsft-data, packed by conversation",
+)
+# flags that would make another model than the imported weights belong to, and that the model card has no word for
+REFUSED |= dict.fromkeys(
+    "rotary_seq_len_interpolation_factor window_size window_attn_skip_freq softmax_type no_rope_freq openai_gelu"
+    " squared_relu quick_geglu apply_residual_connection_post_layernorm layernorm_zero_centered_gamma glu_linear_offset"
+    " activation_func_clamp_value qk_l2_norm attention_output_gate apply_query_key_layer_scaling use_mup num_experts"
+    " multi_latent_attention experimental_attention_variant heterogeneous_layers_config_path encoder_num_layers"
+    " heterogeneous_layers_config_encoded_json moe_use_upcycling".split(),
+    "it makes another model than the one in --tsft-model",
+)
+SAVE_INTERVAL = 200
+NEVER = 1 << 30  # an interval beyond any run: Megatron saves and evaluates once more when training is over
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,6 +97,17 @@ class _Parser(argparse.ArgumentParser):
 def parser_of() -> argparse.ArgumentParser:
     """Megatron's parser with our group."""
     return add_flags(add_megatron_arguments(_Parser(allow_abbrev=False)))
+
+
+def print_help() -> None:
+    """Megatron's flags and ours. Some of Megatron's help texts hold a bare "%", which argparse cannot format."""
+    parser = parser_of()
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % (vars(action) | {"prog": parser.prog, "type": "", "choices": ""})
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+    parser.print_help()
 
 
 def given_flags(argv: Sequence[str]) -> dict[str, Any]:
@@ -105,6 +138,8 @@ def refuse_flags(given: dict[str, Any]) -> None:
             raise UserError(f"{option_of(name)} is not supported: {reason}")
     if given.get("dataloader_type", "single") != "single":
         raise UserError(f"--dataloader-type {given['dataloader_type']} is not supported: only single resumes exactly")
+    if given.get("ckpt_format", "torch_dist") != "torch_dist":
+        raise UserError(f"--ckpt-format {given['ckpt_format']} is not supported: only torch_dist loads in any layout")
     if given.get("context_parallel_size", 1) != 1:
         raise UserError(f"--context-parallel-size {given['context_parallel_size']} is not supported yet: leave it at 1")
     if given.get("fp8") and importlib.util.find_spec("transformer_engine") is None:
@@ -145,10 +180,17 @@ def defaults_for(card: ModelCard, config: TsftConfig, device: str, given: dict[s
         del values["override_opt_param_scheduler"]
     if "save" in given:
         values["load"] = given["save"]  # a run that finds its own checkpoint resumes
-    if "train_iters" in given:
-        # Megatron evaluates once more when training is over, so an interval of all steps would do it twice
-        values |= {"save_interval": given["train_iters"], "eval_interval": given["train_iters"] + 1}
+    values |= {"save_interval": SAVE_INTERVAL, "eval_interval": NEVER}
     return values
+
+
+def refused_by_megatron(error: Exception) -> UserError:
+    """Megatron's assertion as one line; one without a text is quoted by its source."""
+    text = str(error)
+    if not text:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{frame.line} ({Path(frame.filename).name}:{frame.lineno})"
+    return UserError(f"Megatron refuses these flags: {text}")
 
 
 def parse(argv: Sequence[str], defaults: dict[str, Any]) -> argparse.Namespace:
@@ -172,6 +214,6 @@ def _with_argv(argv: Sequence[str], call: Callable[[], argparse.Namespace]) -> a
     try:
         return call()
     except (AssertionError, ValueError) as error:
-        raise UserError(f"Megatron refuses these flags: {error or 'an assertion without a text failed'}") from error
+        raise refused_by_megatron(error) from error
     finally:
         sys.argv = before

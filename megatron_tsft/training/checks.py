@@ -1,7 +1,7 @@
 """What must fit before the first step: layout, data, objective, teacher and checkpoint."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from megatron_tsft import objectives
 from megatron_tsft.checkpoint.card import CARD_FILE, ModelCard
-from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
+from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint, read_metadata
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.units import expected_keys
 from megatron_tsft.data.prepared import PreparedData
@@ -34,8 +34,8 @@ def check_required(config: TsftConfig, given: Mapping[str, Any]) -> None:
         raise UserError(f"missing {', '.join(missing)}: --help has an example of a whole command")
 
 
-def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> None:
-    """Raise UserError where the parallel layout does not divide the model, the batch or the ranks."""
+def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> int:
+    """The global batch size; raises UserError where the layout does not divide the model, the batch or the ranks."""
     model = card.megatron_arguments
     tp, pp = given.get("tensor_model_parallel_size", 1), given.get("pipeline_model_parallel_size", 1)
     heads, groups, layers = model["num_attention_heads"], model["num_query_groups"], model["num_layers"]
@@ -64,28 +64,37 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
     longest = model["max_position_embeddings"]
     if given["seq_length"] > longest:
         raise UserError(f"--seq-length {given['seq_length']} exceeds the model's {longest} positions: use at most that")
+    return batch
 
 
-def load_objective(config: TsftConfig, weighted: bool) -> Objective:
+def load_objective(config: TsftConfig, data: Sequence[PreparedData]) -> Objective:
     """The objective that the flags ask for, tried on one token so that every rule is the loss's own.
 
     Args:
         config: objective, args, teacher, plugin.
-        weighted: the data carries token weights.
+        data: what it will be applied to.
 
     Raises:
-        UserError: unknown name or parameter, a broken plugin, or a teacher that is missing or useless.
+        UserError: unknown name or parameter, a broken plugin, weights that the data lacks, or a teacher that is missing
+            or useless.
     """
     try:
         for file in config.plugin:
             objectives.load_plugin(file)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--tsft-plugin: {error}") from error
+    except Exception as error:  # a user's own code may raise anything
+        raise UserError(f"--tsft-plugin {' '.join(config.plugin)}: {type(error).__name__}: {error}") from error
     try:
         objective = objectives.get(config.objective, **objectives.parse_parameters(config.args))
     except (ValueError, TypeError) as error:
         raise UserError(f"--tsft-objective, --tsft-args: {error}") from error
-    one = torch.zeros(1, dtype=torch.int64)
+    for folder in data:
+        try_objective(objective, config, folder)
+    return objective
+
+
+def try_objective(objective: Objective, config: TsftConfig, data: PreparedData) -> None:
+    """Raise UserError where the loss refuses this objective with the run's teacher and this data's weights."""
+    one, weighted = torch.zeros(1, dtype=torch.int64), data.card.weighted
     try:
         q_target_cross_entropy(
             torch.zeros(1, 2),
@@ -99,9 +108,8 @@ def load_objective(config: TsftConfig, weighted: bool) -> Objective:
     except (ValueError, TypeError) as error:
         fix = "--tsft-teacher reference gives it one" if config.teacher == "none" else "pass --tsft-teacher none"
         if objective.requires_token_weights and not weighted:
-            fix = "give the JSONL rows `critical` spans or a `weight` and prepare the data again"
+            fix = f"{data.directory}: give the JSONL rows `critical` spans or a `weight` and prepare them again"
         raise UserError(f"{error} ({fix})") from error
-    return objective
 
 
 def check_data(data: PreparedData, card: ModelCard) -> None:
@@ -119,21 +127,46 @@ def check_data(data: PreparedData, card: ModelCard) -> None:
         )
 
 
-def check_checkpoints(config: TsftConfig, card: ModelCard, load: str | None, save: str | None) -> Path:
+def resumes(given: Mapping[str, Any]) -> bool:
+    """Whether --save holds a checkpoint, which then wins over where it started from: --load, --finetune."""
+    save, load = given.get("save"), given.get("load")
+    return bool(save) and load != save and (Path(save) / TRACKER).is_file()
+
+
+def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, Any]) -> Path:
     """Compare the weights that will be loaded with the model, key by key; returns the base checkpoint's folder.
 
     Megatron itself loads a checkpoint that lacks keys of the model and reports success.
 
     Raises:
-        UserError: a checkpoint is incomplete, or belongs to another model.
+        UserError: --load finds nothing, or a checkpoint is incomplete, without the optimizer state to resume from, or
+            another model's.
     """
     base = latest_checkpoint(config.model)
     compare_keys(expected_keys(card), base)
+    save, load = given.get("save"), given.get("load")
+    if save and Path(save).resolve() == Path(config.model).resolve():
+        raise UserError(f"--save {save} is the folder of --tsft-model: name another, or the imported model is lost")
+    resuming = resumes(given)
+    if load and load != save and not resuming and not (Path(load) / TRACKER).is_file():
+        raise UserError(f"--load {load}: there is no {TRACKER}; name a folder that a run saved to, or leave --load out")
+    load = save if resuming or not load else load
     for folder in dict.fromkeys(filter(None, (load, save))):
         if (Path(folder) / CARD_FILE).is_file() and ModelCard.load(folder) != card:
             raise UserError(f"{folder} belongs to another model than {config.model}: choose another --save or --load")
     if load and (Path(load) / TRACKER).is_file():
-        compare_keys(expected_keys(card), latest_checkpoint(load))
+        latest = latest_checkpoint(load)
+        compare_keys(expected_keys(card), latest)
+        fresh = not resuming and (given.get("finetune") or given.get("no_load_optim"))
+        keys = read_metadata(latest).state_dict_metadata
+        if (
+            latest.name != "release"
+            and not fresh
+            and not any(key.startswith(("optimizer", "chained_")) for key in keys)
+        ):
+            raise UserError(
+                f"{latest} was saved without optimizer state: pass --load {load} --finetune and another --save"
+            )
     return base
 
 

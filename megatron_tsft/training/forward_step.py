@@ -26,7 +26,7 @@ class ForwardStep:
     def __init__(self, objective: Objective, vocab_size: int, device: torch.device | str, check_nan: bool):
         """vocab_size: the true vocabulary. check_nan: stop at a loss that is not finite (synchronises)."""
         self.objective, self.vocab_size, self.device, self.check_nan = objective, vocab_size, device, check_nan
-        self.train_data: PackedDataset | None = None  # set by the datasets provider; for messages
+        self.train_data: PackedDataset | None = None  # for messages: which conversations a micro-batch held
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False

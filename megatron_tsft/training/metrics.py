@@ -16,6 +16,7 @@ TRAIN = {
     "entropy": "entropy",
     "kl": "kl",
     "tokens": "tokens",
+    "bad_teacher_rows": "bad_teacher_rows",
     "learning-rate": "lr",
     "grad-norm": "grad_norm",
 }
@@ -74,7 +75,6 @@ class MetricsWriter:
         inner: Any,
         *,
         active_seconds: Callable[[], float],
-        last: str,
         interval: int,
         eval_tokens: int,
         print_interval: int = 1,
@@ -84,48 +84,57 @@ class MetricsWriter:
             file: where rows go.
             inner: the real TensorBoard writer, or None.
             active_seconds: seconds of training so far, evaluations and saves left out.
-            last: the name that Megatron writes last of those in `TRAIN`: it completes a row.
             interval: steps between TensorBoard's values; the file gets every step.
             eval_tokens: supervised tokens of an evaluation.
             print_interval: steps between the lines on the console.
         """
-        self.file, self.inner, self.last, self.interval, self.eval_tokens = file, inner, last, interval, eval_tokens
+        self.file, self.inner, self.interval, self.eval_tokens = file, inner, interval, eval_tokens
         self.print_interval = print_interval
         self._active_seconds, self._seconds = active_seconds, 0.0
         self._row: dict[str, Any] = {}
         self._heldout: dict[str, Any] = {}
 
     def add_scalar(self, name: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
-        """One value of one step."""
+        """One value of one step. The gradient norm completes a row; a step that fp16 skips has none."""
+        if self._row and (name in HELDOUT or name in TRAIN and step != self._row["step"]):
+            self._finish_step()
         if name in TRAIN:
-            self._row[TRAIN[name]] = number(value)
+            self._row |= {"step": step, TRAIN[name]: number(value)}
+            if name == "tokens":
+                self._time_step()
         elif name in HELDOUT:
             self._heldout[HELDOUT[name]] = number(value)
         if self.inner is not None and (step % self.interval == 0 or "validation" in name):
             self.inner.add_scalar(name, value, step, *args, **kwargs)
-        if name == self.last:
-            self._finish_step(step)
+        if name == "grad-norm":
+            self._finish_step()
         if name in HELDOUT and len(self._heldout) == len(HELDOUT):
             row = {"split": "heldout", "step": step, **self._heldout, "tokens": self.eval_tokens}
             self._heldout = {}
             if self.file.write(row):
                 print(line(row), flush=True)
 
-    def _finish_step(self, step: int) -> None:
+    def _time_step(self) -> None:
         seconds = self._active_seconds()
         rate = self._row["tokens"] / max(seconds - self._seconds, 1e-9)
         self._seconds = seconds
-        self._row |= {"step": step, "tokens": round(self._row["tokens"]), "tokens_per_second": round(rate, 3)}
-        row = {column: self._row.get(column) for column in COLUMNS}
-        self._row = {}
+        self._row |= {"tokens": round(self._row["tokens"]), "tokens_per_second": round(rate, 3)}
+
+    def _finish_step(self) -> None:
+        step, found, self._row = self._row["step"], self._row, {}
+        row = {column: found.get(column) for column in COLUMNS}
+        if found.get("bad_teacher_rows"):  # tokens that were left out, because the teacher had no finite row for them
+            row["bad_teacher_rows"] = round(found["bad_teacher_rows"])
         self.file.write(row)
         if step % self.print_interval == 0:
             print(line(row), flush=True)
         if self.inner is not None and step % self.interval == 0:
-            self.inner.add_scalar("tokens-per-second", rate, step)
+            self.inner.add_scalar("tokens-per-second", row["tokens_per_second"], step)
 
     def flush(self) -> None:
-        """Flush the real writer; rows are on their way to the disk already."""
+        """Megatron calls this when training is over: a row that still waits is complete."""
+        if self._row:
+            self._finish_step()
         if self.inner is not None:
             self.inner.flush()
 

@@ -62,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 
             install()
         if "--help-megatron" in argv:
-            from megatron_tsft.training.arguments import parser_of
+            from megatron_tsft.training import arguments
 
-            parser_of().print_help()
+            arguments.print_help()
             return 0
         from megatron_tsft.training.run import run
 
@@ -75,13 +75,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def say(error: UserError) -> int:
-    """Rank 0 says it, on standard error and in torchrun's closing summary; returns the exit status."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(30)  # torchrun ends this rank when rank 0 is gone; were this one first, rank 0 might never speak
-        return 2
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Say it once, on standard error and in torchrun's closing summary; returns the exit status."""
+    import torch.distributed as dist
+
+    rank, text = os.environ.get("RANK", "0"), f"error: {error}"
+    if rank != "0":
+        # most errors meet every rank: rank 0 speaks, and torchrun ends this one; what this rank alone met, it says
+        if not dist.is_initialized():
+            time.sleep(30)
+        text = f"error (rank {rank}): {error}"
+    print(text, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torch/distributed/elastic/multiprocessing/errors
-        Path(file).write_text(json.dumps({"message": f"error: {error}", "timestamp": str(int(time.time()))}))
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
     return 2
 
 

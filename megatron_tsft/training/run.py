@@ -1,5 +1,7 @@
 """A run from its command line to its last checkpoint: check, build, hand over to Megatron's own `pretrain`."""
 
+import contextlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_tsft import upstream
 from megatron_tsft.checkpoint.card import ModelCard, copy_card
+from megatron_tsft.checkpoint.folder import TRACKER
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.model.packed_attention import packed_local_spec
@@ -23,6 +26,8 @@ from megatron_tsft.training.config import TsftConfig
 from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
 from megatron_tsft.training.metrics import FILE, MetricsFile, MetricsWriter
+
+SEED = 1234  # Megatron's default, needed before its flags are parsed
 
 
 def run(argv: Sequence[str], device: str) -> None:
@@ -42,47 +47,61 @@ def run(argv: Sequence[str], device: str) -> None:
     checks.check_required(config, given)
     card = ModelCard.load(config.model)
     arguments.check_card(given, card, config.model)
-    checks.check_layout(given, card, int(os.environ.get("WORLD_SIZE", "1")))
+    batch = checks.check_layout(given, card, int(os.environ.get("WORLD_SIZE", "1")))
     train = PreparedData.load(config.data)
     evaluation = PreparedData.load(config.eval_data) if config.eval_data else None
-    for data in filter(None, (train, evaluation)):
+    used = [train] if evaluation is None else [train, evaluation]
+    for data in used:
         checks.check_data(data, card)
-    objective = checks.load_objective(config, train.card.weighted)
-    defaults = arguments.defaults_for(card, config, device, given)
-    load, save = given.get("load", given.get("save")), given.get("save")
-    base = checks.check_checkpoints(config, card, load, save)
-
-    args = arguments.parse(argv, defaults)
+    objective = checks.load_objective(config, used)
+    base = checks.check_checkpoints(config, card, given)
     datasets = Datasets(
         train,
         evaluation,
-        seq_length=args.seq_length,
-        global_batch_size=args.global_batch_size,
-        eval_global_batch_size=args.eval_global_batch_size,
-        seed=args.seed,
+        seq_length=given["seq_length"],
+        global_batch_size=batch,
+        eval_global_batch_size=given.get("eval_global_batch_size", batch),
+        seed=given.get("seed", SEED),
         truncate=config.long_samples == "truncate",
     )
+
+    defaults = arguments.defaults_for(card, config, device, given) | {"seed": SEED}
+    if config.check:  # no files, and no list of 800 arguments
+        with contextlib.redirect_stdout(io.StringIO()):
+            args = arguments.parse([*argv, "--tensorboard-dir", ""], defaults)
+    else:
+        args = arguments.parse(argv, defaults)
     args.eval_iters = datasets.eval_iters  # one exact pass
-    if args.eval_interval is None:  # --train-samples: evaluate at the end
-        args.eval_interval = args.train_samples // args.global_batch_size + 1
+    if checks.resumes(given):
+        args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, False
     model_config = build_model_config(args, config, base)
     if args.rank == 0:
         print("\n".join(describe(objective, config, datasets, args, applied)), flush=True)
     if config.check:
+        if args.rank == 0:
+            print("everything fits; nothing was started (--tsft-check)", flush=True)
         return
-    if save and args.rank == 0:
-        copy_card(config.model, save)  # a checkpoint of this run exports from its own folder
+    if args.save and args.rank == 0:
+        copy_card(config.model, args.save)  # a checkpoint of this run exports from its own folder
     if args.rank == args.world_size - 1:
         install_metrics(args, datasets)
 
     forward_step = ForwardStep(objective, card.vocab_size, device, args.check_for_nan_in_loss_and_grad)
     forward_step.train_data = datasets.train
-    pretrain(
-        pretrain_cfg_container_from_args(args, model_config),
-        datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-    )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    except ValueError as error:
+        if "Could not find parameter group" in str(error):  # they are told apart by these (core/optimizer/optimizer.py)
+            raise UserError(
+                f"{args.load} was trained with another --lr, --min-lr or weight decay: pass the same, or start anew"
+                f" from its weights with --load {args.load} --finetune and another --save"
+            ) from error
+        raise
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -102,11 +121,12 @@ def build_model_config(args: Any, config: TsftConfig, base: Path) -> GPTModelCon
             args, model_config_cls=GuidedModelConfig if guided else GPTModelConfig
         )
     except (AssertionError, ValueError) as error:
-        raise UserError(f"Megatron refuses these flags: {error}") from error
+        raise arguments.refused_by_megatron(error) from error
     if args.transformer_impl == "local":
         model_config.transformer_layer_spec = packed_local_spec
-    # packs and the teacher's share of what stages send have shapes of their own
-    model_config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    # several packs in one row, and the teacher's share of what stages send, have shapes that Megatron does not expect
+    unusual = guided or args.micro_batch_size > 1 or args.eval_micro_batch_size > 1
+    model_config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1 and unusual
     if guided:
         model_config.post_wrap_hooks.append(lambda model: load_teachers(model, base))
     return model_config
@@ -122,7 +142,6 @@ def install_metrics(args: Any, datasets: Datasets) -> None:
         MetricsFile(Path(args.save) / FILE),
         global_vars._GLOBAL_TENSORBOARD_WRITER,
         active_seconds=active_seconds,
-        last="grad-norm" if args.clip_grad > 0 else "tokens",
         interval=interval,
         print_interval=args.log_interval,
         eval_tokens=datasets.evaluation.supervised_tokens() if datasets.evaluation else 0,
@@ -144,7 +163,15 @@ def describe(
     train = datasets.train
     positions = int(train.positions.sum())
     steps = args.train_iters or args.train_samples // args.global_batch_size
+    found = args.load and (Path(args.load) / TRACKER).is_file()
+    start = (
+        f"{args.load}, {(Path(args.load) / TRACKER).read_text().strip()} steps"
+        if found
+        else f"{config.model}, imported"
+    )
+    saves = f"{args.save}, every {args.save_interval} steps and at the end" if args.save else "nowhere"
     lines = [
+        f"weights: {start}{', as a new run' if found and args.finetune else ''}; saves: {saves}",
         f"objective: {objective!r}, teacher: {config.teacher}, source: {objective.row.source}",
         f"model: {config.model}; upstream repairs: {', '.join(applied) or 'none needed'}",
         f"train: {config.data}, {len(train.data)} conversations in {train.packs} packs of {args.seq_length}"

@@ -82,7 +82,7 @@ def test_defaults_on_one_cpu_node(tmp_path: Path) -> None:
         "--tsft-teacher": "reference",
         "--lr": "1e-5",
         "--min-lr": "1e-06",
-        "--save-interval": "40",
+        "--save-interval": "200",
     }
     assert {flag: value(flags, flag) for flag in expected} == expected
     assert not {"--bf16", "--use-distributed-optimizer", "--sequence-parallel", "--tsft-eval-data"} & set(flags)

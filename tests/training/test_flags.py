@@ -1,11 +1,13 @@
 """What does not fit stops before the first step, with exit status 2 and one line that says what to change."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_tsft.data.prepare import prepare
-from tests.training.runs import Train, World, make_hf, write_rows
+from tests.training.runs import REPOSITORY, Train, World, make_hf, write_rows
 
 CASES = {
     "objective needs a teacher": (1, "--tsft-objective asft", ["asft", "needs a teacher", "--tsft-teacher reference"]),
@@ -15,7 +17,7 @@ CASES = {
         "--tsft-objective sft --tsft-teacher reference",
         ["sft", "--tsft-teacher none"],
     ),
-    "no weights": (1, "--tsft-objective critical", ["critical", "token_weights", "prepare the data again"]),
+    "no weights": (1, "--tsft-objective critical", ["critical", "token_weights", "prepare them again"]),
     "unknown objective": (1, "--tsft-objective sfd", ["'sfd'", "target-sft"]),
     "unknown parameter": (1, "--tsft-objective sft --tsft-args eta=1", ["'eta'", "it has none"]),
     "parameter out of range": (1, "--tsft-args eta=2", ["eta=2", "from 0 to 1"]),
@@ -32,6 +34,12 @@ CASES = {
     "refused by name": (1, "--full-validation --tsft-args eta=0", ["--full-validation", "--tsft-eval-data"]),
     "Megatron's data": (1, "--mock-data --tsft-args eta=0", ["--mock-data", "--tsft-data"]),
     "fp8 without Transformer Engine": (1, "--fp8-format hybrid --bf16 --tsft-args eta=0", ["Transformer Engine"]),
+    "load finds nothing": (1, "--load nowhere --tsft-args eta=0", ["--load nowhere", "leave --load out"]),
+    "another rope": (1, "--rotary-seq-len-interpolation-factor 8 --tsft-args eta=0", ["another model"]),
+    "another attention": (1, "--window-size 4,0 --tsft-args eta=0", ["--window-size", "another model"]),
+    "Megatron's own data paths": (1, "--train-data-path x --tsft-args eta=0", ["--train-data-path", "--tsft-data"]),
+    "how much to evaluate": (1, "--eval-iters 1 --tsft-args eta=0", ["--eval-iters", "exact pass"]),
+    "another format": (1, "--ckpt-format torch --tsft-args eta=0", ["--ckpt-format torch", "torch_dist"]),
     "unknown flag": (1, "--tsft-objectiv sft", ["unrecognized arguments: --tsft-objectiv sft", "--help"]),
     "no number": (1, "--lr fast", ["--lr", "'fast'"]),
     "no such model": (1, "--tsft-model nowhere", ["nowhere", "import"]),
@@ -66,6 +74,21 @@ def test_data_of_another_tokenizer(train: Train, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_saving_over_the_imported_model(train: Train, world: World) -> None:
+    before = (world.base / "latest_checkpointed_iteration.txt").read_text()
+    run = train("over", "--tsft-args", "eta=0", "--save", str(world.base))
+    assert run.codes == [2] and "name another" in run.error
+    assert (world.base / "latest_checkpointed_iteration.txt").read_text() == before
+
+
+def test_help_megatron_lists_everything() -> None:
+    command = [sys.executable, "-m", "megatron_tsft.training.pretrain_gpt", "--help-megatron", "--tsft-device", "cpu"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "--tsft-objective" in done.stdout and "--moe-paged-stash-buffer-size-factor-cuda" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_save_folder_of_another_model(train: Train, world: World, tmp_path: Path) -> None:
     from megatron_tsft.checkpoint.card import copy_card
     from megatron_tsft.checkpoint.convert import import_hf
@@ -78,8 +101,30 @@ def test_a_save_folder_of_another_model(train: Train, world: World, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_evaluation_data_without_weights_and_a_broken_plugin(train: Train, world: World, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", 40, 0, critical=[[0, 3]])
+    prepare(rows, world.hf, tmp_path / "weighted", progress=False)
+    flags = ["--tsft-objective", "critical", "--tsft-data", str(tmp_path / "weighted")]
+    run = train("weights", *flags, "--tsft-eval-data", str(world.held))
+    assert run.codes == [2] and str(world.held) in run.error and "critical" in run.error
+    (tmp_path / "plugin.py").write_text("import nowhere\n")
+    run = train("plugin", "--tsft-plugin", str(tmp_path / "plugin.py"))
+    assert run.codes == [2] and "ModuleNotFoundError" in run.error and "plugin.py" in run.error
+
+
+@pytest.mark.slow
 def test_check_prints_the_plan_and_writes_nothing(train: Train, world: World) -> None:
-    run = train("plan", "--tsft-check", "--tsft-teacher", "reference", "--tsft-eval-data", str(world.held))
+    run = train(
+        "plan",
+        "--tsft-check",
+        "--tsft-teacher",
+        "reference",
+        "--tsft-eval-data",
+        str(world.held),
+        "--tensorboard-dir",
+        str(world.root / "board"),
+    )
     assert run.codes == [0]
+    assert not (world.root / "board").exists() and "everything fits" in run.logs[0]
     assert "60 conversations" in run.logs[0] and "steps an epoch" in run.logs[0] and "13 conversations" in run.logs[0]
     assert not run.save.exists()

@@ -29,7 +29,6 @@ def writer(path: Path, inner: Any = None, interval: int = 1) -> MetricsWriter:
         MetricsFile(path),
         inner,
         active_seconds=lambda: next(seconds),
-        last="grad-norm",
         interval=interval,
         eval_tokens=50,
     )
@@ -64,6 +63,23 @@ def test_a_step_is_one_row_at_once(tmp_path: Path) -> None:
     assert rows(path)[0].items() >= expected.items()
     step(to, 2)
     assert rows(path)[1]["tokens_per_second"] == 2.0  # 8 tokens in 4 seconds
+
+
+def test_a_step_without_a_gradient_norm_waits_for_the_next(tmp_path: Path) -> None:
+    """fp16 skips steps whose gradient overflows: Megatron then writes no norm."""
+    path = tmp_path / "metrics.jsonl"
+    to = writer(path)
+    for name, value in {"learning-rate": 0.1, "loss": 1.0, "nll": 2.0, "tokens": 8.0, "bad_teacher_rows": 3.0}.items():
+        to.add_scalar(name, value, 1)
+    assert not path.exists()
+    step(to, 2)
+    assert [row["step"] for row in rows(path)] == [1, 2]
+    assert rows(path)[0]["grad_norm"] is None and rows(path)[0]["tokens_per_second"] == 4.0
+    assert rows(path)[0]["bad_teacher_rows"] == 3 and "bad_teacher_rows" not in rows(path)[1]
+    to.add_scalar("loss", 1.0, 3)
+    to.add_scalar("tokens", 8.0, 3)
+    to.flush()  # training is over
+    assert rows(path)[-1]["step"] == 3
 
 
 def test_the_console_shows_what_megatron_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,20 @@ def test_resume_equals_not_stopping(
 
 
 @pytest.mark.slow
+def test_the_own_checkpoint_wins_over_where_the_run_started(train: Train, tmp_path: Path) -> None:
+    """A requeued job repeats its command line: --load L --finetune --save S must go on from S, not begin again."""
+    first = check_ran(train("first", "--tsft-objective", "sft", steps=2, keep=True))
+    start = ("--tsft-objective", "dft", "--load", str(first.save), "--finetune")
+    check_ran(train("second", *start, steps=3, keep=True))
+    again = check_ran(train("second", *start, steps=5, keep=True))
+    assert "at iteration 3" in again.logs[0]
+    assert [row["step"] for row in again.rows] == [1, 2, 3, 4, 5]
+
+    other = train("second", "--tsft-objective", "dft", "--lr", "2e-3", steps=6, keep=True)
+    assert other.codes == [2] and "--lr" in other.error and "--finetune" in other.error
+
+
+@pytest.mark.slow
 def test_kill_9_loses_nothing(train: Train, world: World, tmp_path: Path) -> None:
     save = tmp_path / "killed"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
