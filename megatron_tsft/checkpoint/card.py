@@ -1,13 +1,12 @@
 """The model card: everything that builds a model, saved as JSON beside its checkpoint (Megatron's own loses some)."""
 
-import dataclasses
-import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_tsft.atomic import new_directory, write_text
+from megatron_tsft.atomic import new_directory
+from megatron_tsft.cards import load_card, save_card
 from megatron_tsft.errors import UserError
 
 CARD_FILE = "tsft_model.json"
@@ -47,24 +46,18 @@ class ModelCard:
         Raises:
             UserError: there is none, or it was written by another version.
         """
+        missing = (
+            f"{directory} has no {CARD_FILE}: make the folder with"
+            " `tools/convert_checkpoint.py import --hf DIR --megatron DIR`"
+        )
         path = Path(directory) / CARD_FILE
-        if not path.is_file():
-            raise UserError(
-                f"{directory} has no {CARD_FILE}: make the folder with"
-                " `tools/convert_checkpoint.py import --hf DIR --megatron DIR`"
-            )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if values.pop("format_version") != FORMAT_VERSION:
-                raise ValueError("another format version")
-            return ModelCard(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a model card of this version ({error}): import the model again") from error
+        return load_card(
+            ModelCard, path, FORMAT_VERSION, what="model card", missing=missing, again="import the model again"
+        )
 
     def save(self, directory: Path | str) -> None:
         """Write the card into a folder, atomically."""
-        values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
-        write_text(Path(directory) / CARD_FILE, json.dumps(values, indent=2) + "\n")
+        save_card(self, Path(directory) / CARD_FILE, FORMAT_VERSION)
 
 
 def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:

@@ -12,9 +12,7 @@ row per conversation, in the order of the input:
 """
 
 import bisect
-import dataclasses
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from megatron_tsft.atomic import write_text
+from megatron_tsft.cards import load_card, save_card
 from megatron_tsft.errors import UserError
 
 CARD_FILE = "tsft_data.json"
@@ -72,24 +70,18 @@ class DataCard:
         Raises:
             UserError: there is none, or it was written by another version.
         """
+        missing = (
+            f"{directory} has no {CARD_FILE}: make the folder with"
+            " `tools/prepare_data.py --input FILE.jsonl --tokenizer DIR --output DIR`"
+        )
         path = Path(directory) / CARD_FILE
-        if not path.is_file():
-            raise UserError(
-                f"{directory} has no {CARD_FILE}: make the folder with"
-                " `tools/prepare_data.py --input FILE.jsonl --tokenizer DIR --output DIR`"
-            )
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if (version := values.pop("format_version")) != FORMAT_VERSION:
-                raise ValueError(f"format version {version}, not {FORMAT_VERSION}")
-            return DataCard(**values)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a data card of this version ({error}): prepare the data again") from error
+        return load_card(
+            DataCard, path, FORMAT_VERSION, what="data card", missing=missing, again="prepare the data again"
+        )
 
     def save(self, directory: Path | str) -> None:
         """Write the card into a folder, atomically; last, because a folder with a card is complete."""
-        values = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
-        write_text(Path(directory) / CARD_FILE, json.dumps(values, indent=2) + "\n")
+        save_card(self, Path(directory) / CARD_FILE, FORMAT_VERSION)
 
 
 @dataclass(frozen=True)

@@ -231,7 +231,7 @@ def test_cards(make_hf: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="belongs to another model"):
         copy_card(tmp_path / "b", save)
     (save / "tsft_model.json").write_text('{"format_version": 99}')
-    with pytest.raises(UserError, match="another format version"):
+    with pytest.raises(UserError, match="format version 99, not 1"):
         ModelCard.load(save)
 
 
