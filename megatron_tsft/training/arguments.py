@@ -8,7 +8,7 @@ import argparse
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -205,14 +205,9 @@ def parse(argv: Sequence[str], defaults: dict[str, Any]) -> argparse.Namespace:
         parser.set_defaults(**defaults)
         return parser
 
-    return _with_argv(argv, lambda: parse_and_validate_args(extra_args_provider))
-
-
-def _with_argv(argv: Sequence[str], call: Callable[[], argparse.Namespace]) -> argparse.Namespace:
-    """Megatron reads sys.argv (arguments.py:130)."""
-    before, sys.argv = sys.argv, [sys.argv[0], *argv]
+    before, sys.argv = sys.argv, [sys.argv[0], *argv]  # Megatron reads them there (training/arguments.py, parse_args)
     try:
-        return call()
+        return parse_and_validate_args(extra_args_provider)
     except (AssertionError, ValueError) as error:
         raise refused_by_megatron(error) from error
     finally:

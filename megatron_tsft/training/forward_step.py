@@ -23,10 +23,24 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 class ForwardStep:
     """What Megatron's schedules call for each micro-batch, on every pipeline stage."""
 
-    def __init__(self, objective: Objective, vocab_size: int, device: torch.device | str, check_nan: bool):
-        """vocab_size: the true vocabulary. check_nan: stop at a loss that is not finite (synchronises)."""
-        self.objective, self.vocab_size, self.device, self.check_nan = objective, vocab_size, device, check_nan
-        self.train_data: PackedDataset | None = None  # for messages: which conversations a micro-batch held
+    def __init__(
+        self,
+        objective: Objective,
+        vocab_size: int,
+        device: torch.device | str,
+        train_data: PackedDataset,
+        check_nan: bool,
+    ):
+        """
+        Args:
+            objective: what each token's target is.
+            vocab_size: the true vocabulary.
+            device: where micro-batches go.
+            train_data: for messages: which conversations a micro-batch held.
+            check_nan: stop at a loss that is not finite (synchronises).
+        """
+        self.objective, self.vocab_size, self.device = objective, vocab_size, device
+        self.train_data, self.check_nan = train_data, check_nan
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
@@ -65,8 +79,6 @@ class ForwardStep:
 
     def _where(self, context: LossContext) -> str:
         """The conversations of a micro-batch, to look at."""
-        if self.train_data is None:
-            return f"packs {context.batch.index}"
         ids = [sample for index in context.batch.index for sample in self.train_data.sample_ids(index)]
         return f"packs {context.batch.index} of {self.train_data.data.directory}, sample_ids {', '.join(ids)}"
 

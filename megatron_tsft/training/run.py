@@ -38,7 +38,8 @@ def run(argv: Sequence[str], device: str) -> None:
         device: "cuda" or "cpu" (the CPU layer is installed already).
 
     Raises:
-        UserError: something does not fit; nothing has been trained or written then.
+        UserError: something does not fit; nothing has been trained then, and nothing written unless Megatron found it
+            while it loaded the checkpoint.
     """
     given = arguments.given_flags(argv)
     applied = upstream.apply_all(asynchronous_saves="async_save" in given)
@@ -86,8 +87,8 @@ def run(argv: Sequence[str], device: str) -> None:
     if args.rank == args.world_size - 1:
         install_metrics(args, datasets)
 
-    forward_step = ForwardStep(objective, card.vocab_size, device, args.check_for_nan_in_loss_and_grad)
-    forward_step.train_data = datasets.train
+    check_nan = args.check_for_nan_in_loss_and_grad
+    forward_step = ForwardStep(objective, card.vocab_size, device, datasets.train, check_nan)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
