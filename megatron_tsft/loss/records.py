@@ -1,4 +1,4 @@
-"""The two records that cross the loss's border: a sparse teacher in, per-token values out."""
+"""The records that cross the loss's border: a teacher's top-k or hidden states in, per-token values out."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -24,6 +24,19 @@ class TeacherTopK:
     tail: Literal["uniform", "drop"] = "uniform"
     label_logprobs: Tensor | None = None
     tail_logmass: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherHidden:
+    """A teacher before its head, for the fused head: its logits hidden @ weight.T are never made whole.
+
+    Attributes:
+        hidden: [..., Ht], sharded on dim 0 where the student's is (sequence parallel).
+        weight: [V/tp, Ht], this rank's rows, as many as the student's head has.
+    """
+
+    hidden: Tensor
+    weight: Tensor
 
 
 @dataclass(frozen=True)

@@ -1,72 +1,57 @@
-"""One rank's view of a teacher, dense or top-k: its part of pi's exponent on this shard, and log T(y)."""
+"""A teacher as one rank sees it: dense, top-k or hidden states; its view on a range of columns, and log T(y)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_tsft.loss.records import TeacherTopK
-from megatron_tsft.objectives import Scalar
 
 # Maxima start here, not at -inf: a shard without any valid column merges as 0 * exp(FLOOR - max) = 0, never as NaN.
 FLOOR = -1e30
 
 
-def rows_of(value: Scalar, rows: slice) -> Scalar:
-    """A number or 0-dim tensor as it is; a per-token [N] tensor as the chunk's column [n, 1]."""
-    return value[rows, None] if isinstance(value, Tensor) and value.dim() else value
-
-
-def term(weight: Scalar, values: Tensor) -> Tensor | float:
-    """weight * values with 0 * anything = 0, so that a zero weight removes -inf and NaN too."""
-    if not isinstance(weight, Tensor):
-        return 0.0 if weight == 0 else weight * values
-    return torch.where(weight == 0, torch.zeros((), dtype=values.dtype, device=values.device), weight * values)
-
-
 @dataclass(frozen=True)
 class DenseTeacher:
-    """`values` [N, V/tp]: teacher logits or log-probs, sharded as the student's; the first `columns` are real."""
+    """`values` [N, width]: teacher logits or log-probs on a shard's columns, log T up to a constant per token."""
 
     values: Tensor
-    columns: int
 
-    def chunk(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        return self.values[rows, : self.columns].to(dtype)
-
-    def centred(self, rows: slice, m_t: Tensor) -> Tensor:
-        """log T - m_t of a chunk up to a constant per token, [n, columns], in the type of m_t [n]."""
-        return self.chunk(rows, m_t.dtype) - m_t[:, None]
+    def view(self, start: int, width: int) -> "DenseTeacher":
+        """The teacher on columns [start, start + width)."""
+        return DenseTeacher(self.values[:, start : start + width])
 
 
 @dataclass(frozen=True)
 class SparseTeacher:
-    """A TeacherTopK on this shard: `local` [N, k] columns, `columns` itself where the id lives elsewhere."""
+    """A TeacherTopK, flattened to N tokens and sorted by id; log T up to a constant per token, counted from 0."""
 
-    local: Tensor
-    logprobs: Tensor  # [N, k], 0-mass entries at -inf
-    tail: Tensor  # [N] log-prob of every token outside the top-k (-inf: none)
-    label_logp: Tensor  # [N] log T(y) of the truncated teacher
-    bad: Tensor  # [N] bool
-    columns: int
+    ids: Tensor  # [N, k] int64, ascending; padding comes last, beyond any vocabulary
+    logprobs: Tensor  # [N, k]
+    tail: Tensor  # [N] value of every token outside the top-k (-inf: none)
+    label: Tensor  # [N] value at the label
+    label_logp: Tensor  # [N] log T(y)
+    bad: Tensor  # [N] bool: not finite
 
-    def exponent(self, az: Tensor | float, b: Scalar, rows: slice) -> Tensor:
-        """az + b * log T, [n, columns]. The top-k columns are written over the tail's, never subtracted from a sum."""
-        tail, local = term(b, self.tail[rows, None]), self.local[rows]
-        # the last column takes foreign ids
-        u = torch.empty(len(local), self.columns + 1, dtype=self.tail.dtype, device=self.tail.device)
-        u[:, : self.columns] = az + tail
-        az_k = torch.nn.functional.pad(az, (0, 1)).gather(1, local) if isinstance(az, Tensor) else az
-        written = az_k + term(b, self.logprobs[rows])
-        if isinstance(written, Tensor):  # a float only where a = b = 0: then every column is alike already
-            u.scatter_(1, local, written.to(u.dtype))
-        return u[:, : self.columns]
+    def counted_from(self, first: int) -> "SparseTeacher":
+        """The same with ids counted from column `first` of the vocabulary."""
+        return replace(self, ids=self.ids - first)
 
 
-def sparse_teacher(
-    teacher: TeacherTopK, labels: Tensor, *, offset: int, columns: int, vocab_size: int, dtype: torch.dtype
-) -> SparseTeacher:
-    """The part of a top-k teacher (already flattened to [N, k]) that concerns columns [offset, offset + columns)."""
+@dataclass(frozen=True)
+class HiddenTeacher:
+    """A teacher before its head: its logits on this rank's columns are hidden @ weight.T, made a chunk at a time."""
+
+    hidden: Tensor  # [N, Ht]
+    weight: Tensor  # [V/tp, Ht]
+
+    def view(self, start: int, width: int) -> DenseTeacher:
+        """The teacher on columns [start, start + width)."""
+        return DenseTeacher(self.hidden @ self.weight[start : start + width].T)
+
+
+def sparse_teacher(teacher: TeacherTopK, labels: Tensor, vocab_size: int, dtype: torch.dtype) -> SparseTeacher:
+    """A top-k teacher, already flattened to [N, k], with global ids."""
     ids, logprobs = teacher.ids.long(), teacher.logprobs.to(dtype)
     present = (ids >= 0) & (ids < vocab_size)
     none = torch.full((), -torch.inf, dtype=dtype, device=ids.device)
@@ -85,9 +70,8 @@ def sparse_teacher(
         tail = torch.where(others > 0, tail_mass - torch.log(others.clamp(min=1).to(dtype)), none)
         total = torch.logaddexp(mass, torch.where(others > 0, tail_mass, none))
         bad = bad | torch.isnan(tail) | (tail == torch.inf) | (total == -torch.inf)
-    at_label = torch.where(present & (ids == labels[:, None]), logprobs, none)
-    hit = (present & (ids == labels[:, None])).any(-1)
-    label_logp = torch.where(hit, at_label.amax(-1) if ids.shape[1] else none, tail) - total
-    local = ids - offset
-    local = torch.where(present & (local >= 0) & (local < columns), local, columns)
-    return SparseTeacher(local, logprobs, tail, label_logp, bad, columns)
+    here = present & (ids == labels[:, None])
+    at_label = torch.where(here, logprobs, none)
+    label = torch.where(here.any(-1), at_label.amax(-1) if ids.shape[1] else none, tail)
+    ids, order = torch.where(present, ids, torch.iinfo(torch.int64).max // 2).sort(-1)
+    return SparseTeacher(ids, logprobs.gather(-1, order), tail, label, label - total, bad)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft import QTargetOutput, TeacherTopK, objectives, q_target_cross_entropy
-from megatron_tsft.loss import statistics
+from megatron_tsft.loss import token_chunks
 from megatron_tsft.loss.reference import q_target_reference
 from tests.loss import published
 from tests.ranks import run_ranks
@@ -174,15 +174,15 @@ def run(
     case: Case, rank: int = 0, world: int = 1, group: "dist.ProcessGroup | None" = None, **changes: Any
 ) -> dict[str, Any]:
     """Forward and backward on this rank: the output's fields, and the gradient of its shard as "grad"."""
-    normal = statistics.CHUNK_ELEMENTS["cpu"]
-    statistics.CHUNK_ELEMENTS["cpu"] = case.chunk or normal
+    normal = token_chunks.CHUNK_ELEMENTS["cpu"]
+    token_chunks.CHUNK_ELEMENTS["cpu"] = case.chunk or normal
     try:
         leaf = shard_of(case.logits, rank, world, case.strided).requires_grad_()
         # not the leaf itself, so that inplace has a tensor of its own to write to
         out = call(case, leaf * 1, rank, world, group, **changes)
         out.loss.backward(case.upstream.to(out.loss.dtype))
     finally:
-        statistics.CHUNK_ELEMENTS["cpu"] = normal
+        token_chunks.CHUNK_ELEMENTS["cpu"] = normal
     fields = {key: value.detach() for key, value in vars(out).items() if value is not None}
     assert leaf.grad is not None
     return fields | {"grad": leaf.grad}

@@ -1,0 +1,245 @@
+"""From merged statistics to each token's target: coefficients, loss, reported values, and the gradient's numbers.
+
+    loss = c_y * CE(onehot(y), p) + c_r * CE(pi, p)
+    dloss/dz = (c_y + c_r) * p - c_y * onehot(y) - c_r * pi          (c_y, c_r, pi detached)
+
+Everything here is [N] numbers per token; the vocabulary is read elsewhere. No host synchronisation.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_tsft.loss.diagnostics import target_kl
+from megatron_tsft.loss.shard import GradientWeights, Shard
+from megatron_tsft.loss.statistics import Table, Wanted, topk_entropy
+from megatron_tsft.loss.teacher import FLOOR, DenseTeacher, HiddenTeacher, SparseTeacher
+from megatron_tsft.objectives import Coefficients, Objective, Scalar, Statistics, as_like
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, checked and flattened to N tokens (arguments.py); this rank holds `width` columns from `offset`."""
+
+    labels: Tensor  # [N] int64
+    labelled: Tensor  # [N] bool: not ignored
+    objective: Objective
+    plan: Coefficients
+    a: Scalar  # of pi = softmax(a * z + b * log T), in the working type
+    b: Scalar
+    scale: float  # z = scale * logits
+    vocab_size: int
+    offset: int
+    width: int
+    teacher: DenseTeacher | SparseTeacher | HiddenTeacher | None
+    reference_logprobs: Tensor | None  # [N]
+    token_weights: Tensor | None  # [N]
+    sequence_ids: Tensor | None  # [N] int64
+    num_sequences: int
+    diagnostics: frozenset[str]
+    tp_group: "dist.ProcessGroup | None"
+    cp_group: "dist.ProcessGroup | None"
+
+    def shard(self, logits: Tensor, start: int = 0) -> Shard:
+        """The columns of `logits` [N, w], which are [start, start + w) of this rank's, with the teacher on them."""
+        first, width = self.offset + start, logits.shape[1]
+        if isinstance(self.teacher, SparseTeacher):
+            teacher = self.teacher.counted_from(first)
+        else:
+            teacher = None if self.teacher is None else self.teacher.view(start, width)
+        columns = min(max(self.vocab_size - first, 0), width)
+        label = self.labels - first
+        here = self.labelled & (label >= 0) & (label < columns)
+        label = torch.where(here, label, -1)
+        return Shard(start, logits, columns, self.scale, label, self.labelled, self.a, self.b, teacher)
+
+    @property
+    def has_residual(self) -> bool:
+        return isinstance(self.plan.residual, Tensor) or self.plan.residual != 0
+
+    @property
+    def residual_is_p(self) -> bool:
+        """pi = p, known on the host: its cross-entropy is H(p), and it leaves the gradient."""
+        a, b = self.plan.a, self.plan.b
+        return self.has_residual and not isinstance(a, Tensor) and not isinstance(b, Tensor) and (a, b) == (1, 0)
+
+    @property
+    def has_pi(self) -> bool:
+        """There is a residual with statistics of its own."""
+        return self.has_residual and not self.residual_is_p
+
+    @property
+    def reads_teacher_label(self) -> bool:
+        """log T(y) is needed and comes from the teacher."""
+        needs = self.objective.needs
+        from_teacher = self.reference_logprobs is None and needs & {"reference_logp_y", "sequence_log_ratio"}
+        return "teacher_logp_y" in needs or bool(from_teacher)
+
+    def wanted(self) -> Wanted:
+        """The statistics that this objective and these diagnostics need."""
+        needs, dense = self.objective.needs, isinstance(self.teacher, DenseTeacher | HiddenTeacher)
+        return Wanted(
+            entropy="entropy" in needs or "entropy" in self.diagnostics or self.residual_is_p,
+            collision="collision" in needs,
+            residual=self.has_pi,
+            kl=self.has_pi and "kl" in self.diagnostics,
+            teacher_rows=dense,
+            teacher_label=dense and (self.reads_teacher_label or self.has_pi),
+            teacher_logp=dense and self.reads_teacher_label,
+            top_k=max(self.objective.top_ks, default=0),
+        )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Each token's target and what follows from it, [N] each."""
+
+    loss: Tensor
+    reported: dict[str, Tensor]  # fields of QTargetOutput beside the loss
+    c_y: Tensor  # with token_weights
+    c_r: Tensor
+    logp_y: Tensor
+    pi_logp_y: Tensor | None  # log pi(y); None without a pi of its own
+    supervised: Tensor  # bool
+
+
+def decide_targets(problem: Problem, merged: Table) -> Targets:
+    """Merged statistics -> coefficients of the objective -> loss, reported values and what backward needs."""
+    log_s = torch.log(merged["s"])
+    logp_y = (merged["z_y"] - merged["m"]) - log_s
+    stats = Statistics(logp_y=logp_y, p_y=logp_y.exp(), nll=-logp_y)
+    if "e" in merged:
+        stats["entropy"] = log_s - merged["e"] / merged["s"]
+    if "c" in merged:
+        stats["collision"] = merged["c"] / merged["s"].square()
+    for k in problem.objective.top_ks:
+        stats[f"topk_entropy_{k}"], count = topk_entropy(merged.top, k, problem.vocab_size)
+        # at a vocabulary of one token the entropy is 0 and any positive log k gives the right 0
+        stats[f"topk_log_k_{k}"] = torch.full_like(logp_y, max(count, 2.0)).log()
+    bad = _teacher_statistics(problem, merged, stats)
+    supervised = problem.labelled & ~bad
+    if "sequence_log_ratio" in problem.objective.needs:
+        stats["sequence_log_ratio"] = _sequence_mean(problem, stats, supervised)
+
+    coefficients = problem.objective.coefficients(stats)
+    zero = torch.zeros_like(logp_y)
+
+    def kept(x: Scalar) -> Tensor:
+        return torch.where(supervised, as_like(x, zero), zero)
+
+    c_y, c_r = kept(coefficients.imitation), kept(coefficients.residual)
+    reported = {"imitation": c_y, "residual": c_r, "nll": kept(stats.nll), "supervised": supervised}
+    reported["bad_teacher_rows"] = (bad & problem.labelled).sum()
+    if "entropy" in problem.diagnostics:
+        reported["entropy"] = kept(stats.entropy)
+
+    cross_entropy = pi_logp_y = pi_entropy = None  # of pi
+    if problem.residual_is_p:
+        cross_entropy = pi_entropy = stats.entropy
+    elif problem.has_pi:
+        cross_entropy, log_s_pi = log_s - merged["d_pi"] / merged["s_pi"], torch.log(merged["s_pi"])
+        pi_logp_y = _exponent_at_label(problem, merged) - merged["m_pi"] - log_s_pi
+        pi_entropy = log_s_pi - merged["k_pi"] / merged["s_pi"] if "k_pi" in merged else None
+    if "kl" in problem.diagnostics:
+        at_label = logp_y if problem.residual_is_p else pi_logp_y
+        reported["kl"] = kept(target_kl(c_y, c_r, logp_y, cross_entropy, pi_entropy, at_label))
+
+    loss = c_y * stats.nll
+    if cross_entropy is not None:
+        loss = loss + c_r * cross_entropy
+    if problem.token_weights is not None:
+        loss, c_y, c_r = (problem.token_weights * x for x in (loss, c_y, c_r))
+    return Targets(kept(loss), reported, c_y, c_r, logp_y, pi_logp_y, supervised)
+
+
+def _exponent_at_label(problem: Problem, merged: Table) -> Tensor:
+    """u = a (z - m) + b (log T - m_t) at the label, [N]."""
+
+    def term(weight: Scalar, value: Tensor) -> Tensor:  # 0 * -inf = 0
+        product = weight * value
+        return product.masked_fill(as_like(weight, value) == 0, 0)
+
+    u = term(problem.a, merged["z_y"] - merged["m"])
+    if isinstance(problem.teacher, SparseTeacher):
+        u = u + term(problem.b, problem.teacher.label)
+    elif "t_y" in merged:
+        u = u + term(problem.b, merged["t_y"] - merged["m_t"])
+    return u.clamp(min=FLOOR)
+
+
+def _teacher_statistics(problem: Problem, merged: Table, stats: Statistics) -> Tensor:
+    """Fill in log T(y) and log p_ref(y); return where a teacher that is used is not finite, [N] bool."""
+    teacher = problem.teacher
+    bad = torch.zeros_like(problem.labelled)
+    if isinstance(teacher, SparseTeacher):
+        bad, stats["teacher_logp_y"] = teacher.bad, teacher.label_logp
+    elif "bad" in merged:
+        bad = (merged["bad"] > 0) | (merged["m_t"] <= FLOOR)
+        if "s_t" in merged:
+            stats["teacher_logp_y"] = (merged["t_y"] - merged["m_t"]) - torch.log(merged["s_t"])
+    reads = problem.objective.where_needs("teacher_logp_y", "reference_logp_y", "sequence_log_ratio")
+    bad = bad & ((problem.b != 0) | reads)  # a teacher that a token does not use may be anything
+    if problem.reference_logprobs is not None:
+        stats["reference_logp_y"] = problem.reference_logprobs
+    elif "s_t" in merged:
+        stats["reference_logp_y"] = stats["teacher_logp_y"]
+    if "reference_logp_y" in stats:
+        reference = stats["reference_logp_y"]
+        reads = problem.objective.where_needs("reference_logp_y", "sequence_log_ratio")
+        bad = bad | ((torch.isnan(reference) | (reference == torch.inf)) & reads)
+        stats["reference_logp_y"] = reference.clamp(min=FLOOR)  # at -inf a weight of 0 could not remove the ratio
+    return bad
+
+
+def _sequence_mean(problem: Problem, stats: Statistics, supervised: Tensor) -> Tensor:
+    """mean over each token's sequence of log p(y) - log p_ref(y), [N]; sequences may span CP ranks."""
+    assert problem.sequence_ids is not None
+    counted = supervised & ~torch.isnan(stats.reference_logp_y)  # in a mixture other tokens may have no reference
+    ratio = torch.where(counted, stats.logp_y - stats.reference_logp_y, torch.zeros_like(stats.logp_y))
+    values = torch.stack([ratio, counted.to(ratio.dtype)])  # [2, N]
+    totals = torch.zeros(2, problem.num_sequences, dtype=ratio.dtype, device=ratio.device)
+    totals.index_add_(1, problem.sequence_ids, values)
+    if problem.cp_group is not None and problem.cp_group.size() > 1:
+        dist.all_reduce(totals, group=problem.cp_group)
+    return (totals[0] / totals[1].clamp(min=1))[problem.sequence_ids]
+
+
+KEPT = ("m", "s", "m_pi", "s_pi", "m_t")  # the statistics that backward reads
+
+
+def keep_for_backward(problem: Problem, merged: Table, targets: Targets) -> tuple[list[str], list[Tensor]]:
+    """Names and tensors [N] of what `gradient_weights` needs."""
+    kept: dict[str, Tensor] = {key: getattr(targets, key) for key in ("supervised", "logp_y", "c_y", "c_r")}
+    if targets.pi_logp_y is not None:
+        kept["pi_logp_y"] = targets.pi_logp_y
+    # copies: views of the table would keep all of it, and autograd counts versions by storage
+    kept |= {name: merged[name].clone() for name in KEPT if name in merged and (name != "m_t" or problem.has_pi)}
+    return list(kept), list(kept.values())
+
+
+def gradient_weights(scale: float, kept: dict[str, Tensor], grad_output: Tensor) -> GradientWeights:
+    """The numbers of dloss/dlogits for an upstream gradient [N]; a token whose upstream is 0 is idle."""
+    upstream = grad_output.to(kept["m"].dtype) * scale
+    c_y, c_r, logp_y = kept["c_y"] * upstream, kept["c_r"] * upstream, kept["logp_y"]
+    # the label's column from expm1, where p_y - 1 would cancel
+    label = c_y * torch.expm1(logp_y)
+    has_pi = "pi_logp_y" in kept
+    if has_pi:
+        label = label + c_r * (logp_y.exp() - kept["pi_logp_y"].exp())
+    return GradientWeights(
+        active=kept["supervised"] & (grad_output != 0),
+        m=kept["m"],
+        p=((c_y + c_r) if has_pi else c_y) / kept["s"],
+        label=label,
+        m_pi=kept["m_pi"] if has_pi else None,
+        pi=c_r / kept["s_pi"] if has_pi else None,
+        m_t=kept.get("m_t") if has_pi else None,
+    )
+
+
+def output_fields(targets: Targets, shape: torch.Size) -> dict[str, Any]:
+    """QTargetOutput's fields beside the loss, in the labels' shape."""
+    return {key: value.view(shape) if value.dim() else value for key, value in targets.reported.items()}
