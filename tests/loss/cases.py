@@ -3,16 +3,24 @@
 Legend: s and b are the leading dimensions, V the true vocabulary, W >= V the padded one, w = W / ranks a rank's shard.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tsft import QTargetOutput, TeacherTopK, objectives, q_target_cross_entropy
-from megatron_tsft.loss import token_chunks
+from megatron_tsft import (
+    QTargetOutput,
+    TeacherTopK,
+    objectives,
+    q_target_cross_entropy,
+    q_target_linear_cross_entropy,
+)
+from megatron_tsft.loss import linear_head, token_chunks
 from megatron_tsft.loss.reference import q_target_reference
 from tests.loss import published
 from tests.ranks import run_ranks
@@ -148,6 +156,9 @@ def shard_of(x: Tensor, rank: int, world: int, strided: bool = False) -> Tensor:
     )
 
 
+PATHS = ("torch", "triton", "fused")  # implementations; "triton" runs in its interpreter where there is no GPU
+
+
 def call(
     case: Case, logits: Tensor, rank: int = 0, world: int = 1, group: "dist.ProcessGroup | None" = None, **changes: Any
 ) -> QTargetOutput:
@@ -155,7 +166,12 @@ def call(
     teacher = case.teacher
     if isinstance(teacher, Tensor):
         teacher = shard_of(teacher, rank, world, case.strided)
-    keywords: dict[str, Any] = dict(
+    return q_target_cross_entropy(logits, case.labels, case.objective, **(keywords_of(case, teacher, group) | changes))
+
+
+def keywords_of(case: Case, teacher: Any, group: "dist.ProcessGroup | None") -> dict[str, Any]:
+    """What the case says beyond logits, labels and objective."""
+    return dict(
         teacher=teacher,
         reference_logprobs=case.reference_logprobs,
         token_weights=case.token_weights,
@@ -167,25 +183,79 @@ def call(
         vocab_size=case.vocab_size,
         inplace=case.inplace,
     )
-    return q_target_cross_entropy(logits, case.labels, case.objective, **(keywords | changes))
+
+
+@contextlib.contextmanager
+def implementation(path: str, chunk: int | None = None) -> Iterator[None]:
+    """Choose one of PATHS, with chunks and blocks so small that every case needs several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TSFT_BACKEND", "triton" if path == "triton" else "torch")
+        patch.setattr(linear_head, "MIN_COLUMNS", 3)
+        if chunk:
+            patch.setitem(token_chunks.CHUNK_ELEMENTS, "cpu", chunk)
+        if path == "triton":
+            from megatron_tsft.loss.triton import launch
+
+            patch.setattr(launch, "BLOCK", 8)
+        yield
 
 
 def run(
-    case: Case, rank: int = 0, world: int = 1, group: "dist.ProcessGroup | None" = None, **changes: Any
+    case: Case,
+    rank: int = 0,
+    world: int = 1,
+    group: "dist.ProcessGroup | None" = None,
+    path: str = "torch",
+    **changes: Any,
 ) -> dict[str, Any]:
     """Forward and backward on this rank: the output's fields, and the gradient of its shard as "grad"."""
-    normal = token_chunks.CHUNK_ELEMENTS["cpu"]
-    token_chunks.CHUNK_ELEMENTS["cpu"] = case.chunk or normal
-    try:
-        leaf = shard_of(case.logits, rank, world, case.strided).requires_grad_()
+    leaf = shard_of(case.logits, rank, world, case.strided).requires_grad_()
+    with implementation(path, case.chunk):
+        if path == "fused":
+            return run_fused(case, leaf, rank, world, group, **changes)
         # not the leaf itself, so that inplace has a tensor of its own to write to
         out = call(case, leaf * 1, rank, world, group, **changes)
         out.loss.backward(case.upstream.to(out.loss.dtype))
-    finally:
-        token_chunks.CHUNK_ELEMENTS["cpu"] = normal
-    fields = {key: value.detach() for key, value in vars(out).items() if value is not None}
     assert leaf.grad is not None
-    return fields | {"grad": leaf.grad}
+    return fields_of(out) | {"grad": leaf.grad}
+
+
+def fields_of(out: QTargetOutput) -> dict[str, Any]:
+    return {key: value.detach() for key, value in vars(out).items() if value is not None}
+
+
+def run_fused(
+    case: Case, logits: Tensor, rank: int, world: int, group: "dist.ProcessGroup | None", **changes: Any
+) -> dict[str, Any]:
+    """The fused head on hidden = identity and weight = logits.T: its logits are the case's, its weight's gradient theirs.
+
+    What lies in padded rows of a weight is finite, so garbage in padding is as large as it can be and no more.
+    """
+    n, width = case.labels.numel(), logits.shape[-1]
+    hidden = torch.eye(n, dtype=logits.dtype).reshape(*case.labels.shape, n).requires_grad_()
+    largest = torch.finfo(logits.dtype).max / 1e3
+    flat = logits.detach().reshape(n, width).clone()
+    padding = flat[:, max(0, min(width, case.vocab_size - rank * width)) :]
+    padding.copy_(padding.nan_to_num(1.0, 1e4, -1e4).clamp(-largest, largest))
+    weight = flat.T.requires_grad_()
+    teacher = case.teacher
+    if isinstance(teacher, Tensor):
+        teacher = shard_of(teacher, rank, world, case.strided)
+    keywords = keywords_of(case, teacher, group) | changes
+    keywords.pop("inplace")
+    out = q_target_linear_cross_entropy(hidden, weight, case.labels, case.objective, **keywords)
+    out.loss.backward(case.upstream.to(out.loss.dtype))
+    assert hidden.grad is not None and weight.grad is not None
+    whole = weight.grad.double().T @ weight.detach().double()  # this rank's part of hidden's gradient
+    if group is not None:
+        dist.all_reduce(whole, group=group)
+    error = (hidden.grad.double().reshape(n, n) - whole).abs()
+    scale = weight.grad.double().abs().T @ weight.detach().double().abs()
+    if group is not None:
+        dist.all_reduce(scale, group=group)
+    info = torch.finfo(logits.dtype)
+    assert (error <= 8 * info.eps * (scale + 4 * info.tiny)).all(), f"hidden's gradient of {case.members}"
+    return fields_of(out) | {"grad": weight.grad.T.reshape(logits.shape)}
 
 
 def run_reference(case: Case) -> dict[str, Any]:
@@ -207,14 +277,40 @@ def run_reference(case: Case) -> dict[str, Any]:
     return {key: value.detach() for key, value in vars(out).items()} | {"grad": leaf.grad}
 
 
-def run_all(rank: int, world: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+def run_all(rank: int, world: int, cases: Sequence[Case], path: str) -> list[dict[str, Any]]:
     """`run` for every case in the default group; what a test gives to run_ranks."""
-    return [run(case, rank, world, dist.group.WORLD) for case in cases]
+    return [run(case, rank, world, dist.group.WORLD, path) for case in cases]
 
 
-def computed(world: int, cases: Sequence[Case]) -> list[dict[str, Any]]:
+def computed(world: int, cases: Sequence[Case], path: str = "torch") -> list[dict[str, Any]]:
     """The results of all cases on `world` ranks, from one start of them; one rank is this process, without a group."""
-    return [run(case) for case in cases] if world == 1 else gathered(run_ranks(world, run_all, world, cases))
+    if world == 1:
+        return [run(case, path=path) for case in cases]
+    return gathered(run_ranks(world, run_all, world, cases, path))
+
+
+def implementations(*worlds: int) -> list[Any]:
+    """Parameters for a fixture that calls `results_of`: each path on each number of ranks, and the definition."""
+    slow = [pytest.param(f"triton-tp{world}", marks=pytest.mark.slow) for world in worlds if world > 1]
+    fast = [f"{path}-tp{world}" for world in worlds for path in PATHS if path != "triton" or world == 1]
+    return ["reference", *fast, *slow]
+
+
+def results_of(name: str, cases: Sequence[Case]) -> list[dict[str, Any] | None]:
+    """The results of an implementation; None for fp64 logits under Triton, whose kernels compute in fp32."""
+    if name == "reference":
+        return [run_reference(case) for case in cases]
+    path, world = name.split("-tp")
+    can = [path != "triton" or case.logits.dtype != torch.float64 for case in cases]
+    done = iter(computed(int(world), [case for case, fits in zip(cases, can, strict=True) if fits], path))
+    return [next(done) if fits else None for fits in can]
+
+
+def check_or_skip(case: Case, result: dict[str, Any] | None, tolerance: float | None = None) -> None:
+    """`check`; a result that cannot be is skipped."""
+    if result is None:
+        pytest.skip("the kernels compute in fp32")
+    check(case, result, tolerance)
 
 
 def gathered(per_rank: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
