@@ -34,6 +34,7 @@ EXAMPLE = """examples:
   tools/benchmark_loss.py --output runs/benchmark --device cpu --shapes 2048x49152 --tp 2
 """
 DEFAULT_SHAPES = {"cpu": ["2048x49152"], "cuda": ["8192x131072", "8192x151936/8", "4096x49152"]}
+SHAPES_HELP = f"{' '.join(DEFAULT_SHAPES['cpu'])}, on CUDA {' '.join(DEFAULT_SHAPES['cuda'])}"
 QUICK_SHAPES = ["64x4096"]
 DEFAULT_HIDDEN = {"cpu": 576, "cuda": 4096}
 VERSIONS = ("torch", "triton", "megatron-core", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
@@ -47,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the three files")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--shapes", nargs="+", metavar="NxV[/TP]", help="default: by device, see the code")
+    parser.add_argument("--shapes", nargs="+", metavar="NxV[/TP]", help=f"default: {SHAPES_HELP}")
     parser.add_argument("--quick", action="store_true", help=f"a small shape, {' '.join(QUICK_SHAPES)}, and one type")
     parser.add_argument("--dtypes", nargs="+", metavar="T", help="bf16, fp32 (default: both)")
     parser.add_argument("--objectives", nargs="+", metavar="O", help="default: all; a wrong name lists them")

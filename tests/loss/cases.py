@@ -227,7 +227,7 @@ def fields_of(out: QTargetOutput) -> dict[str, Any]:
 def run_fused(
     case: Case, logits: Tensor, rank: int, world: int, group: "dist.ProcessGroup | None", **changes: Any
 ) -> dict[str, Any]:
-    """The fused head on hidden = identity and weight = logits.T: its logits are the case's, its weight's gradient theirs.
+    """The fused head with hidden = identity, weight = logits.T: logits are the case's, the weight's gradient theirs.
 
     What lies in padded rows of a weight is finite, so garbage in padding is as large as it can be and no more.
     """

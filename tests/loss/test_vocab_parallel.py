@@ -1,4 +1,4 @@
-"""Every objective by every path on 1 to 4 vocabulary shards: the published gradient, the surrogate's value, each dtype."""
+"""Every objective, path and dtype on 1 to 4 vocabulary shards: the published gradient, the surrogate's value."""
 
 from typing import Any
 

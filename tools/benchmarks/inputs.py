@@ -151,9 +151,9 @@ def make_case(section: Section, rank: int = 0) -> Case:
         logits.scatter_add_(1, local[:, None], (lift * mine)[:, None].to(dtype))
         leaves = (logits,)
     else:
-        hidden, weight = normal(n, h, generator=same), normal(width, h, generator=own) / h**0.5
-        if section.world == 1:
-            hidden += lift[:, None].to(dtype) * weight[local]  # a row of the weight has length one
+        hidden, whole = normal(n, h, generator=same), normal(vocabulary, h, generator=same) / h**0.5
+        hidden += lift[:, None].to(dtype) * whole[labels]  # a row of the weight has length one
+        weight = whole[rank * width : (rank + 1) * width].clone()
         leaves = (hidden, weight)
         if "dense" in teachers:
             head = normal(n, h, generator=same), normal(width, h, generator=own) / h**0.5

@@ -25,7 +25,7 @@ def local_statistics(shard: Shard, wanted: Wanted) -> Table:
     with _device(shard.logits):
         forward_kernel[(len(shard.logits),)](
             **_logits(shard),
-            active=shard.active,
+            active=shard.active.contiguous(),
             **_pi(shard, dense, used=wanted.residual),
             **outputs,
             **_meta(shard.columns),
@@ -44,13 +44,7 @@ def write_gradient(shard: Shard, weights: GradientWeights, out: Tensor) -> None:
         backward_kernel[(len(shard.logits),)](
             **_logits(shard),
             width=shard.logits.shape[1],
-            active=weights.active,
-            m=weights.m,
-            p=weights.p,
-            at_label=weights.label,
-            m_pi=weights.m_pi,
-            pi=weights.pi,
-            m_t=weights.m_t,
+            **{ARGUMENT.get(name, name): _vector(value) for name, value in vars(weights).items()},
             **_pi(shard, dense, used=weights.pi is not None),
             grad=out,
             grad_row_stride=out.stride(0),
@@ -59,6 +53,7 @@ def write_gradient(shard: Shard, weights: GradientWeights, out: Tensor) -> None:
         )
 
 
+ARGUMENT = {"label": "at_label"}  # what the kernel calls a GradientWeights field that would clash with the shard's
 OUTPUTS = ("m", "s", "z_y", "e", "c", "m_pi", "s_pi", "d_pi", "k_pi", "m_t", "s_t", "t_y", "bad")
 
 
@@ -69,8 +64,13 @@ def _logits(shard: Shard) -> dict:
         "column_stride": shard.logits.stride(1),
         "columns": shard.columns,
         "scale": shard.scale,
-        "label": shard.label,
+        "label": shard.label.contiguous(),
     }
+
+
+def _vector(value: Tensor | None) -> Tensor | None:
+    """[N] with its numbers side by side, as the kernels index them: an expanded tensor has one for all."""
+    return None if value is None else value.contiguous()
 
 
 def _pi(shard: Shard, dense: DenseTeacher | SparseTeacher | None, used: bool) -> dict:
@@ -89,7 +89,7 @@ def _pi(shard: Shard, dense: DenseTeacher | SparseTeacher | None, used: bool) ->
         "teacher_column_stride": values.stride(1) if values is not None else 0,
         "ids": sparse.ids.contiguous() if sparse else None,
         "logprobs": sparse.logprobs.contiguous() if sparse else None,
-        "tail": sparse.tail if sparse else None,
+        "tail": _vector(sparse.tail) if sparse else None,
         "k": k,
         "K_BLOCK": triton.next_power_of_2(max(k, 1)),
     }
