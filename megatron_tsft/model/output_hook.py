@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
-from megatron_tsft.loss import q_target_cross_entropy
+from megatron_tsft.loss import TeacherHidden, q_target_cross_entropy, q_target_linear_cross_entropy
+from megatron_tsft.model.fused_head import head_weight
 from megatron_tsft.objectives import Objective
 
 TRAINING_METRICS = ("loss", "nll", "gamma", "entropy", "kl", "supervised")
@@ -28,7 +29,9 @@ class LossContext:
     training: bool
     tp_group: "dist.ProcessGroup | None"
     cp_group: "dist.ProcessGroup | None"
-    teacher_logits: Tensor | None = field(default=None)  # [s, b, V/tp], put here by the riding teacher
+    fuse_head: bool = False
+    # put here by the riding teacher: logits [s, b, V/tp], or for a fused head what they are made of
+    teacher: Tensor | TeacherHidden | None = field(default=None)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -47,15 +50,10 @@ def q_target_output(
     **unused: Any,
 ) -> Tensor:
     """[len(context.metrics), b, s] fp32: the loss first (differentiable), detached metrics after."""
-    logits, _ = output_layer(hidden_states, weight=output_weight)  # [s, b, V/tp]
-    logits = scale_logits(logits)
     batch, objective = context.batch, context.objective
     sequences = "sequence_log_ratio" in objective.needs
-    out = q_target_cross_entropy(
-        logits,
-        labels.transpose(0, 1),
-        objective,
-        teacher=context.teacher_logits,
+    keywords: dict[str, Any] = dict(
+        teacher=context.teacher,
         token_weights=None if batch.token_weights is None else batch.token_weights.transpose(0, 1),
         sequence_ids=batch.sequence_ids.transpose(0, 1) if sequences else None,
         num_sequences=batch.num_sequences if sequences else None,
@@ -63,9 +61,28 @@ def q_target_output(
         tp_group=context.tp_group,
         cp_group=context.cp_group,
         vocab_size=context.vocab_size,
-        inplace=torch.is_grad_enabled(),  # nobody reads the logits again: the gradient takes their memory
     )
-    context.teacher_logits = None
+    if context.fuse_head:
+        out = q_target_linear_cross_entropy(
+            hidden_states,
+            head_weight(output_layer, output_weight, hidden_states),
+            labels.transpose(0, 1),
+            objective,
+            # scale_logits is linear: on the number 1 it is the factor (muP's; 1 without)
+            logit_scale=float(scale_logits(torch.ones(()))),
+            sequence_parallel=output_layer.sequence_parallel,
+            **keywords,
+        )
+    else:
+        logits, _ = output_layer(hidden_states, weight=output_weight)  # [s, b, V/tp]
+        out = q_target_cross_entropy(
+            scale_logits(logits),
+            labels.transpose(0, 1),
+            objective,
+            inplace=torch.is_grad_enabled(),  # nobody reads the logits again: the gradient takes their memory
+            **keywords,
+        )
+    context.teacher = None
     values = {
         "loss": out.loss,
         "nll": out.nll,

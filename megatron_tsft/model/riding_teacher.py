@@ -16,10 +16,19 @@ from megatron.core.utils import unwrap_model
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
+from megatron_tsft.loss import TeacherHidden
+
 
 def teacher_logits(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **unused: Any) -> Tensor:
     """The teacher's output hook: plain vocabulary-sharded logits [s, b, V/tp]."""
     return output_layer(hidden_states, weight=output_weight)[0]
+
+
+def teacher_hidden(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **unused: Any
+) -> TeacherHidden:
+    """The teacher's output hook for a fused head: what its logits are made of."""
+    return TeacherHidden(hidden_states, output_layer.weight if output_weight is None else output_weight)
 
 
 class GuidedGPTModel(GPTModel):
@@ -46,12 +55,14 @@ class GuidedGPTModel(GPTModel):
         self.teacher.set_input_tensor(teacher)
 
     def forward(self, *args: Any, output_processor_context: Any = None, **kwargs: Any) -> Tensor:
-        """As GPTModel.forward; on the last stage the context gets `teacher_logits` before the student's hook runs."""
+        """As GPTModel.forward; on the last stage the context gets its `teacher` before the student's hook runs."""
         shared = {k: v for k, v in kwargs.items() if k not in ("labels", "loss_mask", "output_processor")}
+        fused = output_processor_context is not None and output_processor_context.fuse_head
         with torch.no_grad():
-            teacher_out = self.teacher(*args, output_processor=teacher_logits, **shared)
+            hook = teacher_hidden if fused else teacher_logits
+            teacher_out: Any = self.teacher(*args, output_processor=hook, **shared)
         if self.post_process:
-            output_processor_context.teacher_logits = teacher_out
+            output_processor_context.teacher = teacher_out
             return super().forward(*args, output_processor_context=output_processor_context, **kwargs)
         hidden = super().forward(*args, **kwargs)
         return torch.cat([hidden, teacher_out.to(hidden.dtype)], -1)

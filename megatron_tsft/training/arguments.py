@@ -83,6 +83,11 @@ REFUSED |= dict.fromkeys(
     " heterogeneous_layers_config_encoded_json moe_use_upcycling".split(),
     "it makes another model than the one in --tsft-model",
 )
+NOT_FUSED = {
+    "use_megatron_fsdp": "the head's weight is sharded over data-parallel ranks until the head itself is called",
+    "use_torch_fsdp2": "the head's weight is sharded over data-parallel ranks until the head itself is called",
+    "fp8_output_proj": "the head computes in FP8, the fused one in the model's type",
+}
 SAVE_INTERVAL = 200
 NEVER = 1 << 30  # an interval beyond any run: Megatron saves and evaluates once more when training is over
 
@@ -144,6 +149,15 @@ def refuse_flags(given: dict[str, Any]) -> None:
         raise UserError(f"--context-parallel-size {given['context_parallel_size']} is not supported yet: leave it at 1")
     if given.get("fp8") and importlib.util.find_spec("transformer_engine") is None:
         raise UserError(f"--fp8-format {given['fp8']} needs Transformer Engine, which is not installed here")
+
+
+def check_fused_head(config: TsftConfig, given: dict[str, Any]) -> None:
+    """Raise UserError for a flag that makes another output layer than the one --tsft-fuse-head takes over."""
+    if not config.fuse_head:
+        return
+    for name, reason in NOT_FUSED.items():
+        if given.get(name):
+            raise UserError(f"{option_of(name)} does not go with --tsft-fuse-head: {reason}; leave one of them out")
 
 
 def check_card(given: dict[str, Any], card: ModelCard, folder: str) -> None:

@@ -27,6 +27,7 @@ class TsftConfig:
     args: Sequence[str] = flag((), "the objective's parameters, such as eta=0.5", nargs="+", metavar="NAME=VALUE")
     teacher: str = flag("none", "the second distribution: reference is the frozen --tsft-model", choices=TEACHERS)
     plugin: Sequence[str] = flag((), "Python files that register objectives of your own", nargs="+", metavar="FILE")
+    fuse_head: bool = flag(False, "the LM head inside the loss: logits are never held whole", action="store_true")
     long_samples: str = flag("refuse", "conversations longer than --seq-length", choices=LONG_SAMPLES)
     check: bool = flag(False, "check everything that can be checked, print the plan and stop", action="store_true")
     device: str = flag("", "default: cuda where there is one, else cpu", choices=DEVICES)

@@ -30,6 +30,7 @@ class ForwardStep:
         device: torch.device | str,
         train_data: PackedDataset,
         check_nan: bool,
+        fuse_head: bool,
     ):
         """
         Args:
@@ -38,9 +39,10 @@ class ForwardStep:
             device: where micro-batches go.
             train_data: for messages: which conversations a micro-batch held.
             check_nan: stop at a loss that is not finite (synchronises).
+            fuse_head: the LM head is part of the loss.
         """
         self.objective, self.vocab_size, self.device = objective, vocab_size, device
-        self.train_data, self.check_nan = train_data, check_nan
+        self.train_data, self.check_nan, self.fuse_head = train_data, check_nan, fuse_head
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
@@ -58,6 +60,7 @@ class ForwardStep:
             training=model.training,
             tp_group=_group(mpu.get_tensor_model_parallel_group()),
             cp_group=_group(mpu.get_context_parallel_group()),
+            fuse_head=self.fuse_head,
         )
         output = model(
             batch.tokens,

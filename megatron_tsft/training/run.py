@@ -45,6 +45,7 @@ def run(argv: Sequence[str], device: str) -> None:
     applied = upstream.apply_all(asynchronous_saves="async_save" in given)
     config = TsftConfig.from_given(given)
     arguments.refuse_flags(given)
+    arguments.check_fused_head(config, given)
     checks.check_required(config, given)
     card = ModelCard.load(config.model)
     arguments.check_card(given, card, config.model)
@@ -88,7 +89,7 @@ def run(argv: Sequence[str], device: str) -> None:
         install_metrics(args, datasets)
 
     check_nan = args.check_for_nan_in_loss_and_grad
-    forward_step = ForwardStep(objective, card.vocab_size, device, datasets.train, check_nan)
+    forward_step = ForwardStep(objective, card.vocab_size, device, datasets.train, check_nan, config.fuse_head)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -173,7 +174,8 @@ def describe(
     saves = f"{args.save}, every {args.save_interval} steps and at the end" if args.save else "nowhere"
     lines = [
         f"weights: {start}{', as a new run' if found and args.finetune else ''}; saves: {saves}",
-        f"objective: {objective!r}, teacher: {config.teacher}, source: {objective.row.source}",
+        f"objective: {objective!r}, teacher: {config.teacher}, source: {objective.row.source}"
+        f"{', in one with the LM head' if config.fuse_head else ''}",
         f"model: {config.model}; upstream repairs: {', '.join(applied) or 'none needed'}",
         f"train: {config.data}, {len(train.data)} conversations in {train.packs} packs of {args.seq_length}"
         f" ({100 * positions / (train.packs * args.seq_length):.0f}% full), {train.truncated} truncated;"

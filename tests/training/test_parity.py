@@ -36,6 +36,14 @@ LAYOUTS = {
     "micro-batch-1": (1, "--micro-batch-size 1"),
     "micro-batch-4": (1, "--micro-batch-size 4"),
     "recompute": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    # the head inside the loss: hidden states and weight instead of logits, student's and teacher's
+    "fused": (1, "--tsft-fuse-head"),
+    "fused-tp2-sp": (2, "--tsft-fuse-head --tensor-model-parallel-size 2 --sequence-parallel"),
+    "fused-pp2": (2, "--tsft-fuse-head --pipeline-model-parallel-size 2"),
+    "fused-dp2-distributed-optimizer": (
+        2,
+        "--tsft-fuse-head --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
     "tp2-pp2-sp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --sequence-parallel"),
 }
 KEYS = ("loss", "nll", "gamma", "entropy", "kl", "grad_norm")
