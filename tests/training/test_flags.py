@@ -34,6 +34,11 @@ CASES = {
     "refused by name": (1, "--full-validation --tsft-args eta=0", ["--full-validation", "--tsft-eval-data"]),
     "Megatron's data": (1, "--mock-data --tsft-args eta=0", ["--mock-data", "--tsft-data"]),
     "fp8 without Transformer Engine": (1, "--fp8-format hybrid --bf16 --tsft-args eta=0", ["Transformer Engine"]),
+    "a head of another kind": (
+        1,
+        "--tsft-fuse-head --use-megatron-fsdp --tsft-args eta=0",
+        ["--use-megatron-fsdp", "--tsft-fuse-head", "leave one of them out"],
+    ),
     "load finds nothing": (1, "--load nowhere --tsft-args eta=0", ["--load nowhere", "leave --load out"]),
     "another rope": (1, "--rotary-seq-len-interpolation-factor 8 --tsft-args eta=0", ["another model"]),
     "another attention": (1, "--window-size 4,0 --tsft-args eta=0", ["--window-size", "another model"]),
