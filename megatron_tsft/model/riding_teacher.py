@@ -62,6 +62,7 @@ class GuidedGPTModel(GPTModel):
             hook = teacher_hidden if fused else teacher_logits
             teacher_out: Any = self.teacher(*args, output_processor=hook, **shared)
         if self.post_process:
+            assert output_processor_context is not None
             output_processor_context.teacher = teacher_out
             return super().forward(*args, output_processor_context=output_processor_context, **kwargs)
         hidden = super().forward(*args, **kwargs)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from megatron_tsft.loss.triton.blocks import exponent, first_id, load_logits, load_teacher, top_k_block
+from megatron_tsft.loss.triton.blocks import exponent, first_id, is_bad, load_logits, load_teacher, top_k_block
 
 
 @triton.jit
@@ -64,13 +64,13 @@ def backward_kernel(
             x = load_logits(logits, column_stride, cols, columns, scale) - m_row
             g = p_row * tl.exp(x)
             if pi is not None:
-                log_t = x
+                log_t = None
                 if teacher is not None:
-                    log_t, _ = load_teacher(teacher, teacher_column_stride, cols, columns)
-                    log_t -= m_t_row
+                    t = load_teacher(teacher, teacher_column_stride, cols, columns)
+                    log_t = tl.where(is_bad(t), float("-inf"), t) - m_t_row
                 if ids is not None:
                     log_t, j = top_k_block(tail_row, cols, start + BLOCK, j, ids, logprobs, k)
-                u = exponent(a_row, x, b_row, log_t, cols, columns, teacher is not None or ids is not None)
+                u = exponent(a_row, x, b_row, log_t, cols, columns)
                 g -= pi_row * tl.exp(u - m_pi_row)
             g = tl.where(cols == y, y_value, g)
             g = tl.where(cols < columns, g, 0.0)

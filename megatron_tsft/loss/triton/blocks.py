@@ -16,10 +16,14 @@ def load_logits(row, stride, cols, columns, scale):
 
 @triton.jit
 def load_teacher(row, stride, cols, columns):
-    """A dense teacher's values of a block in fp32, and how many are NaN or +inf; those read -inf, as padding does."""
-    t = tl.load(row + cols * stride, mask=cols < columns, other=float("-inf")).to(tl.float32)
-    bad = (t != t) | (t == float("inf"))
-    return tl.where(bad, float("-inf"), t), tl.sum(bad.to(tl.float32))
+    """A dense teacher's values of a block in fp32, -inf beyond the last real column."""
+    return tl.load(row + cols * stride, mask=cols < columns, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def is_bad(t):
+    """NaN or +inf, which no teacher's row may hold."""
+    return (t != t) | (t == float("inf"))
 
 
 @triton.jit
@@ -48,10 +52,13 @@ def top_k_block(tail, cols, stop, j, ids, logprobs, k):
 
 
 @triton.jit
-def exponent(a, x, b, log_t, cols, columns, HAS_TEACHER: tl.constexpr):
-    """u = a (z - m) + b (log T - m_t), with 0 * anything = 0; below FLOOR beyond the last real column."""
+def exponent(a, x, b, log_t, cols, columns):
+    """u = a (z - m) + b (log T - m_t), with 0 * anything = 0; below FLOOR beyond the last real column.
+
+    `log_t` is None without a teacher.
+    """
     u = tl.where(a == 0, 0.0, a * x)
-    if HAS_TEACHER:
+    if log_t is not None:
         log_t = tl.where(log_t < FLOOR, FLOOR, log_t)
         u += tl.where(b == 0, 0.0, b * log_t)
     return tl.where(cols < columns, tl.where(u < FLOOR, FLOOR, u), 2 * FLOOR)

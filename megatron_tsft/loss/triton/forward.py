@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from megatron_tsft.loss.triton.blocks import FLOOR, exponent, first_id, load_logits, load_teacher, top_k_block
+from megatron_tsft.loss.triton.blocks import FLOOR, exponent, first_id, is_bad, load_logits, load_teacher, top_k_block
 
 
 @triton.jit
@@ -81,10 +81,11 @@ def forward_kernel(
             s = s * factor + tl.sum(e_x)
             m = m_new
 
-            log_t, moved = x, a_row * by
+            log_t, moved = None, a_row * by
             if teacher is not None:
-                t, block_bad = load_teacher(teacher, teacher_column_stride, cols, columns)
-                bad += block_bad
+                t = load_teacher(teacher, teacher_column_stride, cols, columns)
+                bad += tl.sum(is_bad(t).to(tl.float32))  # type: ignore[operator]
+                t = tl.where(is_bad(t), float("-inf"), t)
                 m_t_new = tl.maximum(m_t, tl.max(t))
                 by_t = m_t - m_t_new
                 log_t = t - m_t_new
@@ -95,7 +96,7 @@ def forward_kernel(
             if s_pi_out is not None:
                 if ids is not None:
                     log_t, j = top_k_block(tail_row, cols, start + BLOCK, j, ids, logprobs, k)
-                u = exponent(a_row, x, b_row, log_t, cols, columns, teacher is not None or ids is not None)
+                u = exponent(a_row, x, b_row, log_t, cols, columns)
                 m_pi = tl.where(s_pi > 0, m_pi + moved, FLOOR)
                 m_pi_new = tl.maximum(m_pi, tl.max(u))
                 by_pi = m_pi - m_pi_new
