@@ -26,6 +26,7 @@ ORDER = {
 # in this order, and usable by every room but the two that import torch only
 BOTTOM = {"errors": 0, "atomic": 1, "cards": 2}
 TORCH_ONLY = {"objectives", "loss"}
+KERNELS = "loss/triton"  # may import triton too; loss/dispatch.py imports it when a kernel is wanted
 BELOW_TRAINING = set(ORDER) - {"training"}
 
 
@@ -73,13 +74,13 @@ def reads_global_args(tree: ast.AST) -> Iterator[int]:
             yield node.lineno
 
 
-def violations(room: str, tree: ast.Module) -> list[str]:
-    """What a file of `room` ('' for the package's own __init__) imports against the rules."""
+def violations(room: str, tree: ast.Module, kernels: bool = False) -> list[str]:
+    """What a file of `room` ('' for the package's own __init__; `kernels`: in KERNELS) imports against the rules."""
     found = []
     for line, name in imported_modules(tree):
         top, target = name.split(".")[0], room_of(name)
         if top != PACKAGE:
-            allowed = top == "torch" or top in sys.stdlib_module_names
+            allowed = top == "torch" or top in sys.stdlib_module_names or (top == "triton" and kernels)
             if room in TORCH_ONLY | BOTTOM.keys() and not (allowed and (top != "torch" or room in TORCH_ONLY)):
                 found.append(f"{line}: {room} imports {name}, but may import the standard library and torch only")
         elif target == "relative-import":
@@ -124,7 +125,8 @@ def room_of_file(path: Path) -> str:
 def test_imports_point_downwards(path: Path) -> None:
     room = room_of_file(path)
     assert room in {"", "cpu", *ORDER, *BOTTOM}, f"{room} is a room without a place in the order: give it one here"
-    assert violations(room, ast.parse(path.read_text(encoding="utf-8"))) == []
+    kernels = path.is_relative_to(REPOSITORY / PACKAGE / KERNELS)
+    assert violations(room, ast.parse(path.read_text(encoding="utf-8")), kernels) == []
 
 
 def test_the_package_never_imports_scripts_or_tests() -> None:
@@ -142,6 +144,7 @@ def test_the_package_never_imports_scripts_or_tests() -> None:
         ("loss", "def f():\n    from megatron.core import parallel_state"),
         ("loss", "from megatron_tsft.upstream import rope_factor"),
         ("loss", "from . import api"),
+        ("loss", "import triton"),
         ("checkpoint", "from megatron_tsft.data import chat"),
         ("data", "from megatron_tsft import teacher"),
         ("teacher", "import megatron_tsft.model.output_hook"),
@@ -181,7 +184,7 @@ def test_a_right_import_passes(room: str, source: str) -> None:
 def test_the_loss_loads_without_megatron_and_transformers() -> None:
     program = (
         "import sys, megatron_tsft, megatron_tsft.loss, megatron_tsft.objectives\n"
-        "print(sorted({name.split('.')[0] for name in sys.modules} & {'megatron', 'transformers', 'datasets'}))"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'megatron', 'transformers', 'datasets', 'triton'}))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
