@@ -289,11 +289,17 @@ def computed(world: int, cases: Sequence[Case], path: str = "torch") -> list[dic
     return gathered(run_ranks(world, run_all, world, cases, path))
 
 
-def implementations(*worlds: int) -> list[Any]:
-    """Parameters for a fixture that calls `results_of`: each path on each number of ranks, and the definition."""
-    slow = [pytest.param(f"triton-tp{world}", marks=pytest.mark.slow) for world in worlds if world > 1]
-    fast = [f"{path}-tp{world}" for world in worlds for path in PATHS if path != "triton" or world == 1]
-    return ["reference", *fast, *slow]
+def implementations(*worlds: int, quick: bool = False) -> list[Any]:
+    """Parameters for a fixture that calls `results_of`: each path on each number of ranks, and the definition.
+
+    Triton's interpreter takes a third of a second a case: its runs are slow tests, but on one rank where `quick`.
+    """
+    out: list[Any] = ["reference"]
+    for path in PATHS:
+        for world in worlds:
+            slow = path == "triton" and not (quick and world == 1)
+            out.append(pytest.param(f"{path}-tp{world}", marks=[pytest.mark.slow] if slow else []))
+    return out
 
 
 def results_of(name: str, cases: Sequence[Case]) -> list[dict[str, Any] | None]:

@@ -15,7 +15,7 @@ VARIANTS = ["plain", "rich"]  # see random_case
 Results = dict[tuple[str, torch.dtype, str], tuple[Case, dict[str, Any] | None]]
 
 
-@pytest.fixture(scope="module", params=implementations(1, 2, 3, 4))
+@pytest.fixture(scope="module", params=implementations(1, 2, 3, 4, quick=True))
 def results(request: pytest.FixtureRequest) -> Results:
     """All cases of one implementation; the ranks start once for all of them."""
     world = 1 if request.param == "reference" else int(request.param[-1])
