@@ -98,7 +98,6 @@ class Arguments:
             scale=float(self.logit_scale),
             vocab_size=vocab_size,
             offset=0 if self.tp_group is None else self.tp_group.rank() * width,
-            width=width,
             teacher=self._teacher(labels, width, vocab_size, dtype),
             reference_logprobs=vector(reference),
             token_weights=vector(self.token_weights),

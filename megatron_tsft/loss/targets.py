@@ -22,7 +22,7 @@ from megatron_tsft.objectives import Coefficients, Objective, Scalar, Statistics
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, checked and flattened to N tokens (arguments.py); this rank holds `width` columns from `offset`."""
+    """One call, checked and flattened to N tokens (arguments.py); this rank's columns begin at `offset`."""
 
     labels: Tensor  # [N] int64
     labelled: Tensor  # [N] bool: not ignored
@@ -33,7 +33,6 @@ class Problem:
     scale: float  # z = scale * logits
     vocab_size: int
     offset: int
-    width: int
     teacher: DenseTeacher | SparseTeacher | HiddenTeacher | None
     reference_logprobs: Tensor | None  # [N]
     token_weights: Tensor | None  # [N]
