@@ -61,7 +61,8 @@ def in_halves(problems: list[tuple[Problem, Tensor]], group: Any) -> list[Table]
         shard = problem.shard(logits)
         local = implementation(logits).local_statistics(shard, problem.wanted())
         gathered = local.data.new_empty(dist.get_world_size(), *local.data.shape)
-        handle = dist.all_gather(list(gathered), local.data, group=group, async_op=True)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        handle = gather(gathered.flatten(0, 1), local.data, group=group, async_op=True)
         pending.append((handle, local.names, gathered, shard))
     merged = []
     for handle, names, gathered, shard in pending:

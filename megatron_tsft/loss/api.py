@@ -37,7 +37,8 @@ def q_target_cross_entropy(
     the logits, elsewhere torch does; TSFT_BACKEND=torch|triton in the environment overrides.
 
     Args:
-        logits: [..., V/tp] this rank's shard, bf16, fp16, fp32 or fp64; shards are equal and in rank order.
+        logits: [..., V/tp] this rank's shard, bf16, fp16, fp32 or fp64; shards are equal and in rank order. Any
+            strides; leading dimensions that cannot be viewed as one (transposed ones) cost a copy, a teacher's too.
         labels: [...] int64 global ids; `ignore_index` gives exactly zero loss and gradient.
         objective: from `objectives.get` or `objectives.mixture`.
         teacher: [..., V/tp] logits or log-probs of T, sharded alike, or a `TeacherTopK`.
@@ -60,23 +61,23 @@ def q_target_cross_entropy(
             TSFT_DEBUG=1 in the environment also labels outside the vocabulary and teacher rows that are not finite.
     """
     arguments = Arguments(
-        labels,
-        objective,
-        teacher,
-        reference_logprobs,
-        token_weights,
-        sequence_ids,
-        num_sequences,
-        logit_scale,
-        diagnostics,
-        tp_group,
-        cp_group,
-        vocab_size,
-        ignore_index,
+        labels=labels,
+        objective=objective,
+        teacher=teacher,
+        reference_logprobs=reference_logprobs,
+        token_weights=token_weights,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        logit_scale=logit_scale,
+        diagnostics=diagnostics,
+        tp_group=tp_group,
+        cp_group=cp_group,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
     )
     if isinstance(teacher, TeacherHidden):
         raise TypeError("teacher is TeacherHidden: only q_target_linear_cross_entropy takes one; pass its logits")
-    check_logits(logits, labels)
+    check_logits(logits, labels, inplace)
     width = logits.shape[-1]
     problem = arguments.problem(logits, width)
     out = vocab_parallel_q_target(problem, logits.reshape(-1, width), inplace, labels.shape)
@@ -103,9 +104,10 @@ def q_target_linear_cross_entropy(
 ) -> QTargetOutput:
     """`q_target_cross_entropy(hidden @ weight.T, ...)` without the logits: the LM head is part of the loss.
 
-    The head runs over a few thousand vocabulary columns at a time, forward and once more backward: four matrix
-    products where a plain head has three. It holds, beyond the gradients, a thirty-second of the logits and the fp32
-    sum of hidden's gradient. Collectives over `tp_group`: one all-gather of statistics forward, backward one
+    The head runs over a thirty-second of the vocabulary's columns at a time, forward and once more backward: four
+    matrix products where a plain head has three. Beyond the gradients it holds one such chunk of logits (two with
+    TeacherHidden) and hidden's gradient summed in fp32: 1/32 + 2 H / (V/tp) of bf16 logits, so it pays where the shard
+    is much wider than the model. Collectives over `tp_group`: one all-gather of statistics forward, backward one
     all-reduce of hidden's gradient; under sequence parallel hidden is gathered in both, and its gradient
     reduce-scattered.
 
@@ -128,19 +130,19 @@ def q_target_linear_cross_entropy(
         ValueError, TypeError: as `q_target_cross_entropy`; a DTensor.
     """
     arguments = Arguments(
-        labels,
-        objective,
-        teacher,
-        reference_logprobs,
-        token_weights,
-        sequence_ids,
-        num_sequences,
-        logit_scale,
-        diagnostics,
-        tp_group,
-        cp_group,
-        vocab_size,
-        ignore_index,
+        labels=labels,
+        objective=objective,
+        teacher=teacher,
+        reference_logprobs=reference_logprobs,
+        token_weights=token_weights,
+        sequence_ids=sequence_ids,
+        num_sequences=num_sequences,
+        logit_scale=logit_scale,
+        diagnostics=diagnostics,
+        tp_group=tp_group,
+        cp_group=cp_group,
+        vocab_size=vocab_size,
+        ignore_index=ignore_index,
     )
     ranks = arguments.ranks if sequence_parallel else 1
     check_head("", hidden, weight, labels, ranks)

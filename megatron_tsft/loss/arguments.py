@@ -45,30 +45,12 @@ class Arguments:
             width: V/tp.
             like_name: what messages call it.
         """
-        checks.check_tensors(
-            like,
-            width,
-            self.labels,
-            self.teacher,
-            self.reference_logprobs,
-            self.token_weights,
-            self.sequence_ids,
-            like_name,
-        )
+        checks.check_tensors(self, like, width, like_name)
         vocab_size = width * self.ranks if self.vocab_size is None else int(self.vocab_size)
         checks.check_numbers(width, self.ranks, vocab_size, self.logit_scale, self.diagnostics)
         objective = self.objective.flatten(self.labels.shape)
         plan = objective.residual_plan(like.device)
-        checks.check_combination(
-            objective,
-            plan,
-            self.teacher,
-            self.reference_logprobs,
-            self.token_weights,
-            self.sequence_ids,
-            self.num_sequences,
-            self.cp_group,
-        )
+        checks.check_combination(self, objective, plan)
         if checks.debugging():
             checks.check_labels(self.labels, vocab_size, self.ignore_index)
 

@@ -3,13 +3,16 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft.loss.records import TeacherHidden, TeacherTopK
 from megatron_tsft.objectives import Coefficients, Objective, Scalar
+
+if TYPE_CHECKING:
+    from megatron_tsft.loss.arguments import Arguments
 
 LOGIT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DIAGNOSTICS = ("entropy", "kl")
@@ -28,8 +31,8 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
         raise ValueError(f"labels {values} are outside [0, {vocab_size}) and are not ignore_index={ignore_index}")
 
 
-def check_logits(logits: Tensor, labels: Tensor) -> None:
-    """Raise where logits [..., V/tp] are none, or do not fit the labels."""
+def check_logits(logits: Tensor, labels: Tensor, inplace: bool) -> None:
+    """Raise where logits [..., V/tp] are none, do not fit the labels, or cannot be written over."""
     if logits.dtype not in LOGIT_TYPES:
         raise TypeError(f"logits are {logits.dtype}: they must be bfloat16, float16, float32 or float64")
     if logits.dim() < 1 or logits.shape[:-1] != labels.shape or logits.shape[-1] == 0:
@@ -37,6 +40,8 @@ def check_logits(logits: Tensor, labels: Tensor) -> None:
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: logits must be labels' shape "
             "plus one dimension for the vocabulary shard"
         )
+    if inplace and any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError("inplace=True cannot write over expanded logits: pass inplace=False or logits.contiguous()")
 
 
 def check_head(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, ranks: int) -> None:
@@ -52,7 +57,11 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, ranks:
         if value.dtype not in LOGIT_TYPES:
             raise TypeError(f"{key} is {value.dtype}: it must be bfloat16, float16, float32 or float64")
     if hidden.dtype != weight.dtype:
-        raise TypeError(f"{name}hidden is {hidden.dtype} and {name}weight {weight.dtype}: they must be of one type")
+        raise TypeError(
+            f"{name}hidden is {hidden.dtype} and {name}weight {weight.dtype}: they must be of one type, pass"
+            f" hidden.to({weight.dtype})"
+        )
+    _check_device(f"{name}hidden", hidden, weight, f"{name}weight")
     lead = labels.shape
     if ranks > 1:
         if not lead or lead[0] % ranks:
@@ -67,23 +76,21 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, ranks:
         raise ValueError(f"{name}weight has shape {tuple(weight.shape)}: it must be [V/tp, {hidden.shape[-1]}]")
 
 
-def check_tensors(
-    like: Tensor,  # the logits, or the head's weight
-    width: int,  # V/tp
-    labels: Tensor,
-    teacher: Tensor | TeacherTopK | TeacherHidden | None,
-    reference_logprobs: Tensor | None,
-    token_weights: Tensor | None,
-    sequence_ids: Tensor | None,
-    logits_name: str,
-) -> None:
-    """Raise where a type, a shape or a device is not what the labels and the logits ask for."""
+def check_tensors(arguments: "Arguments", like: Tensor, width: int, like_name: str) -> None:
+    """Raise where a type, a shape or a device is not what the labels and the logits ask for.
+
+    Args:
+        arguments: what the loss is asked.
+        like: the logits, or the head's weight; messages call it `like_name`.
+        width: V/tp.
+    """
+    labels, teacher, sequence_ids = arguments.labels, arguments.teacher, arguments.sequence_ids
     if labels.dtype != torch.int64:
         raise TypeError(f"labels are {labels.dtype}: they must be int64 token ids")
     shape, expected = labels.shape, f"{tuple(labels.shape)}, the labels' shape"
     wanted: list[tuple[str, Tensor | None, torch.Size, str]] = [
-        ("reference_logprobs", reference_logprobs, shape, expected),
-        ("token_weights", token_weights, shape, expected),
+        ("reference_logprobs", arguments.reference_logprobs, shape, expected),
+        ("token_weights", arguments.token_weights, shape, expected),
     ]
     if isinstance(teacher, TeacherTopK):
         if teacher.ids.dtype not in (torch.int32, torch.int64):
@@ -100,17 +107,18 @@ def check_tensors(
             ("TeacherTopK.label_logprobs", teacher.label_logprobs, shape, expected),
             ("TeacherTopK.tail_logmass", teacher.tail_logmass, shape, expected),
         ]
-        _check_device("TeacherTopK.ids", teacher.ids, like, logits_name)
+        _check_device("TeacherTopK.ids", teacher.ids, like, like_name)
     elif isinstance(teacher, TeacherHidden):
         if teacher.weight.shape[0] != width:
             raise ValueError(f"TeacherHidden.weight has {len(teacher.weight)} rows: it must have {width}, as weight")
-        _check_device("TeacherHidden.hidden", teacher.hidden, like, logits_name)
-        _check_device("TeacherHidden.weight", teacher.weight, like, logits_name)
+        _check_device("TeacherHidden.hidden", teacher.hidden, like, like_name)
+        _check_device("TeacherHidden.weight", teacher.weight, like, like_name)
     elif isinstance(teacher, Tensor):
         size = torch.Size([*shape, width])
         wanted.append(("teacher", teacher, size, f"{tuple(size)}, the logits' shape"))
     elif teacher is not None:
-        raise TypeError(f"teacher is {type(teacher).__name__}: pass a tensor of logits, a TeacherTopK or None")
+        also = ", a TeacherHidden" if like_name == "weight" else ""
+        raise TypeError(f"teacher is {type(teacher).__name__}: pass a tensor of logits, a TeacherTopK{also} or None")
     for name, value, size, text in wanted:
         if value is None:
             continue
@@ -118,14 +126,14 @@ def check_tensors(
             raise TypeError(f"{name} is {value.dtype}: it must be floating-point")
         if value.shape != size:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {text}")
-        _check_device(name, value, like, logits_name)
-    _check_device("labels", labels, like, logits_name)
+        _check_device(name, value, like, like_name)
+    _check_device("labels", labels, like, like_name)
     if sequence_ids is not None:
         if sequence_ids.dtype != torch.int64:
             raise TypeError(f"sequence_ids are {sequence_ids.dtype}: they must be int64")
         if sequence_ids.shape != shape:
             raise ValueError(f"sequence_ids has shape {tuple(sequence_ids.shape)}: it must be {expected}")
-        _check_device("sequence_ids", sequence_ids, like, logits_name)
+        _check_device("sequence_ids", sequence_ids, like, like_name)
 
 
 def _check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
@@ -147,18 +155,10 @@ def check_numbers(width: int, world: int, vocab_size: int, logit_scale: float, d
             raise ValueError(f"unknown diagnostic {name!r}; valid: {', '.join(DIAGNOSTICS)}")
 
 
-def check_combination(
-    objective: Objective,
-    plan: Coefficients,
-    teacher: Tensor | TeacherTopK | TeacherHidden | None,
-    reference_logprobs: Tensor | None,
-    token_weights: Tensor | None,
-    sequence_ids: Tensor | None,
-    num_sequences: int | None,
-    cp_group: "dist.ProcessGroup | None",
-) -> None:
+def check_combination(arguments: "Arguments", objective: Objective, plan: Coefficients) -> None:
     """Raise ValueError where an objective lacks what it needs, or is given what it would ignore."""
-    name = objective.name
+    name, teacher, cp_group = objective.name, arguments.teacher, arguments.cp_group
+    reference_logprobs, token_weights = arguments.reference_logprobs, arguments.token_weights
     reads_reference = bool(objective.needs & {"reference_logp_y", "sequence_log_ratio"})
     if teacher is None:
         if objective.teacher == "required":
@@ -188,9 +188,9 @@ def check_combination(
             f"objective {name!r} needs token_weights (1 on critical tokens, 0 elsewhere) and none were given"
         )
     if "sequence_log_ratio" in objective.needs:
-        if sequence_ids is None:
+        if arguments.sequence_ids is None:
             raise ValueError(f"objective {name!r} averages over sequences: pass sequence_ids=")
-        if num_sequences is None and cp_group is not None and cp_group.size() > 1:
+        if arguments.num_sequences is None and cp_group is not None and cp_group.size() > 1:
             raise ValueError(
                 f"objective {name!r} under context parallelism needs num_sequences=, the same on every rank"
             )

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_tsft.loss.collectives import all_gather, reduce_scatter
 from megatron_tsft.loss.dispatch import implementation
 from megatron_tsft.loss.records import QTargetOutput
 from megatron_tsft.loss.shard import Shard
@@ -35,6 +36,7 @@ from megatron_tsft.loss.teacher import HiddenTeacher
 
 CHUNKS = 32  # a chunk of logits is at most this share of them
 MIN_COLUMNS = 256  # narrower products waste the hardware
+ALIGNMENT = 128  # columns; rows at odd addresses cost matrix products and kernels their wide loads
 
 
 def linear_q_target(
@@ -75,7 +77,7 @@ class _LinearQTarget(torch.autograd.Function):
         head = Head(problem, hidden, weight, ctx.sequence_parallel)
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = torch.zeros_like(head.hidden, dtype=weights.m.dtype)
+            grad_hidden = torch.zeros(head.hidden.shape, dtype=weights.m.dtype, device=hidden.device)
         if ctx.needs_input_grad[1]:
             grad_weight = WeightGradient(weight)
         for logits, shard in head.chunks():
@@ -109,14 +111,12 @@ class Head:
         if not self.sequence_parallel:
             return hidden
         assert self.group is not None
-        whole = hidden.new_empty(self.group.size(), *hidden.shape)
-        dist.all_gather(list(whole), hidden.contiguous(), group=self.group)
-        return whole.flatten(0, 1)
+        return all_gather(hidden, self.group).flatten(0, 1)
 
     def chunks(self) -> Iterator[tuple[Tensor, Shard]]:
         """(logits [N, columns], their shard), one after the other in the same memory."""
         n, width = len(self.hidden), len(self.weight)
-        step = min(width, max(MIN_COLUMNS, -(-width // CHUNKS)))
+        step = min(width, max(MIN_COLUMNS, -(-width // (CHUNKS * ALIGNMENT)) * ALIGNMENT))
         memory = self.hidden.new_empty(n * step)
         for start in range(0, width, step):
             columns = min(step, width - start)
@@ -131,9 +131,7 @@ class Head:
         if not self.sequence_parallel:
             dist.all_reduce(grad, group=self.group)
             return grad.view(self.shape)
-        mine = grad.new_empty(self.shape)
-        dist.reduce_scatter(mine.view(-1, grad.shape[1]), list(grad.chunk(self.group.size())), group=self.group)
-        return mine
+        return reduce_scatter(grad, self.group).view(self.shape)
 
 
 class WeightGradient:
@@ -159,7 +157,7 @@ class WeightGradient:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, with the sum in total's type."""
+    """total += a @ b in total's type; on the CPU a narrower product is rounded first, which halves its time."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_tsft.loss.collectives import all_gather
 from megatron_tsft.loss.teacher import FLOOR
 from megatron_tsft.objectives import Scalar
 
@@ -128,10 +129,7 @@ def merge(local: Table, a: Scalar, b: Scalar, group: "dist.ProcessGroup | None")
     """The same statistics over the whole vocabulary: one all-gather, merged in rank order, so equal on every rank."""
     if group is None or group.size() == 1 or local.data.shape[1] == 0:
         return local
-    gathered = local.data.new_empty(group.size(), *local.data.shape)
-    # the list form: torch deprecates all_gather_into_tensor, and 2.11 does not have its successor
-    dist.all_gather(list(gathered), local.data, group=group)
-    return combine(local.names, gathered, a, b)
+    return combine(local.names, all_gather(local.data, group), a, b)
 
 
 def topk_entropy(top: Tensor, k: int, vocab_size: int) -> tuple[Tensor, float]:

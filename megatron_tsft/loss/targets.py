@@ -148,7 +148,7 @@ def decide_targets(problem: Problem, merged: Table) -> Targets:
 
     loss = c_y * stats.nll
     if cross_entropy is not None:
-        loss = loss + c_r * cross_entropy
+        loss = loss + torch.where(c_r == 0, zero, c_r * cross_entropy)
     if problem.token_weights is not None:
         loss, c_y, c_r = (problem.token_weights * x for x in (loss, c_y, c_r))
     return Targets(kept(loss), reported, c_y, c_r, logp_y, pi_logp_y, supervised)
@@ -194,7 +194,10 @@ def _teacher_statistics(problem: Problem, merged: Table, stats: Statistics) -> T
 
 
 def _sequence_mean(problem: Problem, stats: Statistics, supervised: Tensor) -> Tensor:
-    """mean over each token's sequence of log p(y) - log p_ref(y), [N]; sequences may span CP ranks."""
+    """mean over each token's sequence of log p(y) - log p_ref(y), [N]; sequences may span CP ranks.
+
+    On CUDA index_add_ adds in any order, so iw-sft alone may differ in its last bits from run to run.
+    """
     assert problem.sequence_ids is not None
     counted = supervised & ~torch.isnan(stats.reference_logp_y)  # in a mixture other tokens may have no reference
     ratio = torch.where(counted, stats.logp_y - stats.reference_logp_y, torch.zeros_like(stats.logp_y))

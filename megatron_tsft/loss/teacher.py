@@ -47,7 +47,8 @@ class HiddenTeacher:
 
     def view(self, start: int, width: int) -> DenseTeacher:
         """The teacher on columns [start, start + width)."""
-        return DenseTeacher(self.hidden @ self.weight[start : start + width].T)
+        with torch.autocast(self.hidden.device.type, enabled=False):  # backward, outside of it, makes the same again
+            return DenseTeacher(self.hidden @ self.weight[start : start + width].T)
 
 
 def sparse_teacher(teacher: TeacherTopK, labels: Tensor, vocab_size: int, dtype: torch.dtype) -> SparseTeacher:

@@ -5,6 +5,7 @@ gradient. Exponents are in bits here, (z - m) log2 e: on the CPU torch's exp2 is
 and as exact. What leaves in the table is in nats.
 """
 
+import contextlib
 import math
 import mmap
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def _fill(chunks: "Chunks", wanted: Wanted, table: Table, clamp: bool) -> None:
         m = torch.amax(z, 1, keepdim=True, out=to["m"]).clamp_(min=FLOOR)
         if wanted.top_k:
             k = min(wanted.top_k, shard.columns)
-            table.top[:k, chunks.rows(i)] = z.topk(k, dim=1).values.T
+            table.top[:k, chunks.rows(i)] = z.topk(k, dim=1).values.clamp_(min=FLOOR).T
         bits = z.sub_(m).mul_(LOG2E)
         if clamp:
             bits.clamp_(min=FLOOR)
@@ -153,13 +154,15 @@ def _pi(chunks: "Chunks", at: dict[str, Tensor], i: int, bits: Tensor) -> Tensor
 def gradient_buffer(logits: Tensor) -> Tensor:
     """A fresh tensor for the gradient, like `logits`.
 
-    On Linux a large one is mapped in huge pages: the first touch of 4 KiB pages costs as long as the gradient itself.
+    On Linux a large one is mapped in huge pages: the first touch of 4 KiB pages takes as long as the gradient itself.
+    Its storage cannot be resized.
     """
     size = logits.numel() * logits.element_size()
     if logits.device.type != "cpu" or size < HUGE or not logits.is_contiguous() or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty_like(logits)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=logits.dtype).view(logits.shape)
 
 

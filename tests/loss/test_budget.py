@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import mmap
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,11 +17,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tsft import TeacherTopK, objectives, q_target_cross_entropy
-from tests.loss.cases import NEEDS_TEACHER, NUMBERS, Case, call, random_case, shard_of
+from megatron_tsft.loss import token_chunks
+from tests.loss.cases import NEEDS_TEACHER, NUMBERS, Case, call, implementation, random_case, shard_of
 from tests.loss.published import NAMES
 from tests.ranks import run_ranks
 
 WIDTH, VOCABULARY = 24, 21
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # collectives.py
 COLLECTIVES = [
     name
     for name in dir(dist)
@@ -76,19 +79,19 @@ def test_collectives() -> None:
     for per_case in run_ranks(2, count_collectives):
         for name, (forward, backward) in per_case.items():
             extra = {"iw-sft": {"all_reduce": 1}}
-            allowed = Counter({"all_gather": 1}) + Counter(extra.get(cases()[name].members[0][0], {}))
+            allowed = Counter({GATHER: 1}) + Counter(extra.get(cases()[name].members[0][0], {}))
             assert forward == allowed, f"{name} forward: {forward}"
             assert not backward, f"{name} backward: {backward}"
 
 
 def test_the_counter_sees_collectives() -> None:
-    assert {"all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"} <= set(COLLECTIVES)
+    assert {"all_reduce", "all_gather", GATHER, "broadcast"} <= set(COLLECTIVES)
 
 
 def test_only_what_is_asked_for_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers a token: the three of cross-entropy (m, s and the label's logit), then what an objective adds."""
     moved: list[int] = []
-    monkeypatch.setattr(dist, "all_gather", lambda out, x, **keywords: moved.append(len(x)))
+    monkeypatch.setattr(dist, GATHER, lambda out, x, **keywords: moved.append(len(x)))
     for name, numbers in {"sft": [3], "dft": [3], "idft": [4], "deft": [4], "gem": [6], "eaft": [8]}.items():
         moved.clear()
         case = random_case(name, 3, width=WIDTH, vocab_size=VOCABULARY, dtype=torch.float32, variant="plain")
@@ -159,6 +162,39 @@ def test_overwritten_logits_are_noticed() -> None:
     logits.detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.loss.sum().backward()
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_a_gradient_over_the_logits_is_noticed(path: str) -> None:
+    """Whoever saved the logits, a second backward among them, gets an error and no wrong number."""
+    case = cases()["gem-plain"]
+    with implementation(path):
+        logits = shard_of(case.logits, 0, 1).requires_grad_() * 1
+        out = call(case, logits, inplace=True)
+        out.loss.sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.loss.sum().backward()
+
+
+def test_a_large_gradient_is_mapped_in_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is made all the same by a kernel that has none."""
+
+    class Memory(mmap.mmap):
+        def madvise(self, *arguments: int) -> None:
+            advice.append(arguments)
+            raise OSError(22, "Invalid argument")
+
+    advice: list[tuple[int, ...]] = []
+    monkeypatch.setattr(token_chunks, "HUGE", 1024)
+    logits = torch.randn(9, 64).requires_grad_()
+    for memory in (mmap.mmap, Memory):
+        monkeypatch.setattr(mmap, "mmap", memory)
+        (grad,) = torch.autograd.grad(
+            q_target_cross_entropy(logits, torch.arange(9), objectives.get("sft")).loss.sum(), logits
+        )
+        want = torch.softmax(logits.detach(), -1) - torch.nn.functional.one_hot(torch.arange(9), 64)
+        torch.testing.assert_close(grad, want)
+    assert advice == [(mmap.MADV_HUGEPAGE,)]
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -241,7 +277,7 @@ def on_meta(thing: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def without_moving(patch: pytest.MonkeyPatch) -> None:
-    for name in ("all_reduce", "all_gather"):
+    for name in ("all_reduce", GATHER):
         patch.setattr(dist, name, lambda *args, **keywords: None)
 
 

@@ -310,3 +310,22 @@ def test_top_k_that_says_more_than_everything() -> None:
     case = replace(case, teacher=TeacherTopK(ids, logprobs, "uniform"))
     finite(case, run(case))
     check(case, run(case))
+
+
+@pytest.mark.parametrize("path", ["torch", "triton"])
+def test_logits_of_minus_infinity(path: str) -> None:
+    """Excluded tokens: fewer are left than eaft's k, and tokens without a residual meet a uniform one's infinity."""
+    labels, index = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 2, 3])
+    few = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    few[:, 3:] = -torch.inf
+    members = [("eaft", {"top_k": 7}), ("sft", {}), ("target-sft", {"eta": 0.0}), ("gem", {})]
+    case = Case(members, few, labels, torch.ones(4), 12, index=index, diagnostics=("entropy",))
+    # what excludes a token by a large number, not by infinity, is the truth
+    check(replace(case, logits=few.clamp(min=-1e4)), run(case, path=path))
+
+    mixed = [("sft", {}), ("label-smoothing", {"smoothing": 0.1})]
+    one = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
+    one[:, 5] = -torch.inf
+    result = run(Case(mixed, one, labels[:2], torch.ones(2), 12, index=index[:2]), path=path)
+    nll = -torch.log_softmax(one, -1)[0, 0]
+    torch.testing.assert_close(result["loss"][0], nll)

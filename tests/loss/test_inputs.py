@@ -103,6 +103,11 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
         ("sft", dict(logit_scale=scale), f"logit_scale={scale} must be a non-zero, finite number")
         for scale in (0.0, float("nan"), float("inf"))
     ),
+    (
+        "sft",
+        dict(logits=LOGITS[:1].expand(S, B, W), inplace=True),
+        "inplace=True cannot write over expanded.*contiguous",
+    ),
     ("sft", dict(diagnostics=("entropy", "perplexity")), "unknown diagnostic 'perplexity'; valid: entropy, kl"),
 ]
 

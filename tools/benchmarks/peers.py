@@ -168,7 +168,7 @@ def plain_loss(key: str, logits: Tensor, labels: Tensor, teacher: Tensor | Teach
         pi = log_p.detach().exp()
     else:
         dense = _densified(teacher, logits.shape[-1]) if isinstance(teacher, TeacherTopK) else teacher
-        pi = torch.softmax((1 - eta) * log_p.detach() + eta * torch.log_softmax(dense.float(), -1), -1)
+        pi = torch.softmax((1 - eta) * log_p.detach() + eta * dense.float(), -1)  # a constant per token is no matter
     return p_y * nll - (1 - p_y) * (pi * log_p).sum(-1)
 
 
