@@ -107,7 +107,8 @@ class Targets:
 
 def decide_targets(problem: Problem, merged: Table) -> Targets:
     """Merged statistics -> coefficients of the objective -> loss, reported values and what backward needs."""
-    log_s = torch.log(merged["s"])
+    # a row of -inf alone is no distribution: its loss must not look like one
+    log_s = torch.log(merged["s"]).masked_fill(merged["m"] <= FLOOR, torch.nan)
     logp_y = (merged["z_y"] - merged["m"]) - log_s
     stats = Statistics(logp_y=logp_y, p_y=logp_y.exp(), nll=-logp_y)
     if "e" in merged:

@@ -47,8 +47,9 @@ class HiddenTeacher:
 
     def view(self, start: int, width: int) -> DenseTeacher:
         """The teacher on columns [start, start + width)."""
-        with torch.autocast(self.hidden.device.type, enabled=False):  # backward, outside of it, makes the same again
-            return DenseTeacher(self.hidden @ self.weight[start : start + width].T)
+        values = self.hidden.new_empty(len(self.hidden), width)
+        # into a given tensor, which autocast leaves alone: backward, outside of it, makes the same again
+        return DenseTeacher(torch.mm(self.hidden, self.weight[start : start + width].T, out=values))
 
 
 def sparse_teacher(teacher: TeacherTopK, labels: Tensor, vocab_size: int, dtype: torch.dtype) -> SparseTeacher:
