@@ -20,6 +20,7 @@ from megatron_tsft.objectives import Scalar
 
 CHUNK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 LOG2E, LN2 = math.log2(math.e), math.log(2)
+FEWEST_ELEMENTS = 1 << 16  # below, the overhead of a call outweighs its work
 HUGE = 32 << 20  # bytes; the C library maps memory of this size anew each time, page by page
 
 
@@ -177,6 +178,8 @@ class Chunks:
         self.shard = shard
         self.dtype = torch.float64 if shard.logits.dtype == torch.float64 else torch.float32
         n, limit = len(active), CHUNK_ELEMENTS.get(shard.logits.device.type, CHUNK_ELEMENTS["cuda"])
+        # a small share of a small shard, such as a fused head's chunk
+        limit = min(limit, max(FEWEST_ELEMENTS, n * shard.columns // 16))
         self.step = max(1, min(n, limit // max(1, shard.columns)))
         self.sizes = [min(self.step, n - i) for i in range(0, n, self.step)]
         self._scratch: dict[int, Tensor] = {}
