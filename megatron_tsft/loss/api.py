@@ -1,9 +1,12 @@
 """The two public losses: on logits, and on hidden states with the LM head inside."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from megatron_tsft.loss.arguments import Arguments
 from megatron_tsft.loss.checks import check_head, check_logits
@@ -13,6 +16,19 @@ from megatron_tsft.loss.vocab_parallel import vocab_parallel_q_target
 from megatron_tsft.objectives import Objective
 
 
+def outside_graphs[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """torch.compile breaks its graph at this function and runs it as it is: kernels, collectives and all."""
+    # the lazy form: torch.compiler.disable would import torch._dynamo, seconds, for everyone who imports the package
+    disabled = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def called(*args: P.args, **keywords: P.kwargs) -> R:
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **keywords)
+
+    return called
+
+
+@outside_graphs
 def q_target_cross_entropy(
     logits: Tensor,  # [..., V/tp]
     labels: Tensor,  # [...] int64, global ids
@@ -84,6 +100,7 @@ def q_target_cross_entropy(
     return arguments.check_result(out)
 
 
+@outside_graphs
 def q_target_linear_cross_entropy(
     hidden: Tensor,  # [..., H]; under sequence parallel [s/tp, ..., H]
     weight: Tensor,  # [V/tp, H]
