@@ -121,9 +121,9 @@ def q_target_linear_cross_entropy(
 ) -> QTargetOutput:
     """`q_target_cross_entropy(hidden @ weight.T, ...)` without the logits: the LM head is part of the loss.
 
-    The head runs over a thirty-second of the vocabulary's columns at a time, forward and once more backward: four
-    matrix products where a plain head has three. Beyond the gradients it holds one such chunk of logits (two with
-    TeacherHidden) and hidden's gradient summed in fp32: 1/32 + 2 H / (V/tp) of bf16 logits, so it pays where the shard
+    The head runs over a forty-eighth of the vocabulary's columns at a time, forward and once more backward: four matrix
+    products where a plain head has three. Beyond the gradients it holds one such chunk of logits (two with
+    TeacherHidden) and hidden's gradient summed in fp32: 1/48 + 2 H / (V/tp) of bf16 logits, so it pays where the shard
     is much wider than the model. Collectives over `tp_group`: one all-gather of statistics forward, backward one
     all-reduce of hidden's gradient; under sequence parallel hidden is gathered in both, and its gradient
     reduce-scattered.
