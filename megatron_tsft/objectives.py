@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from megatron_tsft.schedules import Schedule, parse_schedule
+
 Scalar = float | Tensor
 TeacherUse = Literal["none", "optional", "required"]
 
@@ -228,13 +230,25 @@ def _flat(what: str, value: Any, shape: torch.Size) -> Any:
 class Objective:
     """A row with its parameters set: what the loss asks for targets. Make one with `get` or `mixture`."""
 
-    def __init__(self, entry: Row, parameters: Mapping[str, Any]):
+    def __init__(self, entry: Row, parameters: Mapping[str, Any], schedules: Mapping[str, Schedule] | None = None):
         self.row = entry
         self.parameters = dict(parameters)
+        self.schedules = dict(schedules or {})
 
     def __repr__(self) -> str:
         given = (f"{k}={v:g}" if isinstance(v, (int, float)) else f"{k}=tensor" for k, v in self.parameters.items())
-        return ", ".join([self.name, *given])
+        scheduled = {key: f"{key}={schedule}" for key, schedule in self.schedules.items()}
+        return ", ".join([self.name, *(scheduled.get(k, text) for k, text in zip(self.parameters, given, strict=True))])
+
+    def to(self, device: torch.device | str) -> "Objective":
+        """The same with its tensors on a device; scheduled parameters are copies of their own."""
+        moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self.parameters.items()}
+        return Objective(self.row, moved, self.schedules)
+
+    def set_step(self, step: int) -> None:
+        """Give scheduled parameters their values of a 0-based training step, in place, without asking the device."""
+        for key, schedule in self.schedules.items():
+            self.parameters[key].fill_(schedule.value(step))
 
     @property
     def name(self) -> str:
@@ -247,6 +261,11 @@ class Objective:
     @property
     def teacher(self) -> TeacherUse:
         return self.row.teacher
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether a teacher that is given is read, be it as a reference only."""
+        return self.teacher != "none" or bool(self.needs & {"reference_logp_y", "sequence_log_ratio"})
 
     @property
     def requires_token_weights(self) -> bool:
@@ -360,14 +379,25 @@ class Mixture(Objective):
         return self._merge([member.residual_plan(device) for member in self.members], torch.float64)
 
 
-def get(name: str, **parameters: Scalar) -> Objective:
-    """The objective `name` with its parameters: numbers, or per-token tensors of the labels' shape.
+def get(name: str, **parameters: Scalar | Schedule) -> Objective:
+    """The objective `name` with its parameters: numbers, per-token tensors of the labels' shape, or schedules.
+
+    A scheduled parameter is a 0-dim tensor that `Objective.set_step` fills; until then it has its first value.
 
     Raises:
         ValueError: unknown name or parameter (the message lists the valid ones), or a value out of range.
-        TypeError: a value that is no number and no tensor.
+        TypeError: a value that is no number, no tensor and no schedule, or a schedule for an integer.
     """
-    entry = row(name)
+    entry, schedules = row(name), {k: v for k, v in parameters.items() if isinstance(v, Schedule)}
+    if schedules:
+        first, last = ({k: getattr(v, end) for k, v in schedules.items()} for end in ("start", "stop"))
+        for ends in (first, last):  # a schedule stays between them
+            get(name, **(parameters | ends))
+        for key in schedules:
+            if entry.parameters[key].integer:
+                raise TypeError(f"{name}: {key} decides shapes and cannot be scheduled: pass a number")
+        scheduled = {k: torch.tensor(v, dtype=torch.float64) for k, v in first.items()}
+        return Objective(entry, get(name, **(parameters | scheduled)).parameters, schedules)
     for key, value in parameters.items():
         if key not in entry.parameters:
             valid = ", ".join(entry.parameters) or "it has none"
@@ -376,7 +406,7 @@ def get(name: str, **parameters: Scalar) -> Objective:
     values = {key: parameters.get(key, p.default) for key, p in entry.parameters.items()}
     for low, high in entry.ordered:
         v, w = values[low], values[high]
-        if not isinstance(v, Tensor) and not isinstance(w, Tensor) and v > w:
+        if isinstance(v, (int, float)) and isinstance(w, (int, float)) and v > w:
             raise ValueError(f"{name}: {low}={v:g} must not exceed {high}={w:g}")
     return Objective(entry, values)
 
@@ -387,21 +417,27 @@ def parse(text: str) -> Objective:
     return get(name, **parse_parameters(pairs))
 
 
-def parse_parameters(pairs: Sequence[str]) -> dict[str, float]:
-    """{"eta": 0.5} from ["eta=0.5"].
+def parse_parameters(pairs: Sequence[str]) -> dict[str, float | Schedule]:
+    """{"eta": 0.5} from ["eta=0.5"]; {"eta": Schedule(...)} from ["eta=linear:0:0.5:1000"].
 
     Raises:
-        ValueError: a pair is not name=number.
+        ValueError: a pair is not name=number or name=schedule.
     """
-    parameters = {}
+    parameters: dict[str, float | Schedule] = {}
     for pair in pairs:
         key, separator, value = pair.partition("=")
+        if ":" in value:
+            parameters[key.strip()] = parse_schedule(value.strip())
+            continue
         try:
             number = float(value)
         except ValueError:
             separator = ""
         if not separator:
-            raise ValueError(f"objective parameter {pair!r} must be written name=number, such as eta=0.5")
+            raise ValueError(
+                f"objective parameter {pair!r} must be written name=number, such as eta=0.5, or"
+                " name=schedule, such as eta=linear:0:0.5:1000"
+            )
         parameters[key.strip()] = int(number) if number.is_integer() and "." not in value else number
     return parameters
 

@@ -1,5 +1,6 @@
 """Prepared conversations as an endless, resumable list of packs: item i is a pure function of the seed and i."""
 
+import copy
 from collections import OrderedDict
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 
 from megatron_tsft.data.packing import EpochPlan, Ints, plan_epoch
 from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.data.teacher_rows import TeacherSource
 from megatron_tsft.errors import UserError
 
 IGNORED = -100
@@ -57,6 +59,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
                 f" --max-tokens {longest}, or pass --tsft-long-samples truncate"
             )
         self.data, self.seq_length, self.seed, self.shuffle, self.split = data, seq_length, seed, shuffle, split
+        self.teacher: TeacherSource | None = None
+        self.weighted = data.card.weighted
         self.truncated = too_long
         self.positions: Ints = np.maximum(np.minimum(data.lengths, longest) - 1, 1)
         self._plans: OrderedDict[int, EpochPlan] = OrderedDict()
@@ -90,17 +94,38 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             total += int(self.data.row(row).loss_mask[1 : n + 1].sum())
         return total
 
-    def sample_ids(self, index: int) -> list[str]:
-        """The sample_ids of a pack, for messages."""
-        return [self.data.row(row).sample_id for row in self.rows(index)]
+    def where(self, index: int) -> str:
+        """What a pack holds, for messages."""
+        ids = [self.data.sample_ids[row].as_py() for row in self.rows(index)]
+        return f"pack {index} of {self.data.directory}, sample_ids {', '.join(ids) or 'none'}"
+
+    def with_teacher(self, teacher: TeacherSource | None, weighted: bool) -> "PackedDataset":
+        """The same packs with the teacher's records, if any, and always with token_weights if `weighted`."""
+        other = copy.copy(self)
+        other.teacher, other.weighted = teacher, weighted
+        return other
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """One pack, host tensors [seq_length]: tokens, labels, position_ids int64; token_weights float32 where the data
-        has weights; index int64 scalar. Labels are shifted inside each conversation, never across."""
+        has weights; index int64 scalar. Labels are shifted inside each conversation, never across.
+
+        With a teacher also teacher_ids [seq_length, k] int32 and teacher_logprobs float16, teacher_label [seq_length]
+        float16 and teacher_tail float32; -1 and -inf where nothing is supervised.
+
+        Raises:
+            UserError: a conversation is damaged, or its teacher record is another conversation's.
+        """
         size = self.seq_length
         tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
         positions = np.zeros(size, np.int64)
         weights: np.ndarray = np.ones(size, np.float32)
+        taught: dict[str, np.ndarray] = {}
+        if self.teacher is not None:
+            k = self.teacher.top_k
+            taught["teacher_ids"] = np.full((size, k), -1, np.int32)
+            taught["teacher_logprobs"] = np.full((size, k), -np.inf, np.float16)
+            taught["teacher_label"] = np.full(size, -np.inf, np.float16)
+            taught["teacher_tail"] = np.full(size, -np.inf, np.float32)
         at = 0
         for row in self.rows(index):
             sample, n = self.data.row(row), int(self.positions[row])
@@ -111,9 +136,19 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             positions[place] = np.arange(len(mask))
             if sample.token_weights is not None:
                 weights[place] = sample.token_weights[1 : n + 1]
+            if self.teacher is not None:
+                records, supervised = self.teacher.rows(row), np.flatnonzero(mask)
+                if len(records) != np.count_nonzero(sample.loss_mask):
+                    raise UserError(
+                        f"the teacher's record of conversation {sample.sample_id} has {len(records)} tokens, the"
+                        f" conversation {np.count_nonzero(sample.loss_mask)}: make the cache again"
+                    )
+                values = (records.ids, records.logprobs, records.label_logprobs, records.tail_logmass)
+                for target, value in zip(taught.values(), values, strict=True):
+                    target[at + supervised] = value[: len(supervised)]  # a truncated conversation has its first ones
             at += n
         positions[at:] = np.arange(size - at)  # the tail is a document of its own
-        item = {"tokens": tokens, "labels": labels, "position_ids": positions}
-        if self.data.card.weighted:
+        item = {"tokens": tokens, "labels": labels, "position_ids": positions} | taught
+        if self.weighted:
             item["token_weights"] = weights
         return {name: torch.from_numpy(values) for name, values in item.items()} | {"index": torch.tensor(index)}

@@ -115,6 +115,7 @@ class PreparedData:
         self.directory = directory
         self.card = card
         self.lengths: np.ndarray = table["length"].to_numpy().astype(np.int64)  # [rows]
+        self.sample_ids: pa.ChunkedArray = table["sample_id"]  # [rows] string
         self._batches = table.to_batches()
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
 
@@ -146,6 +147,23 @@ class PreparedData:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def supervised(self) -> np.ndarray:
+        """[rows] int64: supervised tokens of each conversation. Reads every mask."""
+        counts = [np.zeros(0, np.int64)]
+        for batch in self._batches:
+            masks = batch.column("loss_mask")
+            ends = np.concatenate([[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False), dtype=np.int64)])
+            offsets = masks.offsets.to_numpy() - masks.offsets[0].as_py()
+            counts.append(ends[offsets[1:]] - ends[offsets[:-1]])
+        return np.concatenate(counts)
+
+    def used_tokens(self) -> np.ndarray:
+        """[card.vocab_size] bool: the token ids that occur. Reads every conversation."""
+        used = np.zeros(self.card.vocab_size, bool)
+        for batch in self._batches:
+            used[batch.column("input_ids").flatten().to_numpy()] = True
+        return used
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedData.load, (self.directory,)

@@ -106,7 +106,7 @@ class Arguments:
             return sparse_teacher(flat, labels, vocab_size, dtype)
         if isinstance(teacher, TeacherHidden):
             hidden = teacher.hidden.detach()
-            return HiddenTeacher(hidden.reshape(-1, hidden.shape[-1]), teacher.weight.detach())
+            return HiddenTeacher(hidden.reshape(-1, hidden.shape[-1]), teacher.weight.detach(), teacher.absent)
         return None if teacher is None else DenseTeacher(teacher.detach().reshape(n, width))
 
     def check_result(self, out: QTargetOutput) -> QTargetOutput:

@@ -113,6 +113,13 @@ def check_tensors(arguments: "Arguments", like: Tensor, width: int, like_name: s
             raise ValueError(f"TeacherHidden.weight has {len(teacher.weight)} rows: it must have {width}, as weight")
         _check_device("TeacherHidden.hidden", teacher.hidden, like, like_name)
         _check_device("TeacherHidden.weight", teacher.weight, like, like_name)
+        absent = teacher.absent
+        if absent is not None:
+            if absent.dtype != torch.bool or absent.shape != (width,):
+                raise ValueError(
+                    f"TeacherHidden.absent is {absent.dtype} {tuple(absent.shape)}: it must be bool ({width},)"
+                )
+            _check_device("TeacherHidden.absent", absent, like, like_name)
     elif isinstance(teacher, Tensor):
         size = torch.Size([*shape, width])
         wanted.append(("teacher", teacher, size, f"{tuple(size)}, the logits' shape"))

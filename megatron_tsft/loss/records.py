@@ -33,10 +33,12 @@ class TeacherHidden:
     Attributes:
         hidden: [..., Ht], sharded on dim 0 where the student's is (sequence parallel).
         weight: [V/tp, Ht], this rank's rows, as many as the student's head has.
+        absent: [V/tp] bool, columns that T gives nothing, or None.
     """
 
     hidden: Tensor
     weight: Tensor
+    absent: Tensor | None = None
 
 
 @dataclass(frozen=True)

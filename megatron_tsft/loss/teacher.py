@@ -44,12 +44,16 @@ class HiddenTeacher:
 
     hidden: Tensor  # [N, Ht]
     weight: Tensor  # [V/tp, Ht]
+    absent: Tensor | None = None  # [V/tp] bool: log T = -inf
 
     def view(self, start: int, width: int) -> DenseTeacher:
         """The teacher on columns [start, start + width)."""
         values = self.hidden.new_empty(len(self.hidden), width)
         # into a given tensor, which autocast leaves alone: backward, outside of it, makes the same again
-        return DenseTeacher(torch.mm(self.hidden, self.weight[start : start + width].T, out=values))
+        torch.mm(self.hidden, self.weight[start : start + width].T, out=values)
+        if self.absent is not None:
+            values.masked_fill_(self.absent[start : start + width], -torch.inf)
+        return DenseTeacher(values)
 
 
 def sparse_teacher(teacher: TeacherTopK, labels: Tensor, vocab_size: int, dtype: torch.dtype) -> SparseTeacher:

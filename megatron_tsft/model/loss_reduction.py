@@ -5,6 +5,8 @@ from torch import Tensor
 from megatron_tsft.data.packed_dataset import IGNORED
 from megatron_tsft.model.output_hook import LossContext
 
+PER_DATASET = ("loss", "nll", "gamma")
+
 
 def reduce_loss(
     context: LossContext,
@@ -35,6 +37,19 @@ def reduce_loss(
         known = values.isfinite() & (supervised > 0) if name == "kl" else supervised > 0
         n = known.sum().float() if name == "kl" else count
         metrics[name] = _pair(values.where(known, values.new_zeros(())).sum(), n)
+    batch = context.batch
+    if context.training and batch.token_weights is not None:
+        metrics["weight"] = _pair((batch.token_weights * supervised).sum(), count)
+    if context.training and batch.dataset_ids is not None:
+        for i, dataset in enumerate(context.datasets):
+            inside = (supervised > 0) & (batch.dataset_ids == i)
+            n = inside.sum().float()
+            for name in PER_DATASET:
+                metrics[f"{name}/{dataset}"] = _pair(rows[name].detach().where(inside, 0.0).sum(), n)
+            metrics[f"tokens/{dataset}"] = _pair(n, n.new_full((), samples_share))
+    if context.training:
+        for name, value in context.parameters.items():
+            metrics[name] = _pair(value.to(count), count.new_ones(()))
     if context.training:  # the evaluation's count is known, and Megatron would print its exponential
         share = count.new_full((), samples_share)
         metrics["tokens"] = _pair(count, share)

@@ -3,6 +3,7 @@
 Runs on the last pipeline stage only (megatron/core/models/gpt/gpt_model.py:719, 0.19.2).
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
-from megatron_tsft.loss import TeacherHidden, q_target_cross_entropy, q_target_linear_cross_entropy
+from megatron_tsft.loss import TeacherHidden, TeacherTopK, q_target_cross_entropy, q_target_linear_cross_entropy
 from megatron_tsft.model.fused_head import head_weight
 from megatron_tsft.objectives import Objective
 
@@ -30,6 +31,8 @@ class LossContext:
     tp_group: "dist.ProcessGroup | None"
     cp_group: "dist.ProcessGroup | None"
     fuse_head: bool = False
+    datasets: Sequence[str] = ()  # names of a mixture's data sets, numbered by batch.dataset_ids
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # scheduled ones by the name to log
     # put here by the riding teacher: logits [s, b, V/tp], or for a fused head what they are made of
     teacher: Tensor | TeacherHidden | None = field(default=None)
 
@@ -37,6 +40,19 @@ class LossContext:
     def metrics(self) -> tuple[str, ...]:
         """The rows of the hook's output, in order."""
         return TRAINING_METRICS if self.training else EVALUATION_METRICS
+
+
+def cached_teacher(teacher: TeacherTopK | None) -> TeacherTopK | None:
+    """A batch's cached records [b, s, ...] as the loss wants them, [s, b, ...]."""
+    if teacher is None or teacher.label_logprobs is None or teacher.tail_logmass is None:
+        return None
+    return TeacherTopK(
+        teacher.ids.transpose(0, 1),
+        teacher.logprobs.transpose(0, 1),
+        teacher.tail,
+        teacher.label_logprobs.transpose(0, 1),
+        teacher.tail_logmass.transpose(0, 1),
+    )
 
 
 def q_target_output(
@@ -52,8 +68,9 @@ def q_target_output(
     """[len(context.metrics), b, s] fp32: the loss first (differentiable), detached metrics after."""
     batch, objective = context.batch, context.objective
     sequences = "sequence_log_ratio" in objective.needs
+    teacher = cached_teacher(batch.teacher) if context.teacher is None else context.teacher
     keywords: dict[str, Any] = dict(
-        teacher=context.teacher,
+        teacher=teacher if objective.reads_teacher else None,  # it may be there for another data set's objective
         token_weights=None if batch.token_weights is None else batch.token_weights.transpose(0, 1),
         sequence_ids=batch.sequence_ids.transpose(0, 1) if sequences else None,
         num_sequences=batch.num_sequences if sequences else None,

@@ -6,6 +6,7 @@ tensor under 1F1B.) The teacher is held outside the module tree: DDP, the optimi
 """
 
 import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,18 +18,39 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
 from megatron_tsft.loss import TeacherHidden
+from megatron_tsft.model.teacher_vocabulary import TeacherVocabulary, load_mapped_rows
 
 
-def teacher_logits(*, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **unused: Any) -> Tensor:
+@dataclass(frozen=True)
+class RidingTeacher:
+    """Which teacher rides along.
+
+    Attributes:
+        config: its own architecture, with the student's padded vocabulary (`teacher_config`).
+        checkpoint: the folder with its torch_dist files (release/ or iter_*), always the original one.
+        vocabulary: how its tokens and the student's correspond.
+        vocab_size: the student's true vocabulary.
+    """
+
+    config: GPTModelConfig
+    checkpoint: Path
+    vocabulary: TeacherVocabulary
+    vocab_size: int
+
+
+def teacher_logits(
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, scale_logits: Any, **unused: Any
+) -> Tensor:
     """The teacher's output hook: plain vocabulary-sharded logits [s, b, V/tp]."""
-    return output_layer(hidden_states, weight=output_weight)[0]
+    return scale_logits(output_layer(hidden_states, weight=output_weight)[0])
 
 
 def teacher_hidden(
-    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, **unused: Any
+    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, scale_logits: Any, **unused: Any
 ) -> TeacherHidden:
     """The teacher's output hook for a fused head: what its logits are made of."""
-    return TeacherHidden(hidden_states, output_layer.weight if output_weight is None else output_weight)
+    weight = output_layer.weight if output_weight is None else output_weight
+    return TeacherHidden(scale_logits(hidden_states), weight)  # a factor, so it may come before the product
 
 
 class GuidedGPTModel(GPTModel):
@@ -38,9 +60,20 @@ class GuidedGPTModel(GPTModel):
     def teacher(self) -> GPTModel:
         return self.__dict__["_teacher"]
 
-    def attach(self, teacher: GPTModel) -> None:
-        """Hold `teacher` without registering it as a submodule."""
-        self.__dict__["_teacher"] = teacher
+    def attach(self, teacher: GPTModel, absent: Tensor | None) -> None:
+        """Hold `teacher` without registering it as a submodule; `absent` [V/tp]: columns that it has no token for."""
+        self.__dict__["_teacher"], self.__dict__["_absent"], self.__dict__["_taken"] = teacher, absent, None
+
+    def take_reference(self, step: int) -> None:
+        """Make the teacher what the student is now; once a step, at its first micro-batch."""
+        if self.__dict__["_taken"] == step:
+            return
+        self.__dict__["_taken"] = step
+        ours, theirs = self.state_dict(), self.teacher.state_dict()
+        with torch.no_grad():
+            for name, value in theirs.items():
+                if isinstance(value, Tensor):
+                    value.copy_(ours[name])
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Split what the previous stage sent: [s, b, student hidden + teacher hidden]."""
@@ -63,6 +96,11 @@ class GuidedGPTModel(GPTModel):
             teacher_out: Any = self.teacher(*args, output_processor=hook, **shared)
         if self.post_process:
             assert output_processor_context is not None
+            absent = self.__dict__["_absent"]
+            if absent is not None and fused:
+                teacher_out = replace(teacher_out, absent=absent)
+            elif absent is not None:
+                teacher_out = teacher_out.masked_fill(absent, -torch.inf)
             output_processor_context.teacher = teacher_out
             return super().forward(*args, output_processor_context=output_processor_context, **kwargs)
         hidden = super().forward(*args, **kwargs)
@@ -79,18 +117,24 @@ class GuidedModelBuilder(GPTModelBuilder):
         student = super().build_model(pg_collection, pre_process, post_process, vp_stage)
         student.__class__ = GuidedGPTModel
         config = self._model_config
-        assert isinstance(student, GuidedGPTModel) and isinstance(config, GPTModelConfig)
+        assert isinstance(student, GuidedGPTModel) and isinstance(config, GuidedModelConfig)
+        riding = config.riding
         tracker: Any = tensor_parallel.get_cuda_rng_tracker()
         random_state = torch.get_rng_state(), tracker.get_states()
-        teacher = GPTModelBuilder(frozen_config(config)).build_model(
+        teacher = GPTModelBuilder(frozen_config(riding.config)).build_model(
             pg_collection, student.pre_process, student.post_process, vp_stage
         )
         torch.set_rng_state(random_state[0])
         tracker.set_states(random_state[1])
         teacher = teacher.requires_grad_(False).eval()
+        absent = None
+        if student.post_process:
+            width = config.vocab_size // pg_collection.tp.size()
+            absent = riding.vocabulary.absent(pg_collection.tp.rank() * width, width, riding.vocab_size)
         if torch.cuda.is_available():
-            teacher = teacher.cuda(torch.cuda.current_device())
-        student.attach(teacher.to(student.config.params_dtype))
+            device = torch.cuda.current_device()
+            teacher, absent = teacher.cuda(device), None if absent is None else absent.cuda(device)
+        student.attach(teacher.to(student.config.params_dtype), absent)
         return student
 
 
@@ -99,11 +143,20 @@ class GuidedModelConfig(GPTModelConfig):
 
     builder: ClassVar[str] = f"{__name__}.GuidedModelBuilder"
 
+    @property
+    def riding(self) -> RidingTeacher:
+        return self.__dict__["_riding"]
 
-def frozen_config(student: GPTModelConfig) -> GPTModelConfig:
-    """The student's architecture as a teacher: nothing random, nothing recomputed or offloaded, no FP8."""
-    config = copy.copy(student)
-    transformer = copy.deepcopy(student.transformer)
+    def add_teacher(self, riding: RidingTeacher) -> None:
+        """Set which teacher rides along, and have it loaded when the model is built, also by a run that resumes."""
+        object.__setattr__(self, "_riding", riding)  # GPTModelConfig proxies plain assignment
+        self.post_wrap_hooks.append(lambda model: load_teachers(model, riding))
+
+
+def frozen_config(of: GPTModelConfig) -> GPTModelConfig:
+    """An architecture as a teacher: nothing random, nothing recomputed or offloaded, no FP8."""
+    config = copy.copy(of)
+    transformer = copy.deepcopy(of.transformer)
     transformer.perform_initialization = False
     transformer.fp8 = None
     transformer.recompute_granularity = None
@@ -113,19 +166,24 @@ def frozen_config(student: GPTModelConfig) -> GPTModelConfig:
     return config
 
 
-def load_teachers(model: list[Any], checkpoint: Path) -> list[Any]:
-    """Load all virtual stages' teachers in one collective load; a `ModelConfig.post_wrap_hooks` member.
+def load_teachers(model: list[Any], riding: RidingTeacher) -> list[Any]:
+    """Load all virtual stages' teachers of this rank in one collective load; a `ModelConfig.post_wrap_hooks` member."""
+    load_frozen([chunk.teacher for chunk in unwrap_model(model)], riding.checkpoint, riding.vocabulary)
+    return model
 
-    Args:
-        model: this rank's wrapped model chunks.
-        checkpoint: the folder with the torch_dist files (release/ or iter_*), always the original one.
+
+def load_frozen(chunks: list[Any], checkpoint: Path, vocabulary: TeacherVocabulary) -> None:
+    """Load a frozen model's stages from its checkpoint, at whatever padded vocabulary they were built.
+
+    Embedding and head may have other shapes than in the checkpoint (megatron/core/tensor_parallel/layers.py:396):
+    what both have is read; columns that only the student has are masked, by `TeacherVocabulary.absent`.
     """
-    teachers = [chunk.teacher for chunk in unwrap_model(model)]
     state = {
-        f"model{i}": teacher.sharded_state_dict(metadata={"dp_cp_group": teacher.pg_collection.dp_cp})
-        for i, teacher in enumerate(teachers)
+        f"model{i}": chunk.sharded_state_dict(metadata={"dp_cp_group": chunk.pg_collection.dp_cp})
+        for i, chunk in enumerate(chunks)
     }
     loaded: Any = dist_checkpointing.load(state, str(checkpoint))
-    for i, teacher in enumerate(teachers):
-        teacher.load_state_dict(loaded[f"model{i}"], strict=False)  # _extra_state entries are empty here
-    return model
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # _extra_state entries are empty here
+        if vocabulary.token_map is not None:
+            load_mapped_rows(chunk, checkpoint, vocabulary, chunk.pg_collection.tp.rank())

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
+from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.mapping import padded_vocab_size
 from megatron_tsft.errors import UserError
+from megatron_tsft.model.packed_attention import packed_local_spec
 from megatron_tsft.training.config import TsftConfig, add_flags
 
 TP = "tensor_model_parallel_size"
@@ -226,3 +228,20 @@ def parse(argv: Sequence[str], defaults: dict[str, Any]) -> argparse.Namespace:
         raise refused_by_megatron(error) from error
     finally:
         sys.argv = before
+
+
+def model_config(args: argparse.Namespace, kind: type[GPTModelConfig] = GPTModelConfig) -> Any:
+    """Megatron's configuration of a model with packed attention.
+
+    Raises:
+        UserError: Megatron refuses the combination of flags.
+    """
+    from megatron.training import argument_utils  # upstream/rope_factor.py replaces the function there
+
+    try:
+        config = argument_utils.gpt_config_from_args(args, model_config_cls=kind)
+    except (AssertionError, ValueError) as error:
+        raise refused_by_megatron(error) from error
+    if args.transformer_impl == "local":
+        config.transformer_layer_spec = packed_local_spec
+    return config

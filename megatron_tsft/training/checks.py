@@ -14,9 +14,13 @@ from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.units import expected_keys
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
-from megatron_tsft.loss import q_target_cross_entropy
+from megatron_tsft.loss import TeacherTopK, q_target_cross_entropy
 from megatron_tsft.objectives import Objective
 from megatron_tsft.training.config import TsftConfig
+from megatron_tsft.training.run_objectives import RunObjectives
+from megatron_tsft.training.sources import Source
+
+LAST_STEP = 1 << 40  # beyond the end of any schedule
 
 
 def check_required(config: TsftConfig, given: Mapping[str, Any]) -> None:
@@ -67,12 +71,21 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
     return batch
 
 
-def load_objective(config: TsftConfig, data: Sequence[PreparedData]) -> Objective:
-    """The objective that the flags ask for, tried on one token so that every rule is the loss's own.
+def load_objectives(
+    config: TsftConfig,
+    sources: Sequence[Source],
+    train: Sequence[PreparedData],
+    evaluation: PreparedData | None,
+    explicit: bool,
+) -> RunObjectives:
+    """The objectives that the flags ask for, each tried on one token so that every rule is the loss's own.
 
     Args:
         config: objective, args, teacher, plugin.
-        data: what it will be applied to.
+        sources: the data sets to train on.
+        train: their prepared folders.
+        evaluation: the held-out data, or None. It has --tsft-objective, or the first data set's where all have one.
+        explicit: --tsft-objective was given.
 
     Raises:
         UserError: unknown name or parameter, a broken plugin, weights that the data lacks, or a teacher that is missing
@@ -83,28 +96,57 @@ def load_objective(config: TsftConfig, data: Sequence[PreparedData]) -> Objectiv
             objectives.load_plugin(file)
     except Exception as error:  # a user's own code may raise anything
         raise UserError(f"--tsft-plugin {' '.join(config.plugin)}: {type(error).__name__}: {error}") from error
+    members = [
+        _objective(f"--tsft-data {source.directory}", source.objective)
+        if source.objective
+        else _objective("--tsft-objective, --tsft-args", ",".join([config.objective, *config.args]))
+        for source in sources
+    ]
+    if all(source.objective for source in sources) and (config.args or explicit) and evaluation is None:
+        raise UserError("every --tsft-data has its own objective: leave --tsft-objective and --tsft-args out")
+    own = explicit or not all(source.objective for source in sources)
+    text = ",".join([config.objective, *config.args]) if own else sources[0].objective
+    plan = RunObjectives([source.name for source in sources], members, _objective("--tsft-objective", text))
+    if config.teacher != "none" and not any(member.reads_teacher for member in members):
+        names = ", ".join(sorted({member.name for member in members}))
+        raise UserError(f"objective {names} ignores the teacher that was given: pass --tsft-teacher none")
+    for objective, data in zip(members, train, strict=True):
+        try_objective(objective, config, data, len(members) > 1)
+    if evaluation is not None:
+        try_objective(plan.evaluation, config, evaluation, True)
+    return plan
+
+
+def _objective(flag: str, text: str) -> Objective:
     try:
-        objective = objectives.get(config.objective, **objectives.parse_parameters(config.args))
+        return objectives.parse(text)
     except (ValueError, TypeError) as error:
-        raise UserError(f"--tsft-objective, --tsft-args: {error}") from error
-    for folder in data:
-        try_objective(objective, config, folder)
-    return objective
+        raise UserError(f"{flag}: {error}") from error
 
 
-def try_objective(objective: Objective, config: TsftConfig, data: PreparedData) -> None:
-    """Raise UserError where the loss refuses this objective with the run's teacher and this data's weights."""
+def try_objective(objective: Objective, config: TsftConfig, data: PreparedData, may_ignore: bool) -> None:
+    """Raise UserError where the loss refuses this objective with the run's teacher and this data's weights.
+
+    may_ignore: the teacher is there for another data set's objective, so this one need not read it.
+    """
     one, weighted = torch.zeros(1, dtype=torch.int64), data.card.weighted
+    given = config.teacher != "none" and (objective.reads_teacher or not may_ignore)
+    if config.teacher == "cache":
+        teacher: Any = TeacherTopK(one[:, None], torch.zeros(1, 1), label_logprobs=torch.zeros(1))
+    else:
+        teacher = torch.zeros(1, 2)
     try:
-        q_target_cross_entropy(
-            torch.zeros(1, 2),
-            one,
-            objective,
-            teacher=None if config.teacher == "none" else torch.zeros(1, 2),
-            token_weights=torch.ones(1) if weighted else None,
-            sequence_ids=one,
-            num_sequences=1,
-        )
+        for step in (0, LAST_STEP):  # a schedule may begin or end where no teacher is needed
+            objective.set_step(step)
+            q_target_cross_entropy(
+                torch.zeros(1, 2),
+                one,
+                objective,
+                teacher=teacher if given else None,
+                token_weights=torch.ones(1) if weighted else None,
+                sequence_ids=one,
+                num_sequences=1,
+            )
     except (ValueError, TypeError) as error:
         fix = "--tsft-teacher reference gives it one" if config.teacher == "none" else "pass --tsft-teacher none"
         if objective.requires_token_weights and not weighted:
@@ -170,10 +212,10 @@ def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, A
     return base
 
 
-def epochs_text(steps: int, packs_per_epoch: int, global_batch_size: int) -> str:
-    """How long a run is, in words."""
-    per_epoch = packs_per_epoch // global_batch_size
+def epochs_text(steps: int, packs_per_epoch: int, global_batch_size: int, share: float = 1.0) -> str:
+    """How long a run is, in words, for a data set that has a share of every step's packs."""
+    per_epoch = packs_per_epoch / (global_batch_size * share)
     epochs = steps / per_epoch
-    return f"{per_epoch} steps an epoch, {steps} steps are {epochs:.2f} epochs" + (
+    return f"{per_epoch:.4g} steps an epoch, {steps} steps are {epochs:.2f} epochs" + (
         "" if epochs >= 1 else f" ({math.ceil(epochs * 100)}% of the data)"
     )

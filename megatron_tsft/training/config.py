@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TEACHERS = ("none", "reference")
+TEACHERS = ("none", "reference", "model", "cache")
+TAILS = ("uniform", "drop")
 DEVICES = ("cuda", "cpu")
 LONG_SAMPLES = ("refuse", "truncate")
 
@@ -21,11 +22,42 @@ class TsftConfig:
     """What this package adds to Megatron's command line."""
 
     model: str = flag("", "folder made by `convert_checkpoint.py import`: architecture, start weights", metavar="DIR")
-    data: str = flag("", "folder made by `prepare_data.py` to train on", metavar="DIR")
+    data: Sequence[str] = flag(
+        (),
+        "folders made by `prepare_data.py` to train on; several with their share of the packs and, if not"
+        " --tsft-objective, an objective: a:0.7:target-sft,eta=0.5 b:0.3:sft",
+        nargs="+",
+        metavar="DIR[:SHARE[:OBJECTIVE]]",
+    )
     eval_data: str = flag("", "prepared folder to evaluate on: one exact pass each time", metavar="DIR")
     objective: str = flag("target-sft", "what each token's target is; docs/objectives.md lists them", metavar="NAME")
-    args: Sequence[str] = flag((), "the objective's parameters, such as eta=0.5", nargs="+", metavar="NAME=VALUE")
-    teacher: str = flag("none", "the second distribution: reference is the frozen --tsft-model", choices=TEACHERS)
+    args: Sequence[str] = flag(
+        (),
+        "the objective's parameters, such as eta=0.5, or on a schedule over steps: eta=linear:0:0.5:1000"
+        " (constant, linear, cosine)",
+        nargs="+",
+        metavar="NAME=VALUE",
+    )
+    teacher: str = flag(
+        "none",
+        "the second distribution: reference is the frozen --tsft-model, model another one, cache what one said",
+        choices=TEACHERS,
+    )
+    teacher_load: str = flag(
+        "", "with --tsft-teacher model: its imported folder, of any depth and width", metavar="DIR"
+    )
+    teacher_cache: Sequence[str] = flag(
+        (), "with --tsft-teacher cache: folders made by `cache_teacher.py`", nargs="+", metavar="DIR"
+    )
+    teacher_tail: str = flag(
+        "uniform", "what a cache says of tokens outside its top-k: their mass spread evenly, or nothing", choices=TAILS
+    )
+    teacher_token_map: str = flag(
+        "", "with --tsft-teacher model of another tokenizer: JSON list, the teacher's id of each token", metavar="FILE"
+    )
+    reference_refresh: int = flag(
+        0, "with --tsft-teacher reference: it takes the student's weights every N steps", type=int, metavar="N"
+    )
     plugin: Sequence[str] = flag((), "Python files that register objectives of your own", nargs="+", metavar="FILE")
     fuse_head: bool = flag(False, "the LM head inside the loss: logits are never held whole", action="store_true")
     long_samples: str = flag("refuse", "conversations longer than --seq-length", choices=LONG_SAMPLES)

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import get_timers
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args, get_timers
 from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
-from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.model.loss_reduction import reduce_loss
 from megatron_tsft.model.output_hook import LossContext, q_target_output
 from megatron_tsft.model.packed_attention import packed_sequences
-from megatron_tsft.objectives import Objective
+from megatron_tsft.training.run_objectives import RunObjectives
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -25,24 +25,30 @@ class ForwardStep:
 
     def __init__(
         self,
-        objective: Objective,
+        plan: RunObjectives,
         vocab_size: int,
         device: torch.device | str,
-        train_data: PackedDataset,
+        where: Callable[[int], str],
         check_nan: bool,
         fuse_head: bool,
+        teacher_tail: Literal["uniform", "drop"] = "uniform",
+        reference_refresh: int = 0,
     ):
         """
         Args:
-            objective: what each token's target is.
+            plan: each data set's objective, and the evaluation's.
             vocab_size: the true vocabulary.
             device: where micro-batches go.
-            train_data: for messages: which conversations a micro-batch held.
+            where: for messages: which conversations the pack of a running number holds.
             check_nan: stop at a loss that is not finite (synchronises).
             fuse_head: the LM head is part of the loss.
+            teacher_tail: what a cached teacher says of the tokens outside its top-k.
+            reference_refresh: steps after which the reference takes the student's weights; 0 is never.
         """
-        self.objective, self.vocab_size, self.device = objective, vocab_size, device
-        self.train_data, self.check_nan, self.fuse_head = train_data, check_nan, fuse_head
+        self.plan, self.vocab_size, self.device = plan.to(device), vocab_size, device
+        self.where, self.check_nan, self.fuse_head = where, check_nan, fuse_head
+        self.teacher_tail: Literal["uniform", "drop"] = teacher_tail
+        self.reference_refresh = reference_refresh
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
@@ -51,10 +57,17 @@ class ForwardStep:
         packs: cutting them is cheaper than sending them."""
         timers: Any = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = MicroBatch.from_packs(next(data_iterator), self.device)
+        batch = MicroBatch.from_packs(next(data_iterator), self.device, self.teacher_tail)
         timers("batch-generator").stop()
+        step = training_step()
+        self.plan.set_step(step)
+        if self.reference_refresh and model.training and step % self.reference_refresh == 0:
+            unwrapped: Any = unwrap_model(model)
+            unwrapped.take_reference(step)
         context = LossContext(
-            objective=self.objective,
+            objective=self.plan.of_batch(batch) if model.training else self.plan.evaluation,
+            datasets=self.plan.names,
+            parameters=self.plan.scheduled,
             batch=batch,
             vocab_size=self.vocab_size,
             training=model.training,
@@ -82,8 +95,13 @@ class ForwardStep:
 
     def _where(self, context: LossContext) -> str:
         """The conversations of a micro-batch, to look at."""
-        ids = [sample for index in context.batch.index for sample in self.train_data.sample_ids(index)]
-        return f"packs {context.batch.index} of {self.train_data.data.directory}, sample_ids {', '.join(ids)}"
+        return "; ".join(self.where(index) for index in context.batch.index)
+
+
+def training_step() -> int:
+    """The 0-based step that is being trained, or after which is evaluated (also where a resumed run has none left)."""
+    args: Any = get_args()
+    return max(args.curr_iteration, args.iteration - 1)
 
 
 def _group(group: Any) -> Any:

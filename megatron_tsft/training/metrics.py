@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class MetricsWriter:
         interval: int,
         eval_tokens: int,
         print_interval: int = 1,
+        extra: Sequence[str] = (),
     ):
         """
         Args:
@@ -87,19 +88,21 @@ class MetricsWriter:
             interval: steps between TensorBoard's values; the file gets every step.
             eval_tokens: supervised tokens of an evaluation.
             print_interval: steps between the lines on the console.
+            extra: metrics of this run only (scheduled parameters, values per data set), as Megatron names them.
         """
         self.file, self.inner, self.interval, self.eval_tokens = file, inner, interval, eval_tokens
-        self.print_interval = print_interval
+        self.print_interval, self.extra = print_interval, tuple(extra)
+        self._names = TRAIN | {name: name for name in extra}
         self._active_seconds, self._seconds = active_seconds, 0.0
         self._row: dict[str, Any] = {}
         self._heldout: dict[str, Any] = {}
 
     def add_scalar(self, name: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
         """One value of one step. The gradient norm completes a row; a step that fp16 skips has none."""
-        if self._row and (name in HELDOUT or name in TRAIN and step != self._row["step"]):
+        if self._row and (name in HELDOUT or name in self._names and step != self._row["step"]):
             self._finish_step()
-        if name in TRAIN:
-            self._row |= {"step": step, TRAIN[name]: number(value)}
+        if name in self._names:
+            self._row |= {"step": step, self._names[name]: number(value)}
             if name == "tokens":
                 self._time_step()
         elif name in HELDOUT:
@@ -122,7 +125,8 @@ class MetricsWriter:
 
     def _finish_step(self) -> None:
         step, found, self._row = self._row["step"], self._row, {}
-        row = {column: found.get(column) for column in COLUMNS}
+        row = {column: found.get(column) for column in (*COLUMNS, *self.extra)}
+        row |= {name: round(found[name]) for name in self.extra if name.startswith("tokens/") and found.get(name)}
         if found.get("bad_teacher_rows"):  # tokens that were left out, because the teacher had no finite row for them
             row["bad_teacher_rows"] = round(found["bad_teacher_rows"])
         self.file.write(row)

@@ -18,14 +18,15 @@ from megatron_tsft.checkpoint.card import ModelCard, copy_card
 from megatron_tsft.checkpoint.folder import TRACKER
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
-from megatron_tsft.model.packed_attention import packed_local_spec
-from megatron_tsft.model.riding_teacher import GuidedModelConfig, load_teachers
-from megatron_tsft.objectives import Objective
-from megatron_tsft.training import arguments, checks
+from megatron_tsft.model.loss_reduction import PER_DATASET
+from megatron_tsft.model.riding_teacher import GuidedModelConfig, RidingTeacher
+from megatron_tsft.training import arguments, checks, teachers
 from megatron_tsft.training.config import TsftConfig
 from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
 from megatron_tsft.training.metrics import FILE, MetricsFile, MetricsWriter
+from megatron_tsft.training.run_objectives import RunObjectives
+from megatron_tsft.training.sources import parse_sources
 
 SEED = 1234  # Megatron's default, needed before its flags are parsed
 
@@ -46,20 +47,25 @@ def run(argv: Sequence[str], device: str) -> None:
     config = TsftConfig.from_given(given)
     arguments.refuse_flags(given)
     arguments.check_fused_head(config, given)
+    teachers.check_teacher_flags(config, given)
     checks.check_required(config, given)
     card = ModelCard.load(config.model)
     arguments.check_card(given, card, config.model)
     batch = checks.check_layout(given, card, int(os.environ.get("WORLD_SIZE", "1")))
-    train = PreparedData.load(config.data)
+    sources = parse_sources(config.data)
+    train = [PreparedData.load(source.directory) for source in sources]
     evaluation = PreparedData.load(config.eval_data) if config.eval_data else None
-    used = [train] if evaluation is None else [train, evaluation]
+    used = train if evaluation is None else [*train, evaluation]
     for data in used:
         checks.check_data(data, card)
-    objective = checks.load_objective(config, used)
+    explicit = bool({"tsft_objective", "tsft_args"} & given.keys())
+    plan = checks.load_objectives(config, sources, train, evaluation, explicit)
     base = checks.check_checkpoints(config, card, given)
     datasets = Datasets(
         train,
+        [source.share for source in sources],
         evaluation,
+        caches=teachers.load_caches(config, card, int(os.environ.get("RANK", "0"))),
         seq_length=given["seq_length"],
         global_batch_size=batch,
         eval_global_batch_size=given.get("eval_global_batch_size", batch),
@@ -76,9 +82,9 @@ def run(argv: Sequence[str], device: str) -> None:
     args.eval_iters = datasets.eval_iters  # one exact pass
     if checks.resumes(given):
         args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, False
-    model_config = build_model_config(args, config, base)
+    model_config = build_model_config(args, teachers.riding_teacher(config, card, base, args, used))
     if args.rank == 0:
-        print("\n".join(describe(objective, config, datasets, args, applied)), flush=True)
+        print("\n".join(describe(plan, config, datasets, args, applied)), flush=True)
     if config.check:
         if args.rank == 0:
             print("everything fits; nothing was started (--tsft-check)", flush=True)
@@ -86,10 +92,18 @@ def run(argv: Sequence[str], device: str) -> None:
     if args.save and args.rank == 0:
         copy_card(config.model, args.save)  # a checkpoint of this run exports from its own folder
     if args.rank == args.world_size - 1:
-        install_metrics(args, datasets)
+        install_metrics(args, datasets, plan)
 
-    check_nan = args.check_for_nan_in_loss_and_grad
-    forward_step = ForwardStep(objective, card.vocab_size, device, datasets.train, check_nan, config.fuse_head)
+    forward_step = ForwardStep(
+        plan,
+        card.vocab_size,
+        device,
+        datasets.where,
+        args.check_for_nan_in_loss_and_grad,
+        config.fuse_head,
+        teacher_tail=config.teacher_tail,  # pyright: ignore[reportArgumentType]  # one of its choices
+        reference_refresh=config.reference_refresh,
+    )
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -109,32 +123,23 @@ def run(argv: Sequence[str], device: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def build_model_config(args: Any, config: TsftConfig, base: Path) -> GPTModelConfig:
+def build_model_config(args: Any, riding: RidingTeacher | None) -> GPTModelConfig:
     """Megatron's model configuration with packed attention and, if asked for, the riding teacher.
 
     Raises:
         UserError: Megatron refuses the combination of flags.
     """
-    from megatron.training import argument_utils  # upstream/rope_factor.py replaces the function there
-
-    guided = config.teacher == "reference"
-    try:
-        model_config = argument_utils.gpt_config_from_args(
-            args, model_config_cls=GuidedModelConfig if guided else GPTModelConfig
-        )
-    except (AssertionError, ValueError) as error:
-        raise arguments.refused_by_megatron(error) from error
-    if args.transformer_impl == "local":
-        model_config.transformer_layer_spec = packed_local_spec
+    model_config = arguments.model_config(args, GPTModelConfig if riding is None else GuidedModelConfig)
     # several packs in one row, and the teacher's share of what stages send, have shapes that Megatron does not expect
-    unusual = guided or args.micro_batch_size > 1 or args.eval_micro_batch_size > 1
+    unusual = riding is not None or args.micro_batch_size > 1 or args.eval_micro_batch_size > 1
     model_config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1 and unusual
-    if guided:
-        model_config.post_wrap_hooks.append(lambda model: load_teachers(model, base))
+    if riding is not None:
+        riding.config.transformer.variable_seq_lengths = model_config.transformer.variable_seq_lengths
+        model_config.add_teacher(riding)
     return model_config
 
 
-def install_metrics(args: Any, datasets: Datasets) -> None:
+def install_metrics(args: Any, datasets: Datasets, plan: RunObjectives) -> None:
     """Put our writer where Megatron looks for TensorBoard's; on the last rank."""
     if not args.save:
         print("no --save: nothing will be kept, metrics.jsonl neither", flush=True)
@@ -147,7 +152,17 @@ def install_metrics(args: Any, datasets: Datasets) -> None:
         interval=interval,
         print_interval=args.log_interval,
         eval_tokens=datasets.evaluation.supervised_tokens() if datasets.evaluation else 0,
+        extra=extra_metrics(datasets, plan),
     )
+
+
+def extra_metrics(datasets: Datasets, plan: RunObjectives) -> list[str]:
+    """Metrics that only some runs have: token weights, scheduled parameters, values of each data set of a mixture."""
+    names = ["weight"] if any(part.data.card.weighted for part in datasets.members) else []
+    names += plan.scheduled
+    if len(plan.names) > 1:
+        names += [f"{key}/{name}" for name in plan.names for key in (*PER_DATASET, "tokens")]
+    return names
 
 
 def active_seconds() -> float:
@@ -159,11 +174,9 @@ def active_seconds() -> float:
 
 
 def describe(
-    objective: Objective, config: TsftConfig, datasets: Datasets, args: Any, applied: Sequence[str]
+    plan: RunObjectives, config: TsftConfig, datasets: Datasets, args: Any, applied: Sequence[str]
 ) -> list[str]:
     """The plan in a few lines."""
-    train = datasets.train
-    positions = int(train.positions.sum())
     steps = args.train_iters or args.train_samples // args.global_batch_size
     found = args.load and (Path(args.load) / TRACKER).is_file()
     start = (
@@ -174,18 +187,36 @@ def describe(
     saves = f"{args.save}, every {args.save_interval} steps and at the end" if args.save else "nowhere"
     lines = [
         f"weights: {start}{', as a new run' if found and args.finetune else ''}; saves: {saves}",
-        f"objective: {objective!r}, teacher: {config.teacher}, source: {objective.row.source}"
-        f"{', in one with the LM head' if config.fuse_head else ''}",
-        f"model: {config.model}; upstream repairs: {', '.join(applied) or 'none needed'}",
-        f"train: {config.data}, {len(train.data)} conversations in {train.packs} packs of {args.seq_length}"
-        f" ({100 * positions / (train.packs * args.seq_length):.0f}% full), {train.truncated} truncated;"
-        f" {checks.epochs_text(steps, train.packs_per_epoch, args.global_batch_size)}",
+        f"model: {config.model}; teacher: {describe_teacher(config)}; upstream repairs:"
+        f" {', '.join(applied) or 'none needed'}",
     ]
+    whole = sum(datasets.shares)
+    for part, objective, share in zip(datasets.members, plan.members, datasets.shares, strict=True):
+        positions = int(part.positions.sum())
+        mixed = f"{100 * share / whole:.3g}% of the packs; " if len(datasets.members) > 1 else ""
+        lines += [
+            f"objective: {objective!r}, source: {objective.row.source}"
+            f"{', in one with the LM head' if config.fuse_head else ''}",
+            f"train: {part.data.directory}, {len(part.data)} conversations in {part.packs} packs of {args.seq_length}"
+            f" ({100 * positions / (part.packs * args.seq_length):.0f}% full), {part.truncated} truncated; {mixed}"
+            f"{checks.epochs_text(steps, part.packs_per_epoch, args.global_batch_size, share / whole)}",
+        ]
     if datasets.evaluation is not None:
         held = datasets.evaluation
         when = f"every {args.eval_interval} steps and at the end" if args.eval_interval <= steps else "at the end"
         lines.append(
             f"evaluation: {config.eval_data}, {len(held.data)} conversations in {held.packs} packs, one exact pass"
-            f" {when}"
+            f" {when}, by {plan.evaluation!r}"
         )
     return lines
+
+
+def describe_teacher(config: TsftConfig) -> str:
+    """Where the second distribution comes from."""
+    refreshed = f", anew every {config.reference_refresh} steps" if config.reference_refresh else ""
+    return {
+        "none": "none",
+        "reference": f"the imported model{refreshed}",
+        "model": config.teacher_load,
+        "cache": f"cached in {', '.join(config.teacher_cache)}, tail {config.teacher_tail}",
+    }[config.teacher]

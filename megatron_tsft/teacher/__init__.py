@@ -1,0 +1,1 @@
+"""Records of a teacher's predictions and the cache that keeps them, keyed by conversation."""

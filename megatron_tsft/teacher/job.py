@@ -1,0 +1,87 @@
+"""Fills a cache: this rank's shards, one after the other, from whatever computes a teacher's predictions."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_tsft.data.prepared import Sample
+from megatron_tsft.data.teacher_rows import TeacherRows
+from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.teacher.writer import CacheWriter
+
+FLOAT16_MIN = float(np.finfo(np.float16).min)
+
+
+class Predictor(Protocol):
+    """A teacher that is loaded, on all ranks that compute it together."""
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(this data-parallel rank, how many there are): it computes every so-many-th shard."""
+        ...
+
+    @property
+    def writes(self) -> bool:
+        """Whether this rank has the records: one of each data-parallel rank's does."""
+        ...
+
+    def predict(self, conversations: Sequence[Sample], progress: "Progress") -> list[TeacherRows]:
+        """The records of some conversations, in their order; [] on a rank that does not write."""
+        ...
+
+
+@dataclass
+class Progress:
+    """A bar over supervised tokens of all shards that are missing, with speed, time left and bytes written."""
+
+    bar: tqdm
+    ranks: int
+    written: int = 0
+
+    def tokens(self, count: int) -> None:
+        """`count` supervised tokens more are computed on this rank; the others are as fast."""
+        self.bar.update(min(count * self.ranks, (self.bar.total or 0) - self.bar.n))
+
+    def wrote(self, size: int) -> None:
+        """A shard was written here."""
+        self.written += size * self.ranks
+        self.bar.set_postfix_str(f"{self.written / 2**20:.1f} MiB", refresh=False)
+
+
+def fill_cache(writer: CacheWriter, predictor: Predictor, *, progress: bool) -> int:
+    """Compute and write this rank's missing shards; how many supervised tokens that were."""
+    plan, (rank, ranks) = writer.plan, predictor.share
+    missing = writer.missing()
+    mine, done = missing[rank::ranks], 0
+    tokens = np.add.reduceat(plan.supervised, plan.starts[:-1])
+    total = int(tokens[missing].sum()) if missing else 0
+    with tqdm(total=total, unit="tok", unit_scale=True, desc="teacher", file=sys.stderr, disable=not progress) as bar:
+        said = Progress(bar, ranks)
+        for number in mine:
+            members = range(plan.starts[number], plan.starts[number + 1])
+            samples = [plan.data[plan.of[i]].row(int(plan.row[i])) for i in members]
+            records = predictor.predict(samples, said)
+            if predictor.writes:
+                said.wrote(writer.write_shard(number, records))
+            done += int(tokens[number])
+    return done
+
+
+def as_rows(topk: TeacherTopK, counts: Sequence[int]) -> list[TeacherRows]:
+    """Records of consecutive conversations with `counts` supervised tokens each, rounded to the cache's types.
+
+    topk: [n, k] and [n] of all of them.
+    """
+    assert topk.label_logprobs is not None and topk.tail_logmass is not None
+    ids = topk.ids.cpu().numpy().astype(np.int32)
+    # a log-prob is at most 0, and one that fp16 cannot hold is as good as its smallest number; -inf is no token at all
+    logprobs = np.clip(topk.logprobs.cpu().numpy(), FLOAT16_MIN, 0).astype(np.float16)
+    logprobs[ids < 0] = -np.inf
+    label = np.clip(topk.label_logprobs.cpu().numpy(), FLOAT16_MIN, 0).astype(np.float16)
+    tail = np.minimum(topk.tail_logmass.cpu().numpy(), 0).astype(np.float32)
+    ends = np.cumsum(counts).tolist()
+    return [TeacherRows(ids[a:b], logprobs[a:b], label[a:b], tail[a:b]) for a, b in zip([0, *ends], ends, strict=False)]

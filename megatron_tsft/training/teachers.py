@@ -1,0 +1,183 @@
+"""What must fit between a student and its teacher, and the teacher as the model or the data want it."""
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_tsft.checkpoint.card import ModelCard
+from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
+from megatron_tsft.checkpoint.keys import compare_keys
+from megatron_tsft.checkpoint.units import expected_keys
+from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.errors import UserError
+from megatron_tsft.model.riding_teacher import RidingTeacher
+from megatron_tsft.model.teacher_vocabulary import TeacherVocabulary
+from megatron_tsft.teacher.reader import TeacherCache
+from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map
+from megatron_tsft.training import arguments
+from megatron_tsft.training.config import TsftConfig, option
+
+# which flags mean something with which teacher
+BELONGS = {
+    "teacher_load": "model",
+    "teacher_token_map": "model",
+    "teacher_cache": "cache",
+    "reference_refresh": "reference",
+}
+NEEDED = {"model": "teacher_load", "cache": "teacher_cache"}
+# flags that split the student's layers unevenly: a teacher of other depth cannot follow them
+UNEVEN = {
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "pipeline_model_parallel_layout": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+}
+
+
+def check_teacher_flags(config: TsftConfig, given: Mapping[str, Any]) -> None:
+    """Raise UserError for a teacher's flag that is missing, means nothing, or cannot work with another flag."""
+    teacher = config.teacher
+    if teacher in NEEDED and not getattr(config, NEEDED[teacher]):
+        raise UserError(f"--tsft-teacher {teacher} needs {option(NEEDED[teacher])} DIR")
+    for field, belongs in BELONGS.items():
+        if getattr(config, field) and teacher != belongs:
+            raise UserError(f"{option(field)} belongs to --tsft-teacher {belongs}, which is {teacher}: leave one out")
+    rides = teacher in ("reference", "model")
+    if rides and given.get("moe_token_dispatcher_type", "allgather") == "allgather" and given.get("num_experts"):
+        raise UserError(
+            f"--tsft-teacher {teacher} makes stages send shapes of their own, which --moe-token-dispatcher-type"
+            " allgather does not take: pass alltoall"
+        )
+    refresh = config.reference_refresh
+    if refresh < 0:
+        raise UserError(f"--tsft-reference-refresh {refresh}: pass a number of steps, at least 1")
+    if refresh:
+        check_refresh(refresh, given)
+
+
+def check_refresh(refresh: int, given: Mapping[str, Any]) -> None:
+    """Raise UserError where the reference of --tsft-reference-refresh could not be had, or not again on resume."""
+    if given.get("overlap_param_gather"):
+        raise UserError(
+            "--tsft-reference-refresh copies the weights before the first layer runs, when --overlap-param-gather may"
+            " still be gathering them: leave one of them out"
+        )
+    if given.get("finetune"):
+        raise UserError(
+            "--tsft-reference-refresh with --finetune: the first steps' reference could not be had again on resume;"
+            " export the weights, import them, and pass them as --tsft-model"
+        )
+    every = given.get("save_interval", arguments.SAVE_INTERVAL)
+    if given.get("save") and every % refresh and refresh % every:
+        raise UserError(
+            f"--save-interval {every} and --tsft-reference-refresh {refresh}: one must be a multiple of the other, so"
+            " that a resumed run finds the weights that were the reference"
+        )
+
+
+def load_caches(config: TsftConfig, card: ModelCard, rank: int) -> list[TeacherCache]:
+    """Open the caches of --tsft-teacher-cache; rank 0 reads every byte of them.
+
+    Raises:
+        UserError: a cache is damaged, or has ids outside the model's vocabulary.
+    """
+    caches = [TeacherCache.load(directory) for directory in config.teacher_cache]
+    for cache in caches:
+        identity = cache.card.identity
+        if identity.vocab_size > card.vocab_size:
+            raise UserError(
+                f"{cache.directory} holds ids up to {identity.vocab_size - 1}, the model's vocabulary ends at"
+                f" {card.vocab_size - 1}: make the cache with --vocab-size {card.vocab_size}"
+            )
+        if rank == 0:
+            total = sum(facts["bytes"] for facts in cache.card.shards.values())
+            with tqdm(
+                total=total, desc=f"checking {cache.directory}", unit="B", unit_scale=True, file=sys.stderr
+            ) as bar:
+                cache.verify(bar.update)
+    return caches
+
+
+def riding_teacher(
+    config: TsftConfig, student: ModelCard, base: Path, args: Any, data: Sequence[PreparedData]
+) -> RidingTeacher | None:
+    """The frozen model that rides along, or None.
+
+    Raises:
+        UserError: the teacher's checkpoint, tokenizer or architecture does not fit.
+    """
+    if config.teacher == "reference":
+        card, checkpoint = student, reference_checkpoint(config, base, args)
+    elif config.teacher == "model":
+        card, checkpoint = ModelCard.load(config.teacher_load), latest_checkpoint(config.teacher_load)
+        compare_keys(expected_keys(card), checkpoint)
+        if not config.teacher_token_map:
+            flag = "pass a --tsft-teacher-token-map"
+            check_same_tokenizer(config.teacher_load, card.tokenizer_fingerprint, data, flag)
+    else:
+        return None
+    token_map = None
+    if config.teacher_token_map:
+        token_map = read_token_map(config.teacher_token_map, student.vocab_size, card.vocab_size, data)
+    vocabulary = TeacherVocabulary(card.vocab_size, token_map)
+    model = frozen_arguments(args, student, card, config.teacher_load) if config.teacher == "model" else args
+    return RidingTeacher(arguments.model_config(model), checkpoint, vocabulary, student.vocab_size)
+
+
+def reference_checkpoint(config: TsftConfig, base: Path, args: Any) -> Path:
+    """The weights that are the reference when a run starts or goes on.
+
+    Raises:
+        UserError: with --tsft-reference-refresh, the weights of the last refresh were not kept.
+    """
+    if not config.reference_refresh or not args.load or not (Path(args.load) / TRACKER).is_file():
+        return base
+    text = (Path(args.load) / TRACKER).read_text().strip()
+    step = int(text) if text.isdecimal() else 0
+    last = step - step % config.reference_refresh  # at `step` itself the first micro-batch takes the student's weights
+    if last in (0, step):
+        return base
+    try:
+        return latest_checkpoint(args.load, last)
+    except UserError as error:
+        raise UserError(
+            f"the reference of step {step} is the weights of step {last}, which are gone ({error}): resume from a step"
+            f" that is a multiple of {config.reference_refresh}"
+        ) from error
+
+
+def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str) -> Any:
+    """Megatron's arguments for the teacher's architecture in the student's layout.
+
+    Raises:
+        UserError: its heads do not divide over the tensor-parallel ranks, or its layers over the pipeline's stages.
+    """
+    own = copy.deepcopy(args)
+    parser = arguments.parser_of()
+    for name in student.megatron_arguments.keys() - card.megatron_arguments.keys():
+        setattr(own, name, parser.get_default(name))
+    for name, value in card.megatron_arguments.items():
+        setattr(own, name, value)
+    own.rope_scaling_factor = card.rope_scaling_factor or parser.get_default("rope_scaling_factor")
+    for name, value in UNEVEN.items():
+        if getattr(args, name, None):
+            setattr(own, name, value)
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    chunks = pp * (args.virtual_pipeline_model_parallel_size or 1)
+    heads, groups, layers = own.num_attention_heads, own.num_query_groups, own.num_layers
+    if heads % tp or (groups % tp and tp % groups):
+        raise UserError(
+            f"the teacher {folder} has {heads} attention heads and {groups} key-value groups, which"
+            f" --tensor-model-parallel-size {tp} does not divide: use another size, or cache the teacher"
+        )
+    if layers % chunks:
+        raise UserError(
+            f"the teacher {folder} has {layers} layers, which do not divide over {chunks} pipeline stages: use another"
+            " --pipeline-model-parallel-size, or cache the teacher"
+        )
+    return own
