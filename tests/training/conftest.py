@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import BATCH, Run, Server, Train, World, make_hf, write_rows
+from tests.training.runs import BATCH, CACHE_TOOL, Cache, Run, Server, Train, World, check_ran, make_hf, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +48,35 @@ def train(server: Server, world: World, tmp_path: Path) -> Train:
         return Run(codes, logs, save)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cache(server: Server, world: World, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """cache(teacher, *flags, ranks=1, top_k=8): the folder of a teacher's cache of both data sets, made once."""
+    made: dict[tuple, Path] = {}
+
+    def make(teacher: Path, *flags: str, ranks: int = 1, top_k: int = 8) -> Path:
+        key = (teacher, flags, ranks, top_k)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("cache")
+            argv = ["--teacher", str(teacher), "--data", str(world.train), str(world.held), "--output", str(folder)]
+            argv += ["--top-k", str(top_k), "--device", "cpu", *flags]
+            codes = server.run(ranks, argv, folder.with_suffix(".log"), 120, str(CACHE_TOOL))
+            logs = [Path(f"{folder.with_suffix('.log')}.{rank}").read_text(errors="replace") for rank in range(ranks)]
+            check_ran(Run(codes, logs, folder))
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher(world: World) -> Path:
+    """An imported teacher that is deeper, wider and has other heads than the student; its Hugging Face folder is
+    beside it, teacher_hf."""
+    from megatron_tsft.checkpoint.convert import import_hf
+
+    shape = {"num_hidden_layers": 8, "hidden_size": 96, "intermediate_size": 128, "head_dim": 12}
+    hf = make_hf(world.root / "teacher_hf", num_attention_heads=8, num_key_value_heads=4, **shape)
+    import_hf(hf, world.root / "teacher", progress=False)
+    return world.root / "teacher"

@@ -1,12 +1,14 @@
 """Runs training commands for the tests: Megatron is imported once, on the CPU layer, and each case's ranks are forked.
 
-Reads one JSON object a line: {"world", "argv", "log", "timeout"}; answers with {"codes": [exit status of each rank]}.
+Reads one JSON object a line: {"world", "argv", "log", "timeout", "tool"}, where tool is a script that runs in place of
+training, or ""; answers with {"codes": [exit status of each rank]}.
 A process of its own, because the CPU layer changes torch for good.
 """
 
 import json
 import multiprocessing.util
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -22,7 +24,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path) -> int:
+def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path, tool: str) -> int:
     """Fork one rank; its output goes to <log>.<rank>. Returns its process id."""
     pid = os.fork()
     if pid:
@@ -34,9 +36,12 @@ def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path) -> 
             os.dup2(file.fileno(), 2)
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "RANK": str(rank)}
         os.environ.update(address, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
-        from megatron_tsft.training.pretrain_gpt import main
+        if tool:
+            code = runpy.run_path(tool)["main"](argv)
+        else:
+            from megatron_tsft.training.pretrain_gpt import main
 
-        code = main(argv)
+            code = main(argv)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1
     except BaseException:
@@ -48,10 +53,10 @@ def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path) -> 
         os._exit(code)
 
 
-def run_case(world: int, argv: list[str], log: str, timeout: float) -> list[int]:
+def run_case(world: int, argv: list[str], log: str, timeout: float, tool: str = "") -> list[int]:
     """Start the ranks and wait; when one fails or time is up, the others are killed, by their ids."""
     port = free_port()
-    alive = {start_rank(rank, world, port, argv, Path(log)): rank for rank in range(world)}
+    alive = {start_rank(rank, world, port, argv, Path(log), tool): rank for rank in range(world)}
     codes = [-1] * world
     deadline = time.monotonic() + timeout
     while alive:
@@ -80,6 +85,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     install()
+    import megatron_tsft.training.megatron_teacher
     import megatron_tsft.training.run  # noqa: F401  # what every case imports
 
     print("ready", file=answers, flush=True)

@@ -56,9 +56,9 @@ class Server:
         assert self.process.stdout is not None
         assert self.process.stdout.readline().strip() == "ready"
 
-    def run(self, world: int, argv: list[str], log: Path, timeout: float) -> list[int]:
+    def run(self, world: int, argv: list[str], log: Path, timeout: float, tool: str = "") -> list[int]:
         assert self.process.stdin is not None and self.process.stdout is not None
-        case = {"world": world, "argv": argv, "log": str(log), "timeout": timeout}
+        case = {"world": world, "argv": argv, "log": str(log), "timeout": timeout, "tool": tool}
         self.process.stdin.write(json.dumps(case) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())["codes"]
@@ -158,6 +158,8 @@ class World:
 
 
 Train = Callable[..., Run]
+Cache = Callable[..., Path]
+CACHE_TOOL = REPOSITORY / "tools" / "cache_teacher.py"
 BATCH = "--seq-length 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant"
 
 
