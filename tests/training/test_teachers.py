@@ -32,8 +32,15 @@ class Dense:
     """All supervised tokens of a data set, one conversation at a time through transformers in fp64."""
 
     def __init__(
-        self, data: Path, student: Path, teacher: Path | None, cache: Path | None = None, tail: str = "uniform"
+        self,
+        data: Path,
+        student: Path,
+        teacher: Path | None,
+        cache: Path | None = None,
+        tail: str = "uniform",
+        columns: bool = False,
     ):
+        """columns: the teacher has another vocabulary size; it is cut, or filled up with -inf, to the student's."""
         self.student, prepared = load(student), PreparedData.load(data)
         other = None if teacher is None else load(teacher)
         cached = None if cache is None else CachedTeacher([TeacherCache.load(cache)], prepared)
@@ -51,7 +58,11 @@ class Dense:
                 log_ref = torch.tensor(rows.label_logprobs).double()
             else:
                 with torch.no_grad():
-                    log_t = torch.log_softmax(other(input_ids=ids[None, :-1]).logits[0][wanted], -1)
+                    logits = other(input_ids=ids[None, :-1]).logits[0][wanted]
+                if columns:
+                    shared = min(logits.shape[1], z.shape[1])
+                    logits = torch.nn.functional.pad(logits[:, :shared], (0, z.shape[1] - shared), value=-torch.inf)
+                log_t = torch.log_softmax(logits, -1)
                 log_ref = log_t.gather(1, labels[:, None])[:, 0]
             parts.append([z, labels, log_t, log_ref, torch.full_like(labels, row)])
         z, y, log_t, log_ref, of = (torch.cat(values) for values in zip(*parts, strict=True))
