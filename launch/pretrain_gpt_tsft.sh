@@ -10,13 +10,16 @@ Flags given on the command line come last and win over what the variables set.
 
 required
   MODEL            folder that `tools/convert_checkpoint.py import` wrote
-  DATA             folder that `tools/prepare_data.py` wrote
+  DATA             folder that `tools/prepare_data.py` wrote, or several with shares and objectives:
+                   "a:0.7:target-sft,eta=0.5 b:0.3:sft"
   SAVE             folder for checkpoints, metrics.jsonl and tensorboard/; a run that finds its own checkpoint resumes
   TRAIN_ITERS      optimizer steps
 
 objective
   OBJECTIVE        default target-sft; OBJECTIVE_ARGS="name=value ..." (default eta=0.5 for target-sft)
-  TEACHER          none or reference (default reference for target-sft, else what the entry point defaults to)
+  TEACHER          none, reference, model or cache (default reference for target-sft, else what the entry point defaults to;
+                   model where TEACHER_LOAD is set, cache where TEACHER_CACHE is)
+  TEACHER_LOAD     imported folder of another model that guides; TEACHER_CACHE folders that `tools/cache_teacher.py` wrote
   EVAL_DATA        prepared held-out folder; EVAL_INTERVAL steps between its evaluations (default: at the end)
 
 optimization
@@ -112,17 +115,26 @@ fi
 # ---- what is trained, and toward which target
 MODEL_ARGS=(--tsft-model "$MODEL" --tsft-device "$DEVICE")
 
-if [[ -z ${OBJECTIVE:-} || $OBJECTIVE == target-sft ]]; then
+[[ -z ${TEACHER_LOAD:-} ]] || TEACHER=${TEACHER-model}
+[[ -z ${TEACHER_CACHE:-} ]] || TEACHER=${TEACHER-cache}
+data=("$DATA") # one folder, whatever its name
+[[ $DATA != *:* ]] || read -r -a data <<<"$DATA"
+if [[ -z ${OBJECTIVE:-} && $DATA == *:*:* ]]; then
+  OBJECTIVE= # the data sets name theirs
+elif [[ -z ${OBJECTIVE:-} || $OBJECTIVE == target-sft ]]; then
   OBJECTIVE=target-sft
   OBJECTIVE_ARGS=${OBJECTIVE_ARGS-eta=0.5}
   [[ $OBJECTIVE_ARGS =~ ^eta=0(\.0*)?$ ]] || TEACHER=${TEACHER-reference} # at eta 0 no teacher is read
 fi
-MODEL_ARGS+=(--tsft-objective "$OBJECTIVE")
+[[ -z $OBJECTIVE ]] || MODEL_ARGS+=(--tsft-objective "$OBJECTIVE")
 read -r -a objective_args <<<"${OBJECTIVE_ARGS:-}"
 [[ ${#objective_args[@]} -eq 0 ]] || MODEL_ARGS+=(--tsft-args "${objective_args[@]}")
 [[ -z ${TEACHER:-} ]] || MODEL_ARGS+=(--tsft-teacher "$TEACHER")
+[[ -z ${TEACHER_LOAD:-} ]] || MODEL_ARGS+=(--tsft-teacher-load "$TEACHER_LOAD")
+read -r -a caches <<<"${TEACHER_CACHE:-}"
+[[ ${#caches[@]} -eq 0 ]] || MODEL_ARGS+=(--tsft-teacher-cache "${caches[@]}")
 
-DATA_ARGS=(--tsft-data "$DATA" --seq-length "$SEQ_LENGTH" --seed "${SEED:-1234}")
+DATA_ARGS=(--tsft-data "${data[@]}" --seq-length "$SEQ_LENGTH" --seed "${SEED:-1234}")
 [[ -z ${EVAL_DATA:-} ]] || DATA_ARGS+=(--tsft-eval-data "$EVAL_DATA")
 
 # ---- how

@@ -53,7 +53,7 @@ def prepared(
 
 
 def predictions(sample_id: str, tokens: int, k: int) -> TeacherTopK:
-    """What some teacher says of a conversation, fp64: a function of its sample_id and k; confident at every other token."""
+    """What a teacher says of a conversation, fp64: a function of its sample_id and k; sure of every other token."""
     generator = torch.Generator().manual_seed(int(sample_id[:8], 16))
     logits = 3 * torch.randn(tokens, VOCABULARY, generator=generator, dtype=torch.float64)
     logits[::2, 0] += 25

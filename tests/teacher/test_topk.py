@@ -128,7 +128,7 @@ def test_a_tiny_tail_is_exact_in_relative_terms(world: int) -> None:
     found = on_ranks(world, tiny)
     assert found.tail_logmass is not None and found.ids.tolist() == [[3, 16]] * 4
     rest = dense_logprobs(tiny).scatter(1, found.ids, -torch.inf)
-    # relative error of the mass: logits of -75 are rounded to 2^-18 when the largest is subtracted, once more at the end
+    # relative error of the mass: logits of -75 are rounded to 2^-18 when the largest is subtracted, and once again
     assert torch.allclose(found.tail_logmass.double().exp(), rest.exp().sum(-1), rtol=1.5e-5, atol=0)
     check(found, tiny, 1.5e-5)
 

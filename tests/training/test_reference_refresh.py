@@ -1,11 +1,11 @@
-"""A reference that takes the student's weights every N steps: there the ratio is exactly 1, and a resumed run has it."""
+"""A reference that takes the student's weights every N steps: the ratio there is exactly 1, in a resumed run too."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from tests.training.runs import Run, Train, check_ran
+from tests.training.runs import Run, Train, World, check_ran
 
 MOVING = (*"--tsft-objective proximal --tsft-teacher reference".split(), "--tsft-reference-refresh", "2")
 
@@ -73,6 +73,33 @@ def test_a_reference_that_is_gone_is_refused(train: Train) -> None:
     resumed = train("gone", *MOVING, "--save-interval", "4", steps=6, keep=True)
     assert resumed.codes == [2] and "Traceback" not in resumed.logs[0]
     assert all(part in resumed.error for part in ("step 3", "step 2", "gone", "multiple of 2")), resumed.error
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True, reason="reference_checkpoint: at a refresh step the reference is the base, and no step comes"
+)
+def test_a_finished_run_started_again_evaluates_the_same(train: Train, world: World) -> None:
+    """A requeued job whose run was over: it writes the last evaluation again, by the reference of the last refresh."""
+    held = ("--tsft-eval-data", str(world.held), "--eval-interval", "4", "--save-interval", "2")
+    once = check_ran(train("over", *MOVING, *held, steps=4, keep=True)).heldout
+    assert [row["step"] for row in once] == [4]
+    again = check_ran(train("over", *MOVING, *held, steps=4, keep=True)).heldout
+    assert again[0]["nll"] == once[0]["nll"]  # the same student
+    assert again == once
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="reference_checkpoint reads the tracker, Megatron loads --ckpt-step's")
+def test_an_earlier_checkpoint_has_its_own_reference(train: Train) -> None:
+    """Or is refused."""
+    check_ran(train("earlier", *MOVING, "--save-interval", "1", steps=5, keep=True))
+    straight = check_ran(train("straight", *MOVING, steps=4))
+    again = train("earlier", *MOVING, "--ckpt-step", "3", steps=4)
+    if again.codes == [2]:
+        assert "--ckpt-step" in again.error
+    else:
+        assert without_clock(check_ran(again).rows) == without_clock(straight.rows)
 
 
 REFUSED = {
