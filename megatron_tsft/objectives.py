@@ -282,7 +282,8 @@ class Objective:
         Raises:
             ValueError: a tensor that does not broadcast to the labels' shape.
         """
-        return Objective(self.row, {k: _flat(f"{self.name}: {k}", v, shape) for k, v in self.parameters.items()})
+        flat = {k: _flat(f"{self.name}: {k}", v, shape) for k, v in self.parameters.items()}
+        return Objective(self.row, flat, self.schedules)
 
     def where_needs(self, *needs: str) -> bool | Tensor:
         """Which tokens read one of these statistics: a bool for all of them, or a flat bool tensor."""

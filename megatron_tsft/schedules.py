@@ -25,7 +25,8 @@ class Schedule:
     steps: int
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.start:g}:{self.stop:g}:{self.steps}"
+        start, stop = (f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in (self.start, self.stop))
+        return f"{self.kind}:{start}:{stop}:{self.steps}"
 
     def value(self, step: int) -> float:
         """The value of 0-based training step `step`."""

@@ -9,6 +9,7 @@ goes on where it stopped when it is started again.
 
 import argparse
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -21,6 +22,7 @@ from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.teacher.format import CacheIdentity, expected_bytes
 from megatron_tsft.teacher.plan import plan_cache
+from megatron_tsft.teacher.reader import TeacherCache
 from megatron_tsft.teacher.writer import CacheWriter
 
 EXAMPLE = """examples:
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     for name in ("top_k", "batch_tokens", "shard_bytes", "vocab_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: pass a positive number")
-    if not args.temperature > 0:
+    if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature}: pass a positive number")
     megatron = (folder / CARD_FILE).is_file()
     if not megatron and not (folder / "config.json").is_file():
@@ -112,13 +114,22 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         token_map=None if token_map is None else hash_of(token_map),
     )
     plan = plan_cache(data, identity.top_k, args.shard_bytes)
+    longest = int(plan.lengths.max())
+    if facts["positions"] is not None and longest > facts["positions"] + 1:  # the last token is only a label
+        raise UserError(
+            f"a conversation has {longest} tokens, the teacher knows {facts['positions']} positions: prepare the data"
+            f" with --max-tokens {facts['positions']}"
+        )
     writer = CacheWriter(args.output, identity, plan)
     if rank == 0:
         writer.begin()
-        if writer.finished:
+    if writer.finished:
+        TeacherCache.load(args.output)
+        if rank == 0:
             print(f"{args.output} is finished already: nothing to do")
-        else:
-            announce(args, facts, writer)
+        return 0
+    if rank == 0:
+        announce(args, facts, writer)
     share = {"top_k": identity.top_k, "temperature": args.temperature, "vocab_size": vocab_size}
     share |= {"token_map": token_map, "batch_tokens": batch_tokens}
     started = time.monotonic()
@@ -145,7 +156,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
             dist.barrier()
             if megatron:
                 stack.callback(dist.destroy_process_group)
-        if rank == 0 and not writer.finished:
+        if rank == 0:
             card, seconds = writer.finish(), time.monotonic() - started
             size = sum(facts["bytes"] for facts in card.shards.values())
             speed = f"; {tokens * teacher.share[1] / seconds:.0f} supervised tokens/s with start-up" if tokens else ""
@@ -200,7 +211,8 @@ def megatron_facts(folder: Path, device: str) -> dict[str, Any]:
     return {
         "card": card,
         "checkpoint": checkpoint,
-        "hash": weights_fingerprint(checkpoint),
+        "hash": weights_fingerprint(checkpoint, "*", architecture=sorted(card.megatron_arguments.items())),
+        "positions": card.megatron_arguments["max_position_embeddings"],
         "tokenizer": card.tokenizer_fingerprint,
         "vocab_size": card.vocab_size,
         "what": f"{card.architecture}, {checkpoint.name}",
@@ -215,7 +227,8 @@ def hf_facts(folder: Path) -> dict[str, Any]:
 
     config = load_config(folder)
     return {
-        "hash": weights_fingerprint(folder, "*.safetensors"),
+        "hash": weights_fingerprint(folder, "config.json", "*.safetensors", "*.bin"),
+        "positions": getattr(config, "max_position_embeddings", None),
         "tokenizer": tokenizer_fingerprint(load_tokenizer(folder)),
         "vocab_size": config.vocab_size,
         "what": (config.architectures or ["?"])[0],

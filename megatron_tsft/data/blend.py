@@ -13,8 +13,8 @@ PARTS = 1 << 32  # shares are rounded to one of so many parts
 
 
 def blend_place(index: int, shares: Sequence[float]) -> tuple[int, int]:
-    """(member, its own item) of item `index`: after any number of items each member has had its share, to within one
-    item a split.
+    """(member, its own item) of item `index`: after any number of items each member has had its share, to within
+    half an item a split: one item for two or three members, two for five.
 
     Each member in turn splits what the members before it left, by the rule that of n items the first round(n * share)
     are its own; whole numbers, so it is exact at any index.

@@ -30,6 +30,7 @@ CARD_FILE = "tsft_teacher.json"
 PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
 ENTRY_BYTES, TOKEN_BYTES, CONVERSATION_BYTES = 6, 6, 20  # id and log-prob; label and tail; sample_id and offset
+SHARD_FACTS = ("bytes", "sha256", "conversations")
 SHARDS = 16  # at least so many where the data is large enough: what ranks share and a killed job keeps
 SMALLEST_SHARD, LARGEST_SHARD = 256 << 10, 64 << 20
 
@@ -89,9 +90,10 @@ class CacheCard:
         )
         try:
             values: Any = card.identity
-            return CacheCard(CacheIdentity(**values), card.conversations, card.tokens, card.shards)
-        except TypeError as error:
-            raise UserError(f"{directory / CARD_FILE} is damaged ({error}): make the cache again") from error
+            shards = {name: {key: facts[key] for key in SHARD_FACTS} for name, facts in card.shards.items()}
+            return CacheCard(CacheIdentity(**values), card.conversations, card.tokens, shards)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"{directory / CARD_FILE} is damaged ({error!r}): make the cache again") from error
 
     def save(self, directory: Path | str) -> None:
         """Write the card into a folder, atomically; last."""

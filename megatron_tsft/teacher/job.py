@@ -56,7 +56,8 @@ def fill_cache(writer: CacheWriter, predictor: Predictor, *, progress: bool) -> 
     """Compute and write this rank's missing shards; how many supervised tokens that were."""
     plan, (rank, ranks) = writer.plan, predictor.share
     missing = writer.missing()
-    mine, done = missing[rank::ranks], 0
+    # by number, not by place in the list: a rank that is late finds shards of the others' there already
+    mine, done = [number for number in missing if number % ranks == rank], 0
     tokens = np.add.reduceat(plan.supervised, plan.starts[:-1])
     total = int(tokens[missing].sum()) if missing else 0
     with tqdm(total=total, unit="tok", unit_scale=True, desc="teacher", file=sys.stderr, disable=not progress) as bar:

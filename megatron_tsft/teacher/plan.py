@@ -1,5 +1,6 @@
 """Which conversations a cache holds and in which shard: a function of the data and k alone, whoever computes it."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ class CachePlan:
     @property
     def shards(self) -> int:
         return len(self.starts) - 1
+
+    @property
+    def borders(self) -> str:
+        """16 hex digits over where the shards begin."""
+        return hashlib.sha256(self.starts.astype("<i8").tobytes()).hexdigest()[:16]
 
     @property
     def lengths(self) -> Ints:

@@ -37,11 +37,14 @@ class TeacherCache:
         """
         directory = Path(directory)
         card = CacheCard.load(directory)
-        layout = schema(card.identity.top_k)
-        batches = [_open_shard(directory / name, facts, layout) for name, facts in card.shards.items()]
+        batches = [_open_shard(directory / name, facts, card.identity.top_k) for name, facts in card.shards.items()]
         cache = TeacherCache(directory, card, batches)
-        if len(cache.keys) != card.conversations or len(cache.keys.unique()) != card.conversations:
-            raise UserError(f"{directory} does not hold the {card.conversations} conversations of its card: {REMEDY}")
+        tokens = sum(len(shard) for shard in cache._shards)
+        if (len(cache.keys), len(cache.keys.unique()), tokens) != (card.conversations, card.conversations, card.tokens):
+            raise UserError(
+                f"{directory} does not hold the {card.conversations} conversations, {card.tokens} tokens, of its card:"
+                f" {REMEDY}"
+            )
         return cache
 
     @property
@@ -145,7 +148,7 @@ def _open_again(directories: list[Path], data: PreparedData) -> CachedTeacher:
     return CachedTeacher([TeacherCache.load(directory) for directory in directories], data)
 
 
-def _open_shard(path: Path, facts: dict[str, Any], layout: pa.Schema) -> pa.RecordBatch:
+def _open_shard(path: Path, facts: dict[str, Any], top_k: int) -> pa.RecordBatch:
     """A shard's one batch, memory-mapped."""
     found = path.stat().st_size if path.is_file() else None
     if found != facts["bytes"]:
@@ -153,8 +156,8 @@ def _open_shard(path: Path, facts: dict[str, Any], layout: pa.Schema) -> pa.Reco
         raise UserError(f"{path} {state}: {REMEDY}")
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if reader.schema != layout or reader.num_record_batches != 1:
-            raise ValueError(f"another layout: {reader.schema}")
+        if reader.schema != schema(top_k) or reader.num_record_batches != 1:
+            raise ValueError(f"its layout is not the one of a top-{top_k} cache")
         batch = reader.get_batch(0)
         batch.validate()
     except (pa.ArrowException, OSError, ValueError) as error:

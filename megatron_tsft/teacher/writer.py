@@ -40,21 +40,25 @@ class CacheWriter:
         Raises:
             UserError: the folder holds something else.
         """
-        wanted = dataclasses.asdict(self.identity) | {"shards": self.plan.shards}
+        wanted = dataclasses.asdict(self.identity) | {"shards": self.plan.shards, "borders": self.plan.borders}
         path = self.directory / PLAN_FILE
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                found = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path} is damaged ({error}): delete {self.directory} and start again") from error
             different = [key for key in wanted if found.get(key) != wanted[key]]
             if different:
                 what = "; ".join(f"{key} {found.get(key)}, now {wanted[key]}" for key in different)
                 raise UserError(
                     f"{self.directory} holds a teacher cache of another job ({what}): name another --output"
                 )
-        elif self.directory.exists() and (not self.directory.is_dir() or any(self.directory.iterdir())):
+        elif self.directory.exists() and (not self.directory.is_dir() or self._strangers()):
             raise UserError(f"{self.directory} exists already and is no teacher cache: name another --output")
         else:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(wanted, indent=2) + "\n")
+        self._sweep()
 
     def missing(self) -> list[int]:
         """Shards that are not there yet."""
@@ -70,9 +74,10 @@ class CacheWriter:
         begin, end = self.plan.starts[number], self.plan.starts[number + 1]
         names = [self._sample_id(i) for i in range(begin, end)]
         for name, rows, n in zip(names, records, self.plan.supervised[begin:end].tolist(), strict=True):
-            wrong = (
-                "it has the wrong number of tokens" if len(rows) != n else wrong_rows(rows, self.identity.vocab_size)
-            )
+            if rows.ids.shape != (n, self.identity.top_k):
+                wrong = f"its ids are {rows.ids.shape}, not {(n, self.identity.top_k)}"
+            else:
+                wrong = wrong_rows(rows, self.identity.vocab_size)
             if wrong:
                 raise UserError(f"the teacher's record of conversation {name} cannot be cached: {wrong}")
         path = self.directory / shard_name(number)
@@ -95,16 +100,28 @@ class CacheWriter:
             name: {"bytes": (self.directory / name).stat().st_size, "sha256": digest, "conversations": count}
             for name, digest, count in zip(names, digests, counts, strict=True)
         }
-        for stray in self.directory.glob(".shard-*.tmp"):
-            stray.unlink()
         card = CacheCard(self.identity, self.plan.conversations, self.plan.tokens, shards)
         card.save(self.directory)
+        self._sweep()
         return card
 
     @property
     def finished(self) -> bool:
         """The cache was completed before."""
         return (self.directory / CARD_FILE).is_file()
+
+    def _strangers(self) -> bool:
+        """Whether the folder has files that no killed job of ours left."""
+        return any(path not in self._temporary() for path in self.directory.iterdir())
+
+    def _temporary(self) -> list[Path]:
+        patterns = (".shard-*.tmp", f".{PLAN_FILE}.*.tmp", f".{CARD_FILE}.*.tmp")
+        return [path for pattern in patterns for path in self.directory.glob(pattern)]
+
+    def _sweep(self) -> None:
+        """Remove what a killed job left half-written; only while no other rank writes."""
+        for path in self._temporary():
+            path.unlink()
 
     def _sample_id(self, index: int) -> str:
         data: PreparedData = self.plan.data[self.plan.of[index]]

@@ -40,6 +40,10 @@ WITHOUT_TE = {
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
 }
+EXPERTS = {  # for a model with experts, unless a flag says otherwise
+    "moe_token_dispatcher_type": "alltoall",  # Megatron's default takes no batches of varying length
+    "moe_router_load_balancing_type": "none",  # an auxiliary loss belongs to pre-training
+}
 ON_CPU = WITHOUT_TE | {
     "distributed_backend": "gloo",
     "use_cpu_initialization": True,
@@ -177,6 +181,8 @@ def check_card(given: dict[str, Any], card: ModelCard, folder: str) -> None:
 def defaults_for(card: ModelCard, config: TsftConfig, device: str, given: dict[str, Any]) -> dict[str, Any]:
     """What the parser assumes unless a flag says otherwise; destinations of Megatron's argparse."""
     values = EVERY_RUN | card.megatron_arguments
+    if card.megatron_arguments.get("num_experts"):
+        values |= EXPERTS
     if device == "cpu":
         values |= ON_CPU
     else:

@@ -197,7 +197,7 @@ def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, A
         if (Path(folder) / CARD_FILE).is_file() and ModelCard.load(folder) != card:
             raise UserError(f"{folder} belongs to another model than {config.model}: choose another --save or --load")
     if load and (Path(load) / TRACKER).is_file():
-        latest = latest_checkpoint(load)
+        latest = latest_checkpoint(load, given.get("ckpt_step"))
         compare_keys(expected_keys(card), latest)
         fresh = not resuming and (given.get("finetune") or given.get("no_load_optim"))
         keys = read_metadata(latest).state_dict_metadata

@@ -46,8 +46,12 @@ def parse_sources(texts: Sequence[str]) -> list[Source]:
     twice = [folder for folder, count in folders.items() if count > 1]
     if twice:
         raise UserError(f"--tsft-data names {twice[0]} twice: give it one share and one objective")
-    short = Counter(Path(directory).resolve().name for directory, _, _ in parts)
+    short = [Path(directory).resolve().name for directory, _, _ in parts]
+    names: list[str] = []
+    for (directory, _, _), name in zip(parts, short, strict=True):
+        wanted = name if short.count(name) == 1 else directory
+        names.append(wanted if wanted not in names else f"{wanted}-{len(names) + 1}")
     return [
-        Source(directory, share, objective, name if short[name := Path(directory).resolve().name] == 1 else directory)
-        for directory, share, objective in parts
+        Source(directory, share, objective, name)
+        for (directory, share, objective), name in zip(parts, names, strict=True)
     ]

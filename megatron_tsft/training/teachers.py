@@ -47,11 +47,10 @@ def check_teacher_flags(config: TsftConfig, given: Mapping[str, Any]) -> None:
     for field, belongs in BELONGS.items():
         if getattr(config, field) and teacher != belongs:
             raise UserError(f"{option(field)} belongs to --tsft-teacher {belongs}, which is {teacher}: leave one out")
-    rides = teacher in ("reference", "model")
-    if rides and given.get("moe_token_dispatcher_type", "allgather") == "allgather" and given.get("num_experts"):
+    if teacher in ("reference", "model") and given.get("moe_token_dispatcher_type") == "allgather":
         raise UserError(
             f"--tsft-teacher {teacher} makes stages send shapes of their own, which --moe-token-dispatcher-type"
-            " allgather does not take: pass alltoall"
+            " allgather does not take: leave the flag out"
         )
     refresh = config.reference_refresh
     if refresh < 0:
@@ -137,10 +136,14 @@ def reference_checkpoint(config: TsftConfig, base: Path, args: Any) -> Path:
     """
     if not config.reference_refresh or not args.load or not (Path(args.load) / TRACKER).is_file():
         return base
-    text = (Path(args.load) / TRACKER).read_text().strip()
+    text = (Path(args.load) / TRACKER).read_text().strip() if args.ckpt_step is None else str(args.ckpt_step)
     step = int(text) if text.isdecimal() else 0
-    last = step - step % config.reference_refresh  # at `step` itself the first micro-batch takes the student's weights
-    if last in (0, step):
+    last = step - step % config.reference_refresh
+    if last == step and step < (args.train_iters or step + 1):
+        return base  # the next micro-batch takes the student's weights; where none comes, an evaluation still may
+    if last == step:
+        last -= config.reference_refresh
+    if last <= 0:
         return base
     try:
         return latest_checkpoint(args.load, last)
@@ -149,6 +152,11 @@ def reference_checkpoint(config: TsftConfig, base: Path, args: Any) -> Path:
             f"the reference of step {step} is the weights of step {last}, which are gone ({error}): resume from a step"
             f" that is a multiple of {config.reference_refresh}"
         ) from error
+
+
+def student_has_experts(student: ModelCard) -> bool:
+    """Then Megatron's flags about experts are the user's own choice, for the teacher's too."""
+    return bool(student.megatron_arguments.get("num_experts"))
 
 
 def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str) -> Any:
@@ -161,7 +169,10 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
     parser = arguments.parser_of()
     for name in student.megatron_arguments.keys() - card.megatron_arguments.keys():
         setattr(own, name, parser.get_default(name))
-    for name, value in card.megatron_arguments.items():
+    experts = (
+        arguments.EXPERTS if card.megatron_arguments.get("num_experts") and not student_has_experts(student) else {}
+    )
+    for name, value in (card.megatron_arguments | experts).items():
         setattr(own, name, value)
     own.rope_scaling_factor = card.rope_scaling_factor or parser.get_default("rope_scaling_factor")
     for name, value in UNEVEN.items():

@@ -226,3 +226,16 @@ def test_a_flipped_byte_of_the_weights_is_another_teacher(
     line = ["--teacher", teacher, "--data", home.held.directory, "--output", tmp_path / "one", "--top-k", K]
     assert TOOL.main([*map(str, line), "--device", "cpu"]) == 2
     assert f"holds a teacher cache of another job (teacher_hash {one.teacher_hash}, now" in capsys.readouterr().err
+
+
+def test_other_weights_in_a_bin_file_are_another_teacher(home: Home, cache: Cache, tmp_path: Path) -> None:
+    import transformers
+
+    hashes = set()
+    for factor in (1.0, 1.5):
+        teacher = make_hf(tmp_path / f"hf{factor}")
+        model = transformers.LlamaForCausalLM.from_pretrained(str(teacher), dtype=torch.float32)
+        (teacher / "model.safetensors").unlink()
+        torch.save({name: value * factor for name, value in model.state_dict().items()}, teacher / "pytorch_model.bin")
+        hashes.add(CacheCard.load(cache(f"cache{factor}", teacher=teacher)).identity.teacher_hash)
+    assert len(hashes) == 2

@@ -162,7 +162,6 @@ def test_ranks_share_the_shards_and_make_the_same_cache(
         assert names(tmp_path / world) == names(tmp_path / "1") and contents(tmp_path / world) == one
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a rank that is late takes its share of what the others have left")
 def test_a_late_rank_has_the_share_of_one_in_time(home: Home, tmp_path: Path) -> None:
     plan = plan_cache([home.held], K, 500)
     assert plan.shards > 4
@@ -184,7 +183,6 @@ def test_a_late_rank_has_the_share_of_one_in_time(home: Home, tmp_path: Path) ->
     assert writer.missing() == []
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the plan's file has the number of shards, not where they begin")
 def test_other_shards_of_the_same_number_are_another_job(home: Home, tmp_path: Path) -> None:
     one = plan_cache([home.train], K, SHARD_BYTES)
     others = (plan_cache([home.train], K, SHARD_BYTES + more) for more in range(10, 800, 10))
@@ -204,7 +202,6 @@ def test_other_shards_of_the_same_number_are_another_job(home: Home, tmp_path: P
     assert len(contents(again.directory)) == one.conversations
 
 
-@pytest.mark.xfail(strict=True, reason="defect: a temporary file of the plan makes the folder 'no teacher cache'")
 def test_killed_while_the_plan_is_written(home: Home, tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "cache", identity([home.held], K), plan_cache([home.held], K))
     writer.directory.mkdir()
@@ -212,7 +209,6 @@ def test_killed_while_the_plan_is_written(home: Home, tmp_path: Path) -> None:
     writer.begin()
 
 
-@pytest.mark.xfail(strict=True, reason="defect: finish() clears the temporary files of shards only")
 def test_killed_while_the_card_is_written(home: Home, tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "cache", [home.held], K)
     (cache.directory / CARD_FILE).rename(cache.directory / f".{CARD_FILE}.4711.tmp")

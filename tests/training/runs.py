@@ -106,10 +106,24 @@ def make_tokenizer() -> Any:
 
 def make_hf(folder: Path, **overrides: Any) -> Path:
     """A random Llama with peaked predictions and a word-level tokenizer, as a Hugging Face folder."""
-    import torch
     import transformers
 
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(MODEL | overrides)))
+    return _save(transformers.LlamaForCausalLM(transformers.LlamaConfig(**(MODEL | overrides))), folder)
+
+
+def make_moe(folder: Path) -> Path:
+    """The same with four experts, two a token: Qwen3-MoE."""
+    import transformers
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    config = transformers.Qwen3MoeConfig(**(MODEL | experts), decoder_sparse_step=1, mlp_only_layers=[])
+    return _save(transformers.Qwen3MoeForCausalLM(config), folder)
+
+
+def _save(model: Any, folder: Path) -> Path:
+    """Give a model its random weights and save it with the tokenizer."""
+    import torch
+
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -76,9 +76,6 @@ def test_a_reference_that_is_gone_is_refused(train: Train) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="reference_checkpoint: at a refresh step the reference is the base, and no step comes"
-)
 def test_a_finished_run_started_again_evaluates_the_same(train: Train, world: World) -> None:
     """A requeued job whose run was over: it writes the last evaluation again, by the reference of the last refresh."""
     held = ("--tsft-eval-data", str(world.held), "--eval-interval", "4", "--save-interval", "2")
@@ -90,7 +87,6 @@ def test_a_finished_run_started_again_evaluates_the_same(train: Train, world: Wo
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="reference_checkpoint reads the tracker, Megatron loads --ckpt-step's")
 def test_an_earlier_checkpoint_has_its_own_reference(train: Train) -> None:
     """Or is refused."""
     check_ran(train("earlier", *MOVING, "--save-interval", "1", steps=5, keep=True))

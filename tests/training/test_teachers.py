@@ -25,7 +25,9 @@ HELD = ("--eval-interval", "1", "--tsft-eval-data")
 def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64).eval()
+    # the default of experts, a grouped product, has no fp64
+    loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64, experts_implementation="eager")
+    return loaded.eval()
 
 
 class Dense:
