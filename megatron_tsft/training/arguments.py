@@ -40,7 +40,7 @@ WITHOUT_TE = {
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
 }
-EXPERTS = {  # for a model with experts, unless a flag says otherwise
+EXPERTS = WITHOUT_TE | {  # for a model with experts, unless a flag says otherwise
     "moe_token_dispatcher_type": "alltoall",  # Megatron's default takes no batches of varying length
     "moe_router_load_balancing_type": "none",  # an auxiliary loss belongs to pre-training
 }
@@ -166,8 +166,18 @@ def check_fused_head(config: TsftConfig, given: dict[str, Any]) -> None:
             raise UserError(f"{option_of(name)} does not go with --tsft-fuse-head: {reason}; leave one of them out")
 
 
+def check_experts(transformer_impl: str, card: ModelCard, folder: str) -> None:
+    """Raise UserError for experts in Transformer Engine's layers, which name a norm otherwise than our checkpoints."""
+    if card.megatron_arguments.get("num_experts") and transformer_impl == "transformer_engine":
+        raise UserError(
+            f"the model in {folder} has experts, not supported with --transformer-impl transformer_engine yet: pass"
+            " --transformer-impl local"
+        )
+
+
 def check_card(given: dict[str, Any], card: ModelCard, folder: str) -> None:
     """Raise UserError where a given flag says another architecture than the imported model."""
+    check_experts(given.get("transformer_impl", "local"), card, folder)
     wanted = card.megatron_arguments | {"vocab_size": card.vocab_size}
     if card.rope_scaling_factor is not None:
         wanted["rope_scaling_factor"] = card.rope_scaling_factor

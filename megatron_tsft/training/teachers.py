@@ -165,6 +165,7 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
     Raises:
         UserError: its heads do not divide over the tensor-parallel ranks, or its layers over the pipeline's stages.
     """
+    arguments.check_experts(args.transformer_impl, card, folder)
     own = copy.deepcopy(args)
     parser = arguments.parser_of()
     for name in student.megatron_arguments.keys() - card.megatron_arguments.keys():

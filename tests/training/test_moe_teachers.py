@@ -50,9 +50,10 @@ def test_pipelines_evaluation_and_resume(train: Train, world: World, teacher: Pa
 
 
 @pytest.mark.slow
-def test_a_dispatcher_that_does_not_take_the_teacher(train: Train, teacher: Path, experts: Path) -> None:
-    run = train("no", "--tsft-model", str(experts), *online(teacher), "--moe-token-dispatcher-type", "allgather")
-    assert run.codes == [2] and "--moe-token-dispatcher-type allgather" in run.error
+@pytest.mark.parametrize("flag", ["--moe-token-dispatcher-type allgather", "--transformer-impl transformer_engine"])
+def test_what_does_not_go_with_experts(train: Train, teacher: Path, experts: Path, flag: str) -> None:
+    run = train("no", "--tsft-model", str(experts), *online(teacher), *flag.split())
+    assert run.codes == [2] and flag in run.error
 
 
 def test_round_trip(world: World, experts: Path, tmp_path: Path) -> None:
