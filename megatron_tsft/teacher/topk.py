@@ -1,13 +1,18 @@
 """The k most likely tokens of a teacher whose vocabulary is sharded: the whole logits are never gathered."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft.loss.collectives import all_gather
 from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.loss.teacher import FLOOR
 
-CHUNK_BYTES = 64 << 20  # fp32 scratch
+CHUNK_BYTES = 4 << 20  # fp32 scratch on the CPU, which stays in the cache
+CHUNK_BYTES_CUDA = 256 << 20
+LOG2E = math.log2(math.e)
 
 
 def teacher_topk(
@@ -22,8 +27,8 @@ def teacher_topk(
 ) -> TeacherTopK:
     """Top-k, log T(y) and the exact tail mass of softmax(logits / temperature), in fp32.
 
-    Two small collectives a chunk of tokens: the k candidates of each rank, and two sums. Every rank of `tp_group`
-    returns the same.
+    One collective: an all-gather of each rank's k candidates and two numbers a token. Every rank of `tp_group` returns
+    the same.
 
     Args:
         logits: [n, V/tp] this rank's columns, any floating type.
@@ -36,49 +41,57 @@ def teacher_topk(
         ids [n, k] int64 and logprobs [n, k] fp32, most likely first (-1 and -inf where fewer tokens have any mass);
         label_logprobs and tail_logmass [n] fp32.
     """
-    rows = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
-    world = 1 if tp_group is None else tp_group.size()
-    first = 0 if tp_group is None else tp_group.rank() * logits.shape[1]
-    columns = min(max(vocab_size - first, 0), logits.shape[1])
+    width = logits.shape[1]
+    rows = max(1, (CHUNK_BYTES_CUDA if logits.is_cuda else CHUNK_BYTES) // (4 * width))
+    ranks = 1 if tp_group is None else tp_group.size()
+    first = 0 if tp_group is None else tp_group.rank() * width
+    columns = min(max(vocab_size - first, 0), width)
+    k = min(top_k, vocab_size)
     parts = []
     for begin in range(0, max(len(labels), 1), rows):
-        z = logits[begin : begin + rows].float() / temperature
+        z = torch.mul(logits[begin : begin + rows].float(), LOG2E / temperature)  # a copy, to be written over
         z[:, columns:] = -torch.inf
         if absent is not None:
             z[:, absent] = -torch.inf
-        parts.append(_chunk(z, labels[begin : begin + rows], min(top_k, vocab_size), first, world, tp_group))
-    ids, logprobs, label, tail = (torch.cat(x) for x in zip(*parts, strict=True))
-    return TeacherTopK(ids, logprobs, label_logprobs=label, tail_logmass=tail)
+        parts.append(_local(z, labels[begin : begin + rows] - first, min(k, width), first))
+    local = torch.cat(parts)  # [n, 2 * k' + 2]
+    gathered = local[None] if ranks == 1 or tp_group is None else all_gather(local, tp_group)
+    return _merge(gathered, k)
 
 
-def _chunk(
-    z: Tensor, labels: Tensor, k: int, first: int, world: int, group: "dist.ProcessGroup | None"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z [n, w] fp32 is written over."""
-    values, ids = z.topk(min(k, z.shape[1]))
-    ids = ids + first
-    if world > 1:
-        assert group is not None
-        # one message: ids are exact in fp64; each rank then picks from the same numbers in the same order
-        gathered = all_gather(torch.stack([values.double(), ids.double()]), group).permute(1, 2, 0, 3).flatten(2)
-        values, place = gathered[0].topk(k)  # [n, k]
-        ids = gathered[1].gather(1, place).long()
-    m = values[:, :1].double()
-    label = labels - first
+def _local(z: Tensor, label: Tensor, k: int, first: int) -> Tensor:
+    """This shard's k largest logits, their global ids, the mass of its other columns and its logit at the label, fp64.
+
+    Args:
+        z: [n, w] fp32 logits in bits (times log2 e), because exp2 is faster than exp; written over.
+        label: [n] counted from this shard's first column.
+
+    Returns:
+        [n, 2 k + 2] fp64, in which ids are exact: values, ids, sum of 2^(z - values[0]) over the rest, z at the label.
+    """
+    values, ids = z.topk(k)
     here = (label >= 0) & (label < z.shape[1])
-    z_y = z.gather(1, torch.where(here, label, 0)[:, None])[:, 0].double()
-    own = (ids >= first) & (ids < first + z.shape[1])
-    row, column = torch.nonzero(own, as_tuple=True)
-    z[row, ids[row, column] - first] = -torch.inf
-    tail = z.sub_(m).exp_().sum(1, dtype=torch.float64)  # what is left is the tail: nothing to cancel
-    sums = torch.stack([tail, torch.where(here, z_y, 0)])
-    if world > 1:
-        dist.all_reduce(sums, group=group)
-    top = (values.double() - m).exp().sum(1)
-    log_s = torch.log(top + sums[0])
-    return (
-        torch.where(values > -torch.inf, ids, -1),
-        (values.double() - m - log_s[:, None]).float(),
-        (sums[1] - m[:, 0] - log_s).float(),
-        (torch.log(sums[0]) - log_s).float(),
+    z_y = torch.where(here, z.gather(1, torch.where(here, label, 0)[:, None])[:, 0], -torch.inf)
+    z.scatter_(1, ids, -torch.inf)
+    rest = z.sub_(values[:, :1].clamp(min=FLOOR)).exp2_().sum(1)  # without the k: there is nothing to cancel
+    return torch.cat([values.double(), (ids + first).double(), rest.double()[:, None], z_y.double()[:, None]], 1)
+
+
+def _merge(shards: Tensor, k: int) -> TeacherTopK:
+    """The records from all shards' candidates, [ranks, n, 2 k' + 2]; each rank picks from the same numbers."""
+    candidates = (shards.shape[2] - 2) // 2
+    values = shards[..., :candidates].permute(1, 0, 2).flatten(1)  # [n, ranks * k']
+    ids = shards[..., candidates:-2].permute(1, 0, 2).flatten(1)
+    m = values.amax(1, keepdim=True)
+    top, place = values.topk(k)
+    ids = ids.gather(1, place).long()
+    left = values.scatter(1, place, -torch.inf)  # candidates that other shards' outdid
+    shift = torch.exp2(shards[..., 0].clamp(min=FLOOR) - m.T)  # [ranks, n]
+    tail = torch.exp2(left - m).sum(1) + (shards[..., -2] * shift).sum(0)
+    log_s = torch.log2(torch.exp2(top - m).sum(1) + tail)
+    label = shards[..., -1].amax(0)
+    bits = top - m - log_s[:, None], label - m[:, 0] - log_s, torch.log2(tail) - log_s
+    logprobs, label_logprobs, tail_logmass = ((value / LOG2E).float() for value in bits)
+    return TeacherTopK(
+        torch.where(top > -torch.inf, ids, -1), logprobs, label_logprobs=label_logprobs, tail_logmass=tail_logmass
     )
