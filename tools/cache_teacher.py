@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ EXAMPLE = """examples:
   torchrun --nproc-per-node 2 tools/cache_teacher.py --teacher base --data data/train --output cache --top-k 16 \\
       --device cpu --pipeline-model-parallel-size 2
 """
+OURS = ("--micro-batch-size", "--global-batch-size", "--seq-length", "--train-iters", "--load", "--save")
+PATIENCE = timedelta(days=7)  # a rank that is done waits for the others' last shards
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -94,6 +97,11 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     megatron = (folder / CARD_FILE).is_file()
     if not megatron and not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no teacher: it has neither {CARD_FILE} (imported) nor config.json (Hugging Face)")
+    for name in OURS:
+        if name in flags:
+            raise UserError(
+                f"{name} has no meaning when a teacher is cached: leave it out (--batch-tokens sets the batch)"
+            )
     if flags and not megatron:
         raise UserError(f"{' '.join(flags)}: a Hugging Face teacher takes no Megatron flags; --help lists ours")
     data = [PreparedData.load(directory) for directory in args.data]
@@ -147,11 +155,12 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
             teacher = hf_teacher(folder, dtype, device, (rank, world), share)
         import torch.distributed as dist
 
-        if dist.is_initialized():
-            dist.barrier()  # the folder is there, and the plan in it
         from megatron_tsft.teacher.job import fill_cache
 
-        tokens = fill_cache(writer, teacher, progress=rank == 0 and not args.no_progress)
+        todo = [writer.missing()]
+        if dist.is_initialized():
+            dist.broadcast_object_list(todo, src=0)  # one list: a disk may show ranks different things
+        tokens = fill_cache(writer, teacher, todo[0], progress=rank == 0 and not args.no_progress)
         if dist.is_initialized():
             dist.barrier()
             if megatron:
@@ -261,7 +270,7 @@ def start_ranks(world: int) -> Any:
         return lambda: None
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     return dist.destroy_process_group
 
 

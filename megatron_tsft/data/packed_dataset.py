@@ -136,8 +136,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             positions[place] = np.arange(len(mask))
             if sample.token_weights is not None:
                 weights[place] = sample.token_weights[1 : n + 1]
-            if self.teacher is not None:
-                records, supervised = self.teacher.rows(row), np.flatnonzero(mask)
+            records, supervised = self.teacher.rows(row) if self.teacher else None, np.flatnonzero(mask)
+            if records is not None:
                 if len(records) != np.count_nonzero(sample.loss_mask):
                     raise UserError(
                         f"the teacher's record of conversation {sample.sample_id} has {len(records)} tokens, the"

@@ -34,6 +34,16 @@ class TeacherSource(Protocol):
         """k of every record."""
         ...
 
-    def rows(self, index: int) -> TeacherRows:
-        """The records of conversation `index`."""
+    def rows(self, index: int) -> TeacherRows | None:
+        """The records of conversation `index`; None where nobody will read them."""
         ...
+
+
+@dataclass(frozen=True)
+class Untaught:
+    """A data set whose objective reads no teacher, beside others in one batch: room for records, and none in it."""
+
+    top_k: int
+
+    def rows(self, index: int) -> None:
+        """None."""

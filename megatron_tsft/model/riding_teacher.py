@@ -100,7 +100,7 @@ class GuidedGPTModel(GPTModel):
             if absent is not None and fused:
                 teacher_out = replace(teacher_out, absent=absent)
             elif absent is not None:
-                teacher_out = teacher_out.masked_fill(absent, -torch.inf)
+                teacher_out.masked_fill_(absent, -torch.inf)
             output_processor_context.teacher = teacher_out
             return super().forward(*args, output_processor_context=output_processor_context, **kwargs)
         hidden = super().forward(*args, **kwargs)

@@ -31,7 +31,7 @@ PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
 ENTRY_BYTES, TOKEN_BYTES, CONVERSATION_BYTES = 6, 6, 20  # id and log-prob; label and tail; sample_id and offset
 SHARD_FACTS = ("bytes", "sha256", "conversations")
-SHARDS = 16  # at least so many where the data is large enough: what ranks share and a killed job keeps
+SHARDS = 256  # at least so many where the data is large enough: what ranks share and a killed job keeps
 SMALLEST_SHARD, LARGEST_SHARD = 256 << 10, 64 << 20
 
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.teacher.format import expected_bytes
 from megatron_tsft.teacher.writer import CacheWriter
 
 FLOAT16_MIN = float(np.finfo(np.float16).min)
@@ -52,10 +53,15 @@ class Progress:
         self.bar.set_postfix_str(f"{self.written / 2**20:.1f} MiB", refresh=False)
 
 
-def fill_cache(writer: CacheWriter, predictor: Predictor, *, progress: bool) -> int:
-    """Compute and write this rank's missing shards; how many supervised tokens that were."""
+def fill_cache(
+    writer: CacheWriter, predictor: Predictor, missing: Sequence[int] | None = None, *, progress: bool
+) -> int:
+    """Compute and write this rank's share of the missing shards; how many supervised tokens that were.
+
+    missing: the same on all ranks; None looks for them.
+    """
     plan, (rank, ranks) = writer.plan, predictor.share
-    missing = writer.missing()
+    missing = writer.missing() if missing is None else list(missing)
     # by number, not by place in the list: a rank that is late finds shards of the others' there already
     mine, done = [number for number in missing if number % ranks == rank], 0
     tokens = np.add.reduceat(plan.supervised, plan.starts[:-1])
@@ -66,8 +72,8 @@ def fill_cache(writer: CacheWriter, predictor: Predictor, *, progress: bool) -> 
             members = range(plan.starts[number], plan.starts[number + 1])
             samples = [plan.data[plan.of[i]].row(int(plan.row[i])) for i in members]
             records = predictor.predict(samples, said)
-            if predictor.writes:
-                said.wrote(writer.write_shard(number, records))
+            size = expected_bytes(len(samples), int(tokens[number]), writer.identity.top_k)
+            said.wrote(writer.write_shard(number, records) if predictor.writes else size)
             done += int(tokens[number])
     return done
 

@@ -1,5 +1,6 @@
 """Reads teacher caches: memory-mapped, looked up by the rows of a prepared data set, checked before anything trains."""
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,25 +52,38 @@ class TeacherCache:
     def top_k(self) -> int:
         return self.card.identity.top_k
 
-    def verify(self, progress: Callable[[int], Any] = lambda size: None) -> None:
+    def verify(
+        self,
+        progress: Callable[[int], Any] = lambda size: None,
+        *,
+        share: tuple[int, int] = (0, 1),
+        vocab_size: int | None = None,
+    ) -> None:
         """Read everything: checksums, ids inside the vocabulary, none twice in a record, finite log-probs.
 
         Args:
             progress: called with the bytes of each shard when it has been read.
+            share: (i, n) reads every n-th shard from the i-th on.
+            vocab_size: ids must lie below it (default: the cache's own).
 
         Raises:
             UserError: the first shard that is not what was written, by name.
         """
         with ThreadPoolExecutor() as pool:
-            for size in pool.map(self._verify_shard, range(len(self._shards))):
+            check = functools.partial(
+                self._verify_shard, self.card.identity.vocab_size if vocab_size is None else vocab_size
+            )
+            for size in pool.map(check, range(share[0], len(self._shards), share[1])):
                 progress(size)
 
-    def _verify_shard(self, number: int) -> int:
+    def _verify_shard(self, vocab_size: int, number: int) -> int:
         name, facts = list(self.card.shards.items())[number]
         path = self.directory / name
         if file_digest(path) != facts["sha256"]:
             raise UserError(f"{path} is damaged (its checksum differs): {REMEDY}")
-        wrong = wrong_rows(self._shards[number], self.card.identity.vocab_size)
+        wrong = wrong_rows(self._shards[number], vocab_size)
+        if wrong and vocab_size < self.card.identity.vocab_size:
+            raise UserError(f"{path} holds a record that does not fit: {wrong}; cache with --vocab-size {vocab_size}")
         if wrong:
             raise UserError(f"{path} holds a record that no teacher can have written: {wrong}; make the cache again")
         return int(facts["bytes"])

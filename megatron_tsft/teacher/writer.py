@@ -93,6 +93,11 @@ class CacheWriter:
     def finish(self) -> CacheCard:
         """Write the card. One rank calls this, when every shard is there."""
         names = [shard_name(i) for i in range(self.plan.shards)]
+        if self.missing():
+            raise UserError(
+                f"{self.directory / shard_name(self.missing()[0])} is not there, though a rank wrote it: all ranks must"
+                " see one --output folder; run the same command again"
+            )
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(file_digest, [self.directory / name for name in names]))
         counts = np.diff(self.plan.starts).tolist()

@@ -10,6 +10,7 @@ from megatron.core.datasets.utils import Split
 from megatron_tsft.data.blend import BlendedPacks
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.data.teacher_rows import TeacherSource, Untaught
 from megatron_tsft.teacher.reader import CachedTeacher, TeacherCache
 
 
@@ -25,6 +26,7 @@ class Datasets:
         evaluation: PreparedData | None,
         *,
         caches: Sequence[TeacherCache],
+        taught: Sequence[bool],
         seq_length: int,
         global_batch_size: int,
         eval_global_batch_size: int,
@@ -37,6 +39,7 @@ class Datasets:
             shares: of the packs, one for each.
             evaluation: the held-out data, or None.
             caches: where the teacher's records come from; empty without a cached teacher.
+            taught: whether each data set's objective reads a teacher, the evaluation's last.
 
         Raises:
             UserError: a conversation is longer than a pack and `truncate` is False, or no cache knows it.
@@ -54,7 +57,13 @@ class Datasets:
             )
             self.eval_iters = self.evaluation.packs_per_epoch // eval_global_batch_size
         packed = [*self.members, *([] if self.evaluation is None else [self.evaluation])]
-        self._teachers = {id(part): CachedTeacher(caches, part.data) for part in packed} if caches else {}
+        top_k = max((cache.top_k for cache in caches), default=0)
+        reads = [*taught[: len(train)], taught[-1]]
+        self._teachers: dict[int, TeacherSource] = {
+            id(part): CachedTeacher(caches, part.data) if read else Untaught(top_k)
+            for part, read in zip(packed, reads, strict=False)
+            if caches
+        }
 
     def __call__(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
         """(train, validation, no test): what Megatron calls; both are endless, so `num_samples` does not matter.

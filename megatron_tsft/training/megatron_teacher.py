@@ -38,6 +38,11 @@ from megatron_tsft.training import arguments, checks
 from megatron_tsft.training.config import TsftConfig
 
 ALIGNMENT = 128  # positions of a pack: sequence parallel splits them, and kernels like them round
+VIRTUAL = {
+    "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank",
+    "pipeline_model_parallel_layout",
+}
 HEAD_TOKENS = 1024  # whose logits are held at once
 
 
@@ -90,11 +95,12 @@ class MegatronTeacher:
         arguments.refuse_flags(given)
         arguments.check_card(given, card, str(folder))
         checks.check_layout(given, card, world_size)
-        if given.get("expert_model_parallel_size", 1) > 1 or "num_layers_per_virtual_pipeline_stage" in given:
+        if given.get("expert_model_parallel_size", 1) > 1 or VIRTUAL & given.keys():
             raise UserError(
                 "a teacher is cached without expert parallelism and virtual pipeline stages: leave them out"
             )
         defaults = arguments.defaults_for(card, TsftConfig(model=str(folder)), device, given)
+        defaults["distributed_timeout_minutes"] = 7 * 24 * 60  # a rank that is done waits for the others' last shards
         vocabulary = TeacherVocabulary(card.vocab_size, token_map)
         ranks = given.get("tensor_model_parallel_size", 1)
         defaults["padded_vocab_size"] = padded_vocab_size(

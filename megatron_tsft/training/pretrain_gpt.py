@@ -81,7 +81,7 @@ def say(error: UserError) -> int:
     rank, text = os.environ.get("RANK", "0"), f"error: {error}"
     if rank != "0":
         # most errors meet every rank: rank 0 speaks, and torchrun ends this one; what this rank alone met, it says
-        if not dist.is_initialized():
+        if not dist.is_initialized() and not error.met_here_alone:
             time.sleep(30)
         text = f"error (rank {rank}): {error}"
     print(text, file=sys.stderr, flush=True)

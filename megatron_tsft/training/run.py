@@ -65,7 +65,8 @@ def run(argv: Sequence[str], device: str) -> None:
         train,
         [source.share for source in sources],
         evaluation,
-        caches=teachers.load_caches(config, card, int(os.environ.get("RANK", "0"))),
+        caches=teachers.load_caches(config, card),
+        taught=[objective.reads_teacher for objective in plan.all],
         seq_length=given["seq_length"],
         global_batch_size=batch,
         eval_global_batch_size=given.get("eval_global_batch_size", batch),
@@ -82,7 +83,7 @@ def run(argv: Sequence[str], device: str) -> None:
     args.eval_iters = datasets.eval_iters  # one exact pass
     if checks.resumes(given):
         args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, False
-    model_config = build_model_config(args, teachers.riding_teacher(config, card, base, args, used))
+    model_config = build_model_config(args, teachers.riding_teacher(config, card, base, args, given, used))
     if args.rank == 0:
         print("\n".join(describe(plan, config, datasets, args, applied)), flush=True)
     if config.check:

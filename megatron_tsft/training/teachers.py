@@ -1,6 +1,7 @@
 """What must fit between a student and its teacher, and the teacher as the model or the data want it."""
 
 import copy
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,8 @@ def check_teacher_flags(config: TsftConfig, given: Mapping[str, Any]) -> None:
             f"--tsft-teacher {teacher} makes stages send shapes of their own, which --moe-token-dispatcher-type"
             " allgather does not take: leave the flag out"
         )
+    if "tsft_teacher_tail" in given and teacher != "cache":
+        raise UserError(f"--tsft-teacher-tail belongs to --tsft-teacher cache, which is {teacher}: leave one out")
     refresh = config.reference_refresh
     if refresh < 0:
         raise UserError(f"--tsft-reference-refresh {refresh}: pass a number of steps, at least 1")
@@ -79,31 +82,34 @@ def check_refresh(refresh: int, given: Mapping[str, Any]) -> None:
         )
 
 
-def load_caches(config: TsftConfig, card: ModelCard, rank: int) -> list[TeacherCache]:
-    """Open the caches of --tsft-teacher-cache; rank 0 reads every byte of them.
+def load_caches(config: TsftConfig, card: ModelCard) -> list[TeacherCache]:
+    """Open the caches of --tsft-teacher-cache; the ranks of a node share the reading of every byte.
 
     Raises:
         UserError: a cache is damaged, or has ids outside the model's vocabulary.
     """
+    share = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     caches = [TeacherCache.load(directory) for directory in config.teacher_cache]
     for cache in caches:
-        identity = cache.card.identity
-        if identity.vocab_size > card.vocab_size:
-            raise UserError(
-                f"{cache.directory} holds ids up to {identity.vocab_size - 1}, the model's vocabulary ends at"
-                f" {card.vocab_size - 1}: make the cache with --vocab-size {card.vocab_size}"
-            )
-        if rank == 0:
-            total = sum(facts["bytes"] for facts in cache.card.shards.values())
-            with tqdm(
-                total=total, desc=f"checking {cache.directory}", unit="B", unit_scale=True, file=sys.stderr
-            ) as bar:
-                cache.verify(bar.update)
+        total = sum(facts["bytes"] for facts in cache.card.shards.values()) // share[1]
+        what, quiet = f"checking {cache.directory}", share[0] > 0
+        with tqdm(total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr, disable=quiet) as bar:
+            try:
+                vocab_size = min(cache.card.identity.vocab_size, card.vocab_size)
+                cache.verify(bar.update, share=share, vocab_size=vocab_size)
+            except UserError as error:
+                error.met_here_alone = True
+                raise
     return caches
 
 
 def riding_teacher(
-    config: TsftConfig, student: ModelCard, base: Path, args: Any, data: Sequence[PreparedData]
+    config: TsftConfig,
+    student: ModelCard,
+    base: Path,
+    args: Any,
+    given: Mapping[str, Any],
+    data: Sequence[PreparedData],
 ) -> RidingTeacher | None:
     """The frozen model that rides along, or None.
 
@@ -111,13 +117,19 @@ def riding_teacher(
         UserError: the teacher's checkpoint, tokenizer or architecture does not fit.
     """
     if config.teacher == "reference":
-        card, checkpoint = student, reference_checkpoint(config, base, args)
+        card, checkpoint = student, reference_checkpoint(config, base, args, given)
     elif config.teacher == "model":
         card, checkpoint = ModelCard.load(config.teacher_load), latest_checkpoint(config.teacher_load)
         compare_keys(expected_keys(card), checkpoint)
         if not config.teacher_token_map:
             flag = "pass a --tsft-teacher-token-map"
             check_same_tokenizer(config.teacher_load, card.tokenizer_fingerprint, data, flag)
+            for part in data:
+                if part.card.vocab_size > card.vocab_size:
+                    raise UserError(
+                        f"{part.directory} holds token id {part.card.vocab_size - 1}, the vocabulary of the teacher"
+                        f" {config.teacher_load} ends at {card.vocab_size - 1}: use another teacher"
+                    )
     else:
         return None
     token_map = None
@@ -128,7 +140,7 @@ def riding_teacher(
     return RidingTeacher(arguments.model_config(model), checkpoint, vocabulary, student.vocab_size)
 
 
-def reference_checkpoint(config: TsftConfig, base: Path, args: Any) -> Path:
+def reference_checkpoint(config: TsftConfig, base: Path, args: Any, given: Mapping[str, Any]) -> Path:
     """The weights that are the reference when a run starts or goes on.
 
     Raises:
@@ -138,20 +150,24 @@ def reference_checkpoint(config: TsftConfig, base: Path, args: Any) -> Path:
         return base
     text = (Path(args.load) / TRACKER).read_text().strip() if args.ckpt_step is None else str(args.ckpt_step)
     step = int(text) if text.isdecimal() else 0
+    over = step >= (args.train_iters or step + 1)
     last = step - step % config.reference_refresh
-    if last == step and step < (args.train_iters or step + 1):
-        return base  # the next micro-batch takes the student's weights; where none comes, an evaluation still may
-    if last == step:
+    if last == step and not over:
+        return base  # the next micro-batch takes the student's weights
+    if last == step:  # no micro-batch comes, but an evaluation: by the reference of the last step
         last -= config.reference_refresh
     if last <= 0:
         return base
-    try:
-        return latest_checkpoint(args.load, last)
-    except UserError as error:
-        raise UserError(
-            f"the reference of step {step} is the weights of step {last}, which are gone ({error}): resume from a step"
-            f" that is a multiple of {config.reference_refresh}"
-        ) from error
+    for folder in filter(None, (args.load, given.get("load"))):  # the run before this one may have kept them
+        if (Path(folder) / f"iter_{last:07d}").is_dir():
+            return latest_checkpoint(folder, last)
+    if over:
+        args.eval_iters = 0  # the evaluation that the run ended with stays
+        return base
+    raise UserError(
+        f"the reference of step {step} is the weights of step {last}, which {args.load} has no longer: resume"
+        f" from a step that is a multiple of {config.reference_refresh} (--ckpt-step), or keep checkpoints"
+    )
 
 
 def student_has_experts(student: ModelCard) -> bool:
@@ -166,6 +182,12 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
         UserError: its heads do not divide over the tensor-parallel ranks, or its layers over the pipeline's stages.
     """
     arguments.check_experts(args.transformer_impl, card, folder)
+    parallel, experts = args.expert_model_parallel_size, card.megatron_arguments.get("num_experts") or 0
+    if parallel > 1 and (not experts or experts % parallel):
+        raise UserError(
+            f"the teacher {folder} has {experts} experts, which do not divide over --expert-model-parallel-size"
+            f" {parallel}: use 1, or cache the teacher"
+        )
     own = copy.deepcopy(args)
     parser = arguments.parser_of()
     for name in student.megatron_arguments.keys() - card.megatron_arguments.keys():

@@ -9,7 +9,8 @@ import torch
 
 from megatron_tsft.checkpoint.convert import import_hf
 from megatron_tsft.checkpoint.keys import checkpoint_keys
-from tests.training.runs import Cache, Run, Train, World, check_ran, make_hf, make_tokenizer
+from megatron_tsft.data.prepare import prepare
+from tests.training.runs import Cache, Run, Train, World, check_ran, make_hf, make_tokenizer, write_rows
 from tests.training.test_teachers import HELD, WHOLE, Dense, agrees
 
 KEYS = ("loss", "nll", "gamma", "entropy", "kl", "tokens", "grad_norm")
@@ -170,12 +171,16 @@ def test_what_cannot_work_is_refused_by_name(train: Train, world: World, teacher
     )
     import_hf(hf, world.root / "three", progress=False)
     three = world.root / "three"
+    import_hf(make_hf(world.root / "narrow_hf", vocab_size=60), world.root / "narrow", progress=False)
+    narrow = world.root / "narrow"
     cases = {
         "load": (1, ("--tsft-teacher", "model"), ["--tsft-teacher model needs --tsft-teacher-load"]),
         "cache": (1, ("--tsft-teacher", "cache"), ["--tsft-teacher cache needs --tsft-teacher-cache"]),
         "stray": (1, ("--tsft-teacher-load", str(teacher), "--tsft-args", "eta=0"), ["--tsft-teacher model", "none"]),
         "layers": (2, (*online(three), "--pipeline-model-parallel-size", "2"), ["3 layers", "2 pipeline stages"]),
         "heads": (2, (*online(three), "--tensor-model-parallel-size", "2"), ["3 attention heads", "does not divide"]),
+        "tail": (1, (*online(teacher), "--tsft-teacher-tail", "drop"), ["--tsft-teacher-tail", "--tsft-teacher cache"]),
+        "narrow": (1, online(narrow), ["token id 66", "ends at 59"]),
         "no-model": (1, online(world.root / "nowhere"), ["nowhere", "import"]),
         "no-cache": (1, cached(world.root / "nowhere"), ["nowhere", "cache_teacher"]),
         "map": (
@@ -199,3 +204,37 @@ def test_what_cannot_work_is_refused_by_name(train: Train, world: World, teacher
     flipped = train("flipped", *cached(folder))
     shard.write_bytes(whole)
     assert flipped.codes == [2] and "shard-00000.arrow is damaged" in flipped.error
+
+
+@pytest.mark.slow
+def test_a_cache_of_more_rows_than_the_student_has(train: Train, world: World, wide: Path, cache: Cache) -> None:
+    """Refused where a record names such a row; with --vocab-size of the student it is the narrowed teacher."""
+    refused = train("refused", *cached(cache(wide)))
+    assert (
+        refused.codes == [2] and "--vocab-size 67" in refused.error and "outside the vocabulary of 67" in refused.error
+    )
+    everything = cache(wide, "--vocab-size", "67", top_k=67)
+    ours = check_ran(train("narrowed", *WHOLE, *cached(everything), steps=1)).rows[0]
+    theirs = check_ran(train("online", *WHOLE, *online(wide), steps=1)).rows[0]
+    for key in ("loss", "kl", "grad_norm"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+
+
+@pytest.mark.slow
+def test_a_data_set_that_reads_no_teacher_needs_no_records(
+    train: Train, world: World, teacher: Path, cache: Cache
+) -> None:
+    """Packs of both kinds in one batch; the held-out data, by sft, is in no cache either."""
+    other = prepare_rows(world, "untaught", 5)
+    mixture = ("--tsft-data", f"{world.train}:0.5:kd", f"{other}:0.5:sft")
+    evaluation = ("--tsft-eval-data", str(prepare_rows(world, "unseen", 6)), "--tsft-objective", "sft")
+    ours = check_ran(train("cached", *mixture, *cached(cache(teacher, top_k=67)), *evaluation, keep=True))
+    theirs = check_ran(train("online", *mixture, *online(teacher), *evaluation, keep=True))
+    same_rows(ours, theirs, 1e-3)
+    assert ours.rows[0]["tokens/untaught"] > 0 < ours.rows[0]["tokens/train"]
+
+
+def prepare_rows(world: World, name: str, seed: int) -> Path:
+    """Prepared rows of their own."""
+    prepare(write_rows(world.root / f"{name}.jsonl", 30, seed), world.hf, world.root / name, progress=False)
+    return world.root / name
