@@ -85,15 +85,14 @@ def choose_device(wanted: str | None) -> str:
     return "cpu"
 
 
-def run(args: argparse.Namespace, flags: list[str]) -> int:
-    """Make the cache."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    folder = Path(args.teacher)
+def check_arguments(args: argparse.Namespace, flags: list[str]) -> bool:
+    """Whether the teacher is a Megatron folder; refuses what can be refused by looking at the command line alone."""
     for name in ("top_k", "batch_tokens", "shard_bytes", "vocab_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: pass a positive number")
     if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature}: pass a positive number")
+    folder = Path(args.teacher)
     megatron = (folder / CARD_FILE).is_file()
     if not megatron and not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no teacher: it has neither {CARD_FILE} (imported) nor config.json (Hugging Face)")
@@ -104,20 +103,24 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
             )
     if flags and not megatron:
         raise UserError(f"{' '.join(flags)}: a Hugging Face teacher takes no Megatron flags; --help lists ours")
+    return megatron
+
+
+def run(args: argparse.Namespace, flags: list[str]) -> int:
+    """Make the cache."""
+    rank, megatron = int(os.environ.get("RANK", "0")), check_arguments(args, flags)
     data = [PreparedData.load(directory) for directory in args.data]
     device = choose_device(args.device)
-    facts = megatron_facts(folder, device) if megatron else hf_facts(folder)
+    facts = megatron_facts(Path(args.teacher), device) if megatron else hf_facts(Path(args.teacher))
     token_map, vocab_size = vocabulary(args, facts, data)
-    dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
-    batch_tokens = args.batch_tokens or (8192 if device == "cuda" else 1024)
     identity = CacheIdentity(
-        teacher=folder.resolve().name,
+        teacher=Path(args.teacher).resolve().name,
         teacher_hash=facts["hash"],
         tokenizer_fingerprint=data[0].card.tokenizer_fingerprint,
         vocab_size=vocab_size,
         top_k=min(args.top_k, vocab_size),
         temperature=args.temperature,
-        dtype=dtype,
+        dtype=args.dtype or ("bf16" if device == "cuda" else "fp32"),
         data=[part.card.fingerprint for part in data],
         token_map=None if token_map is None else hash_of(token_map),
     )
@@ -138,42 +141,70 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         return 0
     if rank == 0:
         announce(args, facts, writer)
-    share = {"top_k": identity.top_k, "temperature": args.temperature, "vocab_size": vocab_size}
-    share |= {"token_map": token_map, "batch_tokens": batch_tokens}
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
-        if megatron:
-            alone()
-            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists on it
-            from megatron_tsft.training.megatron_teacher import MegatronTeacher
-
-            teacher: Any = MegatronTeacher(
-                folder, facts["card"], facts["checkpoint"], flags, dtype=dtype, device=device, world_size=world, **share
-            )
-        else:
-            stack.callback(start_ranks(world))
-            teacher = hf_teacher(folder, dtype, device, (rank, world), share)
-        import torch.distributed as dist
-
-        from megatron_tsft.teacher.job import fill_cache
-
-        todo = [writer.missing()]
-        if dist.is_initialized():
-            dist.broadcast_object_list(todo, src=0)  # one list: a disk may show ranks different things
-        tokens = fill_cache(writer, teacher, todo[0], progress=rank == 0 and not args.no_progress)
-        if dist.is_initialized():
-            dist.barrier()
-            if megatron:
-                stack.callback(dist.destroy_process_group)
+        teacher = load_teacher(args, flags, facts, identity, token_map, device, stack)
+        tokens = fill(writer, teacher, progress=rank == 0 and not args.no_progress)
         if rank == 0:
             card, seconds = writer.finish(), time.monotonic() - started
-            size = sum(facts["bytes"] for facts in card.shards.values())
+            size = sum(shard["bytes"] for shard in card.shards.values())
             speed = f"; {tokens * teacher.share[1] / seconds:.0f} supervised tokens/s with start-up" if tokens else ""
             print(
                 f"wrote {args.output}: {card.conversations} conversations, {card.tokens} supervised tokens,"
                 f" {size / 2**20:.1f} MiB in {len(card.shards)} shards{speed}"
             )
     return 0
+
+
+def load_teacher(
+    args: argparse.Namespace,
+    flags: list[str],
+    facts: dict[str, Any],
+    identity: CacheIdentity,
+    token_map: Any,
+    device: str,
+    stack: contextlib.ExitStack,
+) -> Any:
+    """The teacher on all ranks of this job; `stack` gets what leaves them."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    options = {"top_k": identity.top_k, "temperature": identity.temperature, "vocab_size": identity.vocab_size}
+    options |= {"token_map": token_map, "batch_tokens": args.batch_tokens or (8192 if device == "cuda" else 1024)}
+    if "card" not in facts:
+        stack.callback(start_ranks(world))
+        return hf_teacher(Path(args.teacher), identity.dtype, device, (rank, world), options)
+    alone()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron insists on it
+    import torch.distributed as dist
+
+    from megatron_tsft.training.megatron_teacher import MegatronTeacher
+
+    teacher = MegatronTeacher(
+        Path(args.teacher),
+        facts["card"],
+        facts["checkpoint"],
+        flags,
+        dtype=identity.dtype,
+        device=device,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        **options,
+    )
+    stack.callback(dist.destroy_process_group)
+    return teacher
+
+
+def fill(writer: CacheWriter, teacher: Any, *, progress: bool) -> int:
+    """Compute what is missing, on all ranks; returns when all of it is there."""
+    import torch.distributed as dist
+
+    from megatron_tsft.teacher.job import fill_cache
+
+    todo = [writer.missing()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(todo, src=0)  # one list: a disk may show ranks different things
+    tokens = fill_cache(writer, teacher, todo[0], progress=progress)
+    if dist.is_initialized():
+        dist.barrier()
+    return tokens
 
 
 def vocabulary(args: argparse.Namespace, facts: dict[str, Any], data: list[PreparedData]) -> tuple[Any, int]:

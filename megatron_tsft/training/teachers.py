@@ -170,11 +170,6 @@ def reference_checkpoint(config: TsftConfig, base: Path, args: Any, given: Mappi
     )
 
 
-def student_has_experts(student: ModelCard) -> bool:
-    """Then Megatron's flags about experts are the user's own choice, for the teacher's too."""
-    return bool(student.megatron_arguments.get("num_experts"))
-
-
 def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str) -> Any:
     """Megatron's arguments for the teacher's architecture in the student's layout.
 
@@ -192,10 +187,9 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
     parser = arguments.parser_of()
     for name in student.megatron_arguments.keys() - card.megatron_arguments.keys():
         setattr(own, name, parser.get_default(name))
-    experts = (
-        arguments.EXPERTS if card.megatron_arguments.get("num_experts") and not student_has_experts(student) else {}
-    )
-    for name, value in (card.megatron_arguments | experts).items():
+    # where the student has experts, Megatron's flags about them are the user's own choice, for the teacher's too
+    choices = arguments.EXPERTS if experts and not student.megatron_arguments.get("num_experts") else {}
+    for name, value in (card.megatron_arguments | choices).items():
         setattr(own, name, value)
     own.rope_scaling_factor = card.rope_scaling_factor or parser.get_default("rope_scaling_factor")
     for name, value in UNEVEN.items():
