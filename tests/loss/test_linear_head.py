@@ -295,12 +295,36 @@ def test_a_second_backward_gives_the_same() -> None:
     p = problem("target-sft-hidden")
     given = given_to(p, "fused")
     assert isinstance(p.teacher, TeacherHidden)
-    trained = given["teacher"] = TeacherHidden(*(x.clone().requires_grad_() for x in vars(p.teacher).values()))
+    parts = (p.teacher.hidden, p.teacher.weight)
+    trained = given["teacher"] = TeacherHidden(*(x.clone().requires_grad_() for x in parts))
     loss, leaves = q_target_linear_cross_entropy(**given).loss, (given["hidden"], given["weight"])
     grads = [torch.autograd.grad(loss, leaves, p.case.upstream, retain_graph=True) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     loss.sum().backward()
     assert trained.hidden.grad is None and trained.weight.grad is None
+
+
+def test_columns_that_the_teacher_has_no_token_for() -> None:
+    """As a dense teacher with -inf there: loss and both gradients; another shape is refused."""
+    p = problem("target-sft-hidden")
+    given = given_to(p, "fused")
+    teacher = p.teacher
+    assert isinstance(teacher, TeacherHidden)
+    absent = torch.zeros(len(teacher.weight), dtype=torch.bool)
+    absent[1::3] = True
+    logits = (teacher.hidden @ teacher.weight.T).masked_fill(absent, -torch.inf)
+    results = []
+    for other in (TeacherHidden(teacher.hidden, teacher.weight, absent), logits):
+        loss = q_target_linear_cross_entropy(**(given | {"teacher": other})).loss
+        leaves = (given["hidden"], given["weight"])
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves, p.case.upstream)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    plain = q_target_linear_cross_entropy(**given).loss.detach()
+    assert (results[0][0] - plain).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="TeacherHidden.absent is torch.bool"):
+        short = TeacherHidden(teacher.hidden, teacher.weight, absent[1:])
+        q_target_linear_cross_entropy(**(given | {"teacher": short}))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
