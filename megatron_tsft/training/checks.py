@@ -38,13 +38,18 @@ def check_required(config: TsftConfig, given: Mapping[str, Any]) -> None:
         raise UserError(f"missing {', '.join(missing)}: --help has an example of a whole command")
 
 
+def heads_divide(heads: int, groups: int, tp: int) -> bool:
+    """Whether attention heads and key-value groups divide over `tp` tensor-parallel ranks; few groups are repeated."""
+    return heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)
+
+
 def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> int:
     """The global batch size; raises UserError where the layout does not divide the model, the batch or the ranks."""
     model = card.megatron_arguments
     tp, pp = given.get("tensor_model_parallel_size", 1), given.get("pipeline_model_parallel_size", 1)
     heads, groups, layers = model["num_attention_heads"], model["num_query_groups"], model["num_layers"]
-    if heads % tp or (groups % tp and tp % groups):
-        fit = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
+    if not heads_divide(heads, groups, tp):
+        fit = [n for n in range(1, heads + 1) if heads_divide(heads, groups, n)]
         raise UserError(
             f"--tensor-model-parallel-size {tp} does not divide the model's {heads} attention heads and {groups}"
             f" key-value groups: use one of {', '.join(map(str, fit))}"

@@ -20,6 +20,7 @@ from megatron_tsft.model.teacher_vocabulary import TeacherVocabulary
 from megatron_tsft.teacher.reader import TeacherCache
 from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map
 from megatron_tsft.training import arguments
+from megatron_tsft.training.checks import heads_divide
 from megatron_tsft.training.config import TsftConfig, option
 
 # which flags mean something with which teacher
@@ -198,7 +199,7 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     chunks = pp * (args.virtual_pipeline_model_parallel_size or 1)
     heads, groups, layers = own.num_attention_heads, own.num_query_groups, own.num_layers
-    if heads % tp or (groups % tp and tp % groups):
+    if not heads_divide(heads, groups, tp):
         raise UserError(
             f"the teacher {folder} has {heads} attention heads and {groups} key-value groups, which"
             f" --tensor-model-parallel-size {tp} does not divide: use another size, or cache the teacher"
