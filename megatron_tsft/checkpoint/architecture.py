@@ -21,13 +21,16 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
     Keys are the destinations of Megatron's own argparse (`--norm-epsilon` is `layernorm_epsilon`).
 
     Raises:
-        UserError: a bias, activation, window or head count that the resulting Megatron model would not have.
+        UserError: a bias, activation, window, rotary scaling or head count that the Megatron model would not have.
     """
     refuse(config, "hidden_act", ("silu",), "only SwiGLU models (silu) can be expressed")
     refuse(config, "mlp_bias", (None, False), "Megatron has no flag for a bias in the MLP alone: not supported")
     refuse(config, "quantization_config", (None,), "save the model without quantization first, as bf16 safetensors")
     if getattr(config, "use_sliding_window", True):
         refuse(config, "sliding_window", (None,), "sliding-window attention is not supported")
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UserError(f"config.json says layer_types={sorted(kinds)}: only full_attention is supported")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise UserError(f"config.json says {heads} attention heads and {groups} key-value heads: they must divide")
@@ -47,11 +50,30 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
         "qk_layernorm": False,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "max_position_embeddings": config.max_position_embeddings,
+    } | rope_arguments(config)
+
+
+def expert_arguments(config: Any, experts: int, ffn_size: int, *, renormalised: bool) -> dict[str, Any]:
+    """Arguments of experts in every layer; `ffn_size` is one expert's.
+
+    renormalised: the weights of the chosen experts add up to one. Softmax over the chosen experts is softmax over all
+    of them, renormalised; otherwise Megatron's router takes the softmax first.
+
+    Raises:
+        UserError: one expert per token with renormalised weights (always 1), which Megatron refuses.
+    """
+    if config.num_experts_per_tok == 1 and renormalised:
+        raise UserError("config.json says num_experts_per_tok=1: Megatron needs two with renormalised router weights")
+    return {
+        "num_experts": experts,
+        "moe_router_topk": config.num_experts_per_tok,
+        "moe_ffn_hidden_size": ffn_size,
+        "moe_router_pre_softmax": not renormalised,
     }
 
 
-def rope_arguments(config: Any) -> tuple[dict[str, Any], float | None]:
-    """Rotary arguments and the llama3 scaling factor (None: no scaling).
+def rope_arguments(config: Any) -> dict[str, Any]:
+    """Rotary arguments; `rope_scaling_factor` stands among them only where there is llama3 scaling.
 
     Raises:
         UserError: another kind of scaling, partial rotary dimensions, or llama3 constants that Megatron hard-codes
@@ -65,19 +87,17 @@ def rope_arguments(config: Any) -> tuple[dict[str, Any], float | None]:
         raise UserError(f"config.json says rope_type={kind!r}: only 'default' and 'llama3' are supported")
     if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UserError(f"config.json says partial_rotary_factor={rope['partial_rotary_factor']}: only 1 is supported")
-    factor: float | None = None
+    scaling: dict[str, Any] = {"use_rope_scaling": False}
     if kind == "llama3":
         for name, fixed in LLAMA3_ROPE.items():
             if float(rope[name]) != fixed:
                 raise UserError(
                     f"config.json says {name}={rope[name]}: Megatron hard-codes {fixed}, use a model with it"
                 )
-        factor = float(rope["factor"])
-    arguments = {
+        scaling = {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+    return {
         "position_embedding_type": "rope",
         "rotary_base": int(theta) if theta.is_integer() else theta,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
-        "use_rope_scaling": factor is not None,
-    }
-    return arguments, factor
+    } | scaling

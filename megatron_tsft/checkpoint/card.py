@@ -11,7 +11,7 @@ from megatron_tsft.errors import UserError
 
 CARD_FILE = "tsft_model.json"
 HF_FOLDER = "hf"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,15 @@ class ModelCard:
     """One model: its family, its architecture and where it came from.
 
     family: name of the mapping table. architecture: Hugging Face class name. megatron_arguments: argparse destination
-    -> value, for Megatron's own flags. rope_scaling_factor: for GPTModelConfig, None without scaling (Megatron's
-    arguments lose it). vocab_size: of the Hugging Face config, which may exceed len(tokenizer). padded_vocab_size: rows
-    of the imported checkpoint. dtype: of the Hugging Face weights ("bfloat16"); other_dtypes: tensor name -> dtype of
-    those that differ. tied: output layer = embedding. source_hash: 16 hex digits over the imported weights.
-    tokenizer_fingerprint: None where the Hugging Face folder had no tokenizer.
+    -> value, for Megatron's own flags. vocab_size: of the Hugging Face config, which may exceed len(tokenizer).
+    padded_vocab_size: rows of the imported checkpoint. dtype: of the Hugging Face weights ("bfloat16"); other_dtypes:
+    tensor name -> dtype of those that differ. tied: output layer = embedding. source_hash: 16 hex digits over the
+    weights. tokenizer_fingerprint: None where the Hugging Face folder had no tokenizer.
     """
 
     family: str
     architecture: str
     megatron_arguments: dict[str, Any]
-    rope_scaling_factor: float | None
     vocab_size: int
     make_vocab_size_divisible_by: int
     padded_vocab_size: int

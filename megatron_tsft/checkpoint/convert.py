@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_tsft.atomic import new_directory
+from megatron_tsft.checkpoint.ahead import ahead
 from megatron_tsft.checkpoint.card import CARD_FILE, HF_FOLDER, ModelCard
 from megatron_tsft.checkpoint.families import family_of
 from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
@@ -20,7 +21,7 @@ from megatron_tsft.checkpoint.mapping import extra_state_keys, padded_vocab_size
 from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream
 from megatron_tsft.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist import COMMON_STATE_KEY, CheckpointReader, common_state, write_checkpoint
-from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys, hf_shapes, read_unit, units
+from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys, hf_shapes, pieces_of, units
 from megatron_tsft.errors import UserError
 
 VOCABULARY_MULTIPLE = 128  # Megatron's default of --make-vocab-size-divisible-by
@@ -42,13 +43,12 @@ def import_hf(
     _check_target(megatron_dir, hf_dir, overwrite, (CARD_FILE, "release"))  # a run's own folder has no release
     config = load_config(hf_dir)
     family = family_of(config)
-    arguments, factor = family.arguments(config)
+    arguments = family.arguments(config)
     weights = HfWeights(hf_dir)
     card = ModelCard(
         family=family.name,
         architecture=config.architectures[0],
         megatron_arguments=arguments,
-        rope_scaling_factor=factor,
         vocab_size=config.vocab_size,
         make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,
         padded_vocab_size=padded_vocab_size(config.vocab_size, VOCABULARY_MULTIPLE),
@@ -59,7 +59,7 @@ def import_hf(
     )
     steps = units(card)
     names = hf_shapes(steps)
-    check_tensors(weights, names, family.ignored, tied_copy="lm_head.weight" if card.tied else None)
+    check_tensors(weights, names, tied_copy="lm_head.weight" if card.tied else None)
     dtype, others = _dtypes(weights, list(names))
     total = sum(weights.tensors[name].bytes for name in names)
     _check_space(megatron_dir, total)
@@ -133,6 +133,7 @@ def export_hf(
     }
     nbytes = {name: torch.Size(shape).numel() * kind.itemsize for name, (shape, kind) in tensors.items()}
     _check_space(hf_dir, sum(nbytes.values()))
+    dtypes = {name: kind for name, (_, kind) in tensors.items()}
     files = _shard_files(steps, nbytes, max_shard_bytes)
     with (
         new_directory(hf_dir, overwrite=overwrite) as folder,
@@ -141,10 +142,10 @@ def export_hf(
         for file, shard in files.items():
             announced = {name: tensors[name] for unit in shard for name in unit.names}
             with SafetensorsStream(folder / file, announced) as stream:
-                for unit in shard:
-                    for name, tensor in zip(unit.names, read_unit(reader, unit), strict=True):
-                        stream.write(name, tensor.to(tensors[name][1]))
-                        bar.update(nbytes[name])
+                pieces = (piece for unit in shard for piece in pieces_of(unit, reader, dtypes))
+                for piece in ahead(pieces):
+                    stream.write(piece.name, piece.rows)
+                    bar.update(piece.rows.nbytes)
         if len(files) > 1:
             where = {name: file for file, shard in files.items() for unit in shard for name in unit.names}
             index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": where}

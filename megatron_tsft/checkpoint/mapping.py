@@ -80,17 +80,15 @@ class Segment:
 class Family:
     """Everything that the converter knows about one family of models.
 
-    architectures: the names of `config.architectures` that it serves. arguments: Hugging Face config -> (Megatron
-    arguments by argparse destination, rope scaling factor or None); raises UserError for what Megatron cannot express.
-    rows: the table. ignored: regular expressions of tensors that hold no weight. extra_states: Megatron modules whose
-    `_extra_state` object a model asks for (local and Transformer Engine specs), each with its leading placeholders.
+    architectures: the names of `config.architectures` that it serves. arguments: Hugging Face config -> Megatron
+    arguments by argparse destination; raises UserError for what Megatron cannot express. rows: the table.
+    extra_states: Megatron modules whose `_extra_state` object a model asks for, each with its leading placeholders.
     """
 
     name: str
     architectures: tuple[str, ...]
-    arguments: Callable[[Any], tuple[dict[str, Any], float | None]]
+    arguments: Callable[[Any], dict[str, Any]]
     rows: tuple[Row, ...]
-    ignored: tuple[str, ...]
     extra_states: tuple[tuple[str, tuple[str, ...]], ...]
 
     def active_rows(self, arguments: Mapping[str, Any]) -> list[Row]:

@@ -15,12 +15,12 @@ NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class SafetensorsStream:
-    """A context manager; `write` must be called once for every announced tensor, in the announced order."""
+    """A context manager; `write` gets every announced tensor in the announced order, each whole or row by row."""
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         """tensors: name -> (shape, dtype), in the order of writing."""
         self.path, self.tensors = path, dict(tensors)
-        self._left = list(self.tensors)
+        self._left = {name: torch.Size(shape).numel() for name, (shape, _) in self.tensors.items()}
 
     def __enter__(self) -> "SafetensorsStream":
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -34,12 +34,16 @@ class SafetensorsStream:
         self._file.write(struct.pack("<Q", len(text)) + text)
         return self
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one tensor, which must have the announced shape and dtype."""
-        expected = self._left.pop(0)
-        if name != expected or (tuple(tensor.shape), tensor.dtype) != self.tensors[name]:
-            raise RuntimeError(f"{self.path}: wrote {name} {tuple(tensor.shape)} {tensor.dtype}, announced {expected}")
-        self._file.write(tensor.contiguous().view(torch.uint8).numpy())
+    def write(self, name: str, rows: torch.Tensor) -> None:
+        """Append the next rows of one tensor, which must have the announced columns and dtype."""
+        expected = next(iter(self._left), None)
+        shape, dtype = self.tensors.get(name, ((), None))
+        if name != expected or rows.dtype != dtype or rows.shape[1:] != shape[1:] or rows.numel() > self._left[name]:
+            raise RuntimeError(f"{self.path}: wrote {name} {tuple(rows.shape)} {rows.dtype}, announced {expected}")
+        self._file.write(rows.contiguous().view(torch.uint8).numpy())
+        self._left[name] -= rows.numel()
+        if not self._left[name]:
+            del self._left[name]
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._file.close()

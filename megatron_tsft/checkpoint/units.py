@@ -1,7 +1,7 @@
 """The steps of a conversion: one row of the table at one layer, as boxes to write or as Hugging Face tensors read."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -99,17 +99,28 @@ def _fill(unit: Unit, start: int, stop: int, dtype: torch.dtype, read: ReadRows)
     return box.view(*(1 for _ in unit.index), *box.shape)
 
 
-def read_unit(reader: CheckpointReader, unit: Unit) -> list[torch.Tensor]:
-    """The unit's Hugging Face tensors, in the order of its names and in the checkpoint's dtype."""
-    rows = max(segment.target + segment.length for segment in unit.segments if segment.source is not None)
-    offsets = (*unit.index, 0, *(0 for _ in unit.columns))
-    extents = (*(1 for _ in unit.index), rows, *unit.columns)
-    kind = reader.tensor(unit.row.megatron).properties.dtype
-    whole = reader.read(unit.row.megatron, offsets, extents, kind).view(rows, *unit.columns)
-    if len(unit.names) == 1:
-        return [whole]
-    parts: list[list[torch.Tensor]] = [[] for _ in unit.names]
-    for segment in sorted(unit.segments, key=lambda segment: segment.start):
-        if segment.source is not None:
-            parts[segment.source].append(whole[segment.target : segment.target + segment.length])
-    return [part[0] if len(part) == 1 else torch.cat(part) for part in parts]  # one part is a view, not a copy
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows of one Hugging Face tensor, from row `start`."""
+
+    name: str
+    start: int
+    rows: torch.Tensor
+
+
+def pieces_of(unit: Unit, reader: CheckpointReader, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[Piece]:
+    """The unit's Hugging Face tensors in the order of its names, in pieces of at most BOX_BYTES (at least one row).
+
+    dtypes: by name; None leaves the rows in the checkpoint's dtype.
+    """
+    itemsize = reader.tensor(unit.row.megatron).properties.dtype.itemsize
+    per_piece = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * itemsize))
+    ones, zeros = tuple(1 for _ in unit.index), tuple(0 for _ in unit.columns)
+    for source, name in enumerate(unit.names):
+        own = sorted((s for s in unit.segments if s.source == source), key=lambda segment: segment.start)
+        for segment in own:
+            for done in range(0, segment.length, per_piece):
+                count = min(per_piece, segment.length - done)
+                offsets = (*unit.index, segment.target + done, *zeros)
+                box = reader.read(unit.row.megatron, offsets, (*ones, count, *unit.columns), dtypes and dtypes[name])
+                yield Piece(name, segment.start + done, box.view(count, *unit.columns))

@@ -7,7 +7,6 @@ import torch
 from tqdm import tqdm
 
 from megatron_tsft.checkpoint.card import ModelCard
-from megatron_tsft.checkpoint.families import get_family
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors
 from megatron_tsft.checkpoint.keys import compare_keys
@@ -54,7 +53,7 @@ def verify(
         raise UserError(f"{hf_dir} does not exist: name a local Hugging Face folder")
     weights, reader, steps = HfWeights(hf_dir), CheckpointReader(checkpoint), units(card)
     names = hf_shapes(steps)
-    check_tensors(weights, names, get_family(card.family).ignored, tied_copy="lm_head.weight" if card.tied else None)
+    check_tensors(weights, names, tied_copy="lm_head.weight" if card.tied else None)
     different = []
     total = sum(weights.tensors[name].bytes for name in names)
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:

@@ -40,7 +40,7 @@ WITHOUT_TE = {
     "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
 }
-EXPERTS = WITHOUT_TE | {  # for a model with experts, unless a flag says otherwise
+EXPERTS = {  # for a model with experts, unless a flag says otherwise
     "moe_token_dispatcher_type": "alltoall",  # Megatron's default takes no batches of varying length
     "moe_router_load_balancing_type": "none",  # an auxiliary loss belongs to pre-training
 }
@@ -153,8 +153,11 @@ def refuse_flags(given: dict[str, Any]) -> None:
         raise UserError(f"--ckpt-format {given['ckpt_format']} is not supported: only torch_dist loads in any layout")
     if given.get("context_parallel_size", 1) != 1:
         raise UserError(f"--context-parallel-size {given['context_parallel_size']} is not supported yet: leave it at 1")
-    if given.get("fp8") and importlib.util.find_spec("transformer_engine") is None:
-        raise UserError(f"--fp8-format {given['fp8']} needs Transformer Engine, which is not installed here")
+    if importlib.util.find_spec("transformer_engine") is None:
+        needs = {"fp8": "--fp8-format", "transformer_impl": "--transformer-impl"}
+        for name, flag in needs.items():
+            if given.get(name) not in (None, "local"):
+                raise UserError(f"{flag} {given[name]} needs Transformer Engine, which is not installed here")
 
 
 def check_fused_head(config: TsftConfig, given: dict[str, Any]) -> None:
@@ -166,21 +169,9 @@ def check_fused_head(config: TsftConfig, given: dict[str, Any]) -> None:
             raise UserError(f"{option_of(name)} does not go with --tsft-fuse-head: {reason}; leave one of them out")
 
 
-def check_experts(transformer_impl: str, card: ModelCard, folder: str) -> None:
-    """Raise UserError for experts in Transformer Engine's layers, which name a norm otherwise than our checkpoints."""
-    if card.megatron_arguments.get("num_experts") and transformer_impl == "transformer_engine":
-        raise UserError(
-            f"the model in {folder} has experts, not supported with --transformer-impl transformer_engine yet: pass"
-            " --transformer-impl local"
-        )
-
-
 def check_card(given: dict[str, Any], card: ModelCard, folder: str) -> None:
     """Raise UserError where a given flag says another architecture than the imported model."""
-    check_experts(given.get("transformer_impl", "local"), card, folder)
     wanted = card.megatron_arguments | {"vocab_size": card.vocab_size}
-    if card.rope_scaling_factor is not None:
-        wanted["rope_scaling_factor"] = card.rope_scaling_factor
     for name, value in wanted.items():
         if name in given and given[name] != value:
             raise UserError(
@@ -200,8 +191,6 @@ def defaults_for(card: ModelCard, config: TsftConfig, device: str, given: dict[s
             values |= WITHOUT_TE
         if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's Apex, by its own module
             values["gradient_accumulation_fusion"] = False
-    if card.rope_scaling_factor is not None:
-        values["rope_scaling_factor"] = card.rope_scaling_factor
     values["vocab_size"] = card.vocab_size
     multiple = given.get("make_vocab_size_divisible_by", card.make_vocab_size_divisible_by)
     values["make_vocab_size_divisible_by"] = multiple

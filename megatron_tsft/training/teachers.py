@@ -177,7 +177,6 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
     Raises:
         UserError: its heads do not divide over the tensor-parallel ranks, or its layers over the pipeline's stages.
     """
-    arguments.check_experts(args.transformer_impl, card, folder)
     parallel, experts = args.expert_model_parallel_size, card.megatron_arguments.get("num_experts") or 0
     if parallel > 1 and (not experts or experts % parallel):
         raise UserError(
@@ -192,7 +191,6 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
     choices = arguments.EXPERTS if experts and not student.megatron_arguments.get("num_experts") else {}
     for name, value in (card.megatron_arguments | choices).items():
         setattr(own, name, value)
-    own.rope_scaling_factor = card.rope_scaling_factor or parser.get_default("rope_scaling_factor")
     for name, value in UNEVEN.items():
         if getattr(args, name, None):
             setattr(own, name, value)

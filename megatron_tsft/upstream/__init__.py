@@ -6,9 +6,16 @@ device, and says what it did.
 
 from types import ModuleType
 
-from megatron_tsft.upstream import dataset_helpers, optimizer_resume, rope_factor, save_queue, sequence_parallel_norm
+from megatron_tsft.upstream import (
+    dataset_helpers,
+    moe_norm_key,
+    optimizer_resume,
+    rope_factor,
+    save_queue,
+    sequence_parallel_norm,
+)
 
-DEFECTS: tuple[ModuleType, ...] = (dataset_helpers, sequence_parallel_norm, optimizer_resume, rope_factor)
+DEFECTS: tuple[ModuleType, ...] = (dataset_helpers, sequence_parallel_norm, optimizer_resume, rope_factor, moe_norm_key)
 SYNCHRONOUS_SAVES: tuple[ModuleType, ...] = (save_queue,)
 
 

@@ -94,11 +94,17 @@ def test_a_finished_cache_has_nothing_to_do(
     flags = ["--teacher", str(home.hf), "--data", str(home.held.directory), "--output", str(tmp_path / "cache")]
     flags += ["--top-k", "4", "--device", "cpu", "--no-progress"]
     assert TOOL.main(flags) == 0
-    files = {path: path.stat() for path in (tmp_path / "cache").iterdir()}
+
+    def state() -> dict[str, tuple[int, int, int]]:
+        """Inode, time and size of every file."""
+        found = {path.name: path.stat() for path in (tmp_path / "cache").iterdir()}
+        return {name: (stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
+
+    files = state()
     capsys.readouterr()
     assert TOOL.main(flags) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'cache'} is finished already: nothing to do\n"
-    assert files == {path: path.stat() for path in (tmp_path / "cache").iterdir()}
+    assert files == state()
     assert TOOL.main([*flags, "--temperature", "2"]) == 2
     assert "holds a teacher cache of another job (temperature 1.0, now 2.0)" in capsys.readouterr().err
 

@@ -5,6 +5,7 @@ import pkgutil
 from typing import Any
 
 from megatron_tsft.checkpoint.mapping import Family, check_table
+from megatron_tsft.checkpoint.refused import REFUSED
 from megatron_tsft.errors import UserError
 
 
@@ -34,12 +35,15 @@ def family_of(config: Any) -> Family:
     """The family that serves a Hugging Face config.
 
     Raises:
-        UserError: no family serves its architecture; lists the architectures that are served.
+        UserError: no family serves its architecture; says why, where known, and lists those that are served.
     """
     known = families().values()
     architectures = list(getattr(config, "architectures", None) or [])
     for family in known:
         if architectures and architectures[0] in family.architectures:
             return family
+    reason = REFUSED.get(architectures[0] if architectures else "")
+    if reason:
+        raise UserError(f"{architectures[0]} is not supported, Megatron would compute another model: {reason}")
     served = ", ".join(sorted(name for family in known for name in family.architectures))
     raise UserError(f"config.json says architectures={architectures}: this converter serves {served}")
