@@ -30,28 +30,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     importer = command("import", "Hugging Face safetensors -> Megatron torch_dist, with its model card")
     importer.add_argument("--overwrite", action="store_true", help="replace a folder that an import made")
-    importer.add_argument("--verify", action="store_true", help="read it back and compare every tensor bit by bit")
+    importer.add_argument("--verify", action="store_true", help="read it back and compare as `verify` does")
     exporter = command("export", "Megatron torch_dist (imported, or saved by a training run) -> Hugging Face")
     exporter.add_argument("--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)")
     exporter.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the original weights")
     exporter.add_argument("--overwrite", action="store_true", help="replace an existing Hugging Face folder")
-    checker = command("verify", "compare every tensor bit by bit and, with --text, the logits of both models")
-    checker.add_argument("--text", metavar="FILE", help="compare logits on the first 1024 tokens (fp32 on CPU)")
+    checker = command("verify", "compare every tensor bit by bit, the logits of both models and their tokenizers")
+    checker.add_argument("--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)")
+    for sub, when in ((importer, "with --verify: "), (checker, "")):
+        sub.add_argument(
+            "--text",
+            metavar="FILE",
+            help=f"{when}compare logits on its first 1024 tokens, fp32 on CPU (default: a short text of our own)",
+        )
+        sub.add_argument("--weights-only", action="store_true", help=f"{when}compare no logits")
     return parser.parse_args(argv)
 
 
 def report(result: "Verification") -> int:
-    """Print what was compared; 0 where everything agrees, else 1."""
-    print(f"{result.tensors - len(result.different)} of {result.tensors} tensors are identical bit by bit")
+    """Print what differs and one line of summary; 0 where everything agrees, else 1."""
     for name in result.different[:10]:
-        print(f"  different: {name}")
-    if result.logits is not None:
-        logits = result.logits
-        print(
-            f"logits at {logits.positions} positions: largest difference {logits.max_difference:.2e}"
-            f" (largest logit {logits.max_logit:.1f}), same argmax at {100 * logits.argmax_agreement:.2f}%"
-        )
-    print("the models agree" if result.passed else "the models DIFFER")
+        print(f"different: {name}")
+    if result.logits is not None and not result.passed:
+        for layer, worst in enumerate(result.logits.layers, 1):
+            print(f"layer {layer}: outputs differ by {worst:.1e} of the largest")
+    print(result.summary)
     return 0 if result.passed else 1
 
 
@@ -72,7 +75,10 @@ def main(argv: list[str] | None = None) -> int:
                 f" {card.dtype}, vocabulary {card.vocab_size} padded to {card.padded_vocab_size},"
                 f" weights {card.source_hash}"
             )
-            return report(verify(args.hf, args.megatron, progress=bar)) if args.verify else 0
+            if not args.verify:
+                return 0
+            only = args.weights_only
+            return report(verify(args.hf, args.megatron, args.text, weights_only=only, progress=bar))
         if args.command == "export":
             done = export_hf(
                 args.megatron,
@@ -87,7 +93,15 @@ def main(argv: list[str] | None = None) -> int:
                 f" {done.bytes / 1e9:.3f} GB of {done.dtype} in {done.files} file(s)"
             )
             return 0
-        return report(verify(args.hf, args.megatron, args.text, progress=bar))
+        result = verify(
+            args.hf,
+            args.megatron,
+            args.text,
+            iteration=args.iteration,
+            weights_only=args.weights_only,
+            progress=bar,
+        )
+        return report(result)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -31,6 +31,9 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError(f"config.json says layer_types={sorted(kinds)}: only full_attention is supported")
+    for field in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+        if getattr(config, field) < 1:
+            raise UserError(f"config.json says {field}={getattr(config, field)}: it must be at least 1")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise UserError(f"config.json says {heads} attention heads and {groups} key-value heads: they must divide")
@@ -53,20 +56,24 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
     } | rope_arguments(config)
 
 
-def expert_arguments(config: Any, experts: int, ffn_size: int, *, renormalised: bool) -> dict[str, Any]:
-    """Arguments of experts in every layer; `ffn_size` is one expert's.
+def expert_arguments(config: Any, count: str, ffn_size: int, *, renormalised: bool) -> dict[str, Any]:
+    """Arguments of experts in every layer; `count` is the field that counts them, `ffn_size` is one expert's.
 
     renormalised: the weights of the chosen experts add up to one. Softmax over the chosen experts is softmax over all
     of them, renormalised; otherwise Megatron's router takes the softmax first.
 
     Raises:
-        UserError: one expert per token with renormalised weights (always 1), which Megatron refuses.
+        UserError: no experts, more per token than there are, or one per token with renormalised weights (always 1),
+            which Megatron refuses.
     """
-    if config.num_experts_per_tok == 1 and renormalised:
+    experts, chosen = getattr(config, count), config.num_experts_per_tok
+    if not 1 <= chosen <= experts:
+        raise UserError(f"config.json says {count}={experts} and num_experts_per_tok={chosen}: correct one of them")
+    if chosen == 1 and renormalised:
         raise UserError("config.json says num_experts_per_tok=1: Megatron needs two with renormalised router weights")
     return {
         "num_experts": experts,
-        "moe_router_topk": config.num_experts_per_tok,
+        "moe_router_topk": chosen,
         "moe_ffn_hidden_size": ffn_size,
         "moe_router_pre_softmax": not renormalised,
     }
@@ -80,7 +87,7 @@ def rope_arguments(config: Any) -> dict[str, Any]:
             with other values.
     """
     rope = dict(config.rope_parameters or {})
-    if "rope_theta" not in rope:
+    if rope.get("rope_theta") is None:
         raise UserError(f"config.json gives no rope_theta (found {rope}): add it under rope_parameters")
     kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
     if kind not in ("default", "llama3"):

@@ -17,16 +17,15 @@ from megatron_tsft.checkpoint.families import family_of
 from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
 from megatron_tsft.checkpoint.hf_folder import ContentHash, HfWeights, check_tensors, copy_side_files, load_config
 from megatron_tsft.checkpoint.keys import compare_keys
-from megatron_tsft.checkpoint.mapping import extra_state_keys, padded_vocab_size
+from megatron_tsft.checkpoint.mapping import padded_vocab_size
 from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream
-from megatron_tsft.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist import COMMON_STATE_KEY, CheckpointReader, common_state, write_checkpoint
-from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys, hf_shapes, pieces_of, units
+from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys, extra_states, hf_shapes, pieces_of, units
 from megatron_tsft.errors import UserError
 
 VOCABULARY_MULTIPLE = 128  # Megatron's default of --make-vocab-size-divisible-by
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 def import_hf(
@@ -78,7 +77,7 @@ def import_hf(
 
         stored = _stored_dtypes(weights, steps)
         boxes = [box for unit in steps for box in boxes_of(unit, stored[unit.row.megatron], read)]
-        objects = dict.fromkeys(extra_state_keys(family, arguments))
+        objects = dict.fromkeys(extra_states(card))
         write_checkpoint(folder / "release", boxes, objects | {COMMON_STATE_KEY: common_state(card)})
         copy_side_files(hf_dir, folder / HF_FOLDER)
         card = dataclasses.replace(card, dtype=dtype, other_dtypes=others, source_hash=content.digest())
@@ -142,8 +141,7 @@ def export_hf(
         for file, shard in files.items():
             announced = {name: tensors[name] for unit in shard for name in unit.names}
             with SafetensorsStream(folder / file, announced) as stream:
-                pieces = (piece for unit in shard for piece in pieces_of(unit, reader, dtypes))
-                for piece in ahead(pieces):
+                for piece in ahead(pieces_of(shard, reader, dtypes)):
                     stream.write(piece.name, piece.rows)
                     bar.update(piece.rows.nbytes)
         if len(files) > 1:
@@ -206,9 +204,7 @@ def _stored_dtypes(weights: HfWeights, steps: list[Unit]) -> dict[str, torch.dty
 
 
 def _fingerprint(hf_dir: Path) -> str | None:
-    if not any((hf_dir / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    return tokenizer_fingerprint(load_tokenizer(hf_dir))
+    return tokenizer_fingerprint(load_tokenizer(hf_dir)) if has_tokenizer(hf_dir) else None
 
 
 def _check_target(target: Path, source: Path, overwrite: bool, markers: tuple[str, ...]) -> None:
@@ -230,8 +226,9 @@ def _check_space(target: Path, needed: int) -> None:
     """Refuse to start what cannot end: `needed` bytes of weights and a margin for headers and side files."""
     place = next(folder for folder in target.resolve().parents if folder.exists())
     free = shutil.disk_usage(place).free
-    if free < needed * 1.01 + 2**26:
+    wanted = needed * 1.01 + 2**26
+    if free < wanted:
         raise UserError(
-            f"{place} has {free / 1e9:.1f} GB free, {target.name} needs {needed / 1e9:.1f} GB: free some space or"
+            f"{place} has {free / 1e9:.2f} GB free, {target.name} needs {wanted / 1e9:.2f} GB: free some space or"
             " choose another disk"
         )

@@ -59,6 +59,8 @@ class HfWeights:
                 view = handle.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise UserError(f"{name} in {file} is {view.get_dtype()}: save the model as F32, F16 or BF16 first")
+                if name in self.tensors:
+                    raise UserError(f"{name} is in {self.tensors[name].file} and in {file}: copy the folder again")
                 self.tensors[name] = HfTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
         for name, file_name in index.items():
             if name not in self.tensors or self.tensors[name].file.name != file_name:
@@ -73,7 +75,10 @@ class HfWeights:
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
             try:
-                return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                if not all(isinstance(name, str) for name in names.values()):
+                    raise TypeError("a file name is no text")
+                return names
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{index} is damaged ({error!r}): download or copy it again") from error
         suffixes = {path.suffix for path in self.directory.iterdir()}

@@ -1,8 +1,8 @@
 """Megatron's own GPTModel of a model card on CPU, in any layout: built, loaded by Megatron's own loader, run forward.
 
-Local layer spec, fp32, alone in this process or in every rank of a gloo group. Two names of Megatron and torch are
-replaced while it runs: RotaryEmbedding asks for the current CUDA device, and attention forks a CUDA random state for a
-dropout of 0.
+Local layer spec, alone in this process or in every rank of a gloo group. Three names of Megatron and torch are
+replaced while it runs: RotaryEmbedding asks for the current CUDA device, attention forks a CUDA random state for a
+dropout of 0, and embeddings that two pipeline stages share are sent to CUDA first.
 """
 
 import contextlib
@@ -47,8 +47,13 @@ class Layout:
     expert: int = 1
 
 
-def build_model(card: ModelCard, layout: Layout = Layout(), *, rope_scaling: bool = True) -> Any:
-    """This rank's part of the model: fp32, no dropout, weights not initialised; rope_scaling False leaves it out.
+ONE_RANK = Layout()
+
+
+def build_model(
+    card: ModelCard, layout: Layout = ONE_RANK, *, rope_scaling: bool = True, dtype: torch.dtype = torch.float32
+) -> Any:
+    """This rank's part of the model: no dropout, weights not initialised; rope_scaling False leaves it out.
 
     Raises:
         UserError: an architecture other than SwiGLU decoders with rotary positions.
@@ -83,8 +88,8 @@ def build_model(card: ModelCard, layout: Layout = Layout(), *, rope_scaling: boo
         apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         expert_model_parallel_size=layout.expert,
@@ -130,7 +135,7 @@ def forward(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
     positions = torch.arange(length).expand_as(input_ids)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     if not first:
-        hidden = torch.empty(length, batch, model.config.hidden_size)
+        hidden = torch.empty(length, batch, model.config.hidden_size, dtype=model.config.params_dtype)
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(hidden)
     output = model(input_ids, positions, mask)
@@ -138,15 +143,10 @@ def forward(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
     if first and last:
         return output
-    logits = output if last else torch.empty(batch, length, _vocabulary(model))
-    group = parallel_state.get_pipeline_model_parallel_group()
+    logits = output if last else torch.empty(batch, length, model.vocab_size, dtype=model.config.params_dtype)
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(logits, parallel_state.get_pipeline_model_parallel_last_rank(), group)
     return logits
-
-
-def _vocabulary(model: Any) -> int:
-    """The padded vocabulary of all ranks."""
-    return model.vocab_size
 
 
 class _NoRandomState:
@@ -157,8 +157,8 @@ class _NoRandomState:
 
 
 @contextlib.contextmanager
-def cpu_ranks(layout: Layout = Layout()) -> Iterator[None]:
-    """Megatron's groups over gloo and the two replaced names; everything is put back.
+def cpu_ranks(layout: Layout = ONE_RANK) -> Iterator[None]:
+    """Megatron's groups over gloo and the three replaced names; everything is put back.
 
     The ranks are those of the default process group; without one, this process alone.
     """
@@ -186,16 +186,17 @@ def _groups(layout: Layout) -> Iterator[None]:
     alone = not dist.is_initialized()
     if alone:
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    device, tracker = torch.cuda.current_device, tensor_parallel.get_cuda_rng_tracker
+    device, tracker, cuda = torch.cuda.current_device, tensor_parallel.get_cuda_rng_tracker, torch.Tensor.cuda
     torch.cuda.current_device = lambda: "cpu"  # pyright: ignore[reportAttributeAccessIssue]
     tensor_parallel.get_cuda_rng_tracker = _NoRandomState  # pyright: ignore[reportAttributeAccessIssue]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # pyright: ignore[reportAttributeAccessIssue]
     try:
         parallel_state.initialize_model_parallel(
             layout.tensor, layout.pipeline, expert_model_parallel_size=layout.expert
         )
         yield
     finally:
-        torch.cuda.current_device, tensor_parallel.get_cuda_rng_tracker = device, tracker
+        torch.cuda.current_device, tensor_parallel.get_cuda_rng_tracker, torch.Tensor.cuda = device, tracker, cuda
         parallel_state.destroy_model_parallel()
         for name, value in list(vars(parallel_state).items()):
             if isinstance(value, dist.ProcessGroup):  # it forgets some, whose threads would live on

@@ -1,17 +1,25 @@
-"""Large buffers that go back to the system the moment they are freed; malloc keeps and fragments them (1 GB of 32 MB
-boxes that one thread made and another freed)."""
+"""A few large buffers, used in turn: fresh memory for each box costs more than the copy, and malloc keeps it."""
 
+import itertools
 import math
 import mmap
 
 import torch
 
-SMALL = 2**20  # bytes; below it malloc
+COUNT = 3  # one that is made, one that is used, one that was just handed over (see ahead.py)
 
 
-def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Like `torch.zeros` on CPU; the memory lives as long as the tensor."""
-    count = math.prod(shape)
-    if count * dtype.itemsize < SMALL:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype).view(shape)
+class Ring:
+    """Tensors whose memory is taken over by the third one after them."""
+
+    def __init__(self) -> None:
+        self._buffers: list[mmap.mmap | None] = [None] * COUNT
+        self._turns = itertools.cycle(range(COUNT))
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous CPU tensor that owns exactly its bytes; what is in it is undefined."""
+        turn, count = next(self._turns), math.prod(shape)
+        buffer = self._buffers[turn]
+        if buffer is None or len(buffer) < count * dtype.itemsize:
+            buffer = self._buffers[turn] = mmap.mmap(-1, count * dtype.itemsize)
+        return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)

@@ -7,6 +7,13 @@ from typing import Any
 
 from megatron_tsft.errors import UserError
 
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether a folder holds one of the files that every tokenizer has."""
+    return any((Path(directory) / name).is_file() for name in FILES)
+
 
 def load_tokenizer(directory: str | Path) -> Any:
     """The Hugging Face tokenizer of a local folder; never a hub.

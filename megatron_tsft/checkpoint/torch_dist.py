@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from megatron_tsft.checkpoint.ahead import ahead
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.folder import read_metadata
-from megatron_tsft.checkpoint.memory import zeros
+from megatron_tsft.checkpoint.memory import Ring
 from megatron_tsft.errors import UserError
 
 Shape = tuple[int, ...]
@@ -45,14 +45,14 @@ BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # Meg
 
 @dataclass(frozen=True)
 class Box:
-    """A part of one global tensor and how to make it: `make()` returns a CPU tensor of shape `sizes` and of `dtype`."""
+    """A part of one global tensor and how to make it: `fill` writes every number of a CPU tensor of shape `sizes`."""
 
     key: str
     global_shape: Shape
     offsets: Shape
     sizes: Shape
     dtype: torch.dtype
-    make: Callable[[], torch.Tensor]
+    fill: Callable[[torch.Tensor], None]
 
 
 def common_state(card: ModelCard) -> dict[str, Any]:
@@ -87,8 +87,13 @@ class _StreamingPlanner(DefaultSavePlanner):
     def __init__(self, boxes: list[Box], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._boxes, self._objects = boxes, objects
-        self._made: Iterator[tuple[Box, torch.Tensor]] = ahead((box, box.make()) for box in boxes)
-        self._last: torch.Tensor | None = None
+        self._made = ahead(self._make(Ring()))
+
+    def _make(self, ring: Ring) -> Iterator[tuple[Box, torch.Tensor]]:
+        for box in self._boxes:
+            tensor = ring.take(box.sizes, box.dtype)
+            box.fill(tensor)
+            yield box, tensor
 
     def create_local_plan(self) -> SavePlan:
         items = [
@@ -117,12 +122,10 @@ class _StreamingPlanner(DefaultSavePlanner):
             data = io.BytesIO()
             torch.save([self._objects[write_item.index.fqn]], data)  # Megatron stores a list of one object
             return data
-        if self._last is not None:  # torch's writer keeps the last tensor of every key until the file ends
-            self._last.untyped_storage().resize_(0)
-        box, self._last = next(self._made)
+        box, tensor = next(self._made)
         place = (write_item.index.fqn, tuple(write_item.index.offset or ()))
         assert place == (box.key, box.offsets), f"torch asks for {place}, not in the plan's order"
-        return self._last
+        return tensor
 
     def close(self) -> None:
         """End the thread that makes boxes."""
@@ -143,11 +146,23 @@ def write_checkpoint(directory: Path, boxes: list[Box], objects: Mapping[str, An
     with warnings.catch_warnings(), contextlib.closing(_StreamingPlanner(boxes, objects)) as planner:
         warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": intended
         try:
-            save({}, storage_writer=writer, planner=planner, no_dist=True)
+            with _without_checksums():
+                save({}, storage_writer=writer, planner=planner, no_dist=True)
         except CheckpointException as error:  # the tracebacks of all ranks in one text, and no Exception
             cause, _ = next(iter(error.failures.values()))
             raise _origin(cause) from None
     (directory / "metadata.json").write_text(json.dumps(BACKEND))
+
+
+@contextlib.contextmanager
+def _without_checksums() -> Iterator[None]:
+    """torch.load never compares the CRC32 that torch.save would spend a third of its time on."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _origin(error: BaseException) -> BaseException:
@@ -206,13 +221,13 @@ class CheckpointReader:
         assert isinstance(value, TensorStorageMetadata), key
         return value
 
-    def read(self, key: str, offsets: Shape, sizes: Shape, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The box [offsets, offsets + sizes) of a global tensor, cast to `dtype` (None: as it is stored).
+    def read(self, key: str, offsets: Shape, sizes: Shape, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The box [offsets, offsets + sizes) of a global tensor, into `out` where given, in the dtype that is stored.
 
         Reads only the chunks that the box touches. Raises UserError where the checkpoint lacks a part of it.
         """
         leading, places = self._index(key)
-        target = zeros(sizes, self.tensor(key).properties.dtype)
+        target = torch.empty(sizes, dtype=self.tensor(key).properties.dtype) if out is None else out
         covered = 0
         for index in itertools.product(*(range(o, o + n) for o, n in zip(offsets[:leading], sizes, strict=False))):
             for chunk in places.get(index, []):
@@ -231,7 +246,7 @@ class CheckpointReader:
                 f"{self._checkpoint}: {key} has {covered} of the {target.numel()} numbers from {list(offsets)} to"
                 f" {[o + n for o, n in zip(offsets, sizes, strict=True)]}: the checkpoint is damaged, use another one"
             )
-        return target if dtype in (None, target.dtype) else zeros(sizes, dtype).copy_(target)
+        return target
 
     def _index(self, key: str) -> tuple[int, dict[Shape, list[ChunkStorageMetadata]]]:
         """The number of leading dimensions in which every chunk is one wide (layers, experts), and the chunks by their

@@ -1,7 +1,7 @@
 """The steps of a conversion: one row of the table at one layer, as boxes to write or as Hugging Face tensors read."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,13 @@ from megatron_tsft.checkpoint.mapping import (
     Row,
     Segment,
     Shape,
+    extra_state_keys,
     megatron_shape,
     model_shapes,
     segments,
     sizes,
 )
+from megatron_tsft.checkpoint.memory import Ring
 from megatron_tsft.checkpoint.torch_dist import Box, CheckpointReader
 
 BOX_BYTES = 32 * 2**20  # tensors are written in boxes of about this size: a bound on memory, not part of the format
@@ -68,6 +70,11 @@ def expected_keys(card: ModelCard) -> dict[str, Shape]:
     return model_shapes(get_family(card.family), card.megatron_arguments, card.vocab_size, card.padded_vocab_size)
 
 
+def extra_states(card: ModelCard) -> list[str]:
+    """The keys of the `_extra_state` objects that the card's model may ask for, with local or other layers."""
+    return extra_state_keys(get_family(card.family), card.megatron_arguments)
+
+
 def hf_shapes(steps: list[Unit]) -> dict[str, Shape]:
     """Name -> shape of every Hugging Face tensor, in the order of the units."""
     return {name: shape for unit in steps for name, shape in zip(unit.names, unit.shapes, strict=True)}
@@ -84,43 +91,53 @@ def boxes_of(unit: Unit, dtype: torch.dtype, read: ReadRows) -> Iterator[Box]:
             offsets=(*unit.index, start, *(0 for _ in unit.columns)),
             sizes=(*(1 for _ in unit.index), stop - start, *unit.columns),
             dtype=dtype,
-            make=functools.partial(_fill, unit, start, stop, dtype, read),
+            fill=functools.partial(_fill, unit, start, stop, read),
         )
 
 
-def _fill(unit: Unit, start: int, stop: int, dtype: torch.dtype, read: ReadRows) -> torch.Tensor:
-    """Rows [start, stop) of the Megatron tensor at the unit's index, with leading dimensions of 1."""
-    box = torch.zeros(stop - start, *unit.columns, dtype=dtype)
+def _fill(unit: Unit, start: int, stop: int, read: ReadRows, box: torch.Tensor) -> None:
+    """Rows [start, stop) of the Megatron tensor at the unit's index, into a box with leading dimensions of 1."""
+    target = box.view(stop - start, *unit.columns)
     for segment in unit.segments:
         low, high = max(start, segment.target), min(stop, segment.target + segment.length)
-        if low < high and segment.source is not None:
+        if low >= high:
+            continue
+        if segment.source is None:
+            target[low - start : high - start] = 0
+        else:
             shift = segment.start - segment.target
-            box[low - start : high - start] = read(unit.names[segment.source], low + shift, high + shift)
-    return box.view(*(1 for _ in unit.index), *box.shape)
+            target[low - start : high - start] = read(unit.names[segment.source], low + shift, high + shift)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive rows of one Hugging Face tensor, from row `start`."""
+    """Consecutive rows of one Hugging Face tensor, from row `start`; the third piece after it takes their memory."""
 
     name: str
     start: int
     rows: torch.Tensor
 
 
-def pieces_of(unit: Unit, reader: CheckpointReader, dtypes: Mapping[str, torch.dtype] | None = None) -> Iterator[Piece]:
-    """The unit's Hugging Face tensors in the order of its names, in pieces of at most BOX_BYTES (at least one row).
+def pieces_of(
+    steps: Iterable[Unit], reader: CheckpointReader, dtypes: Mapping[str, torch.dtype] | None = None
+) -> Iterator[Piece]:
+    """The units' Hugging Face tensors in the order of their names, in pieces of at most BOX_BYTES (at least one row).
 
     dtypes: by name; None leaves the rows in the checkpoint's dtype.
     """
-    itemsize = reader.tensor(unit.row.megatron).properties.dtype.itemsize
-    per_piece = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * itemsize))
-    ones, zeros = tuple(1 for _ in unit.index), tuple(0 for _ in unit.columns)
-    for source, name in enumerate(unit.names):
-        own = sorted((s for s in unit.segments if s.source == source), key=lambda segment: segment.start)
-        for segment in own:
-            for done in range(0, segment.length, per_piece):
-                count = min(per_piece, segment.length - done)
-                offsets = (*unit.index, segment.target + done, *zeros)
-                box = reader.read(unit.row.megatron, offsets, (*ones, count, *unit.columns), dtypes and dtypes[name])
-                yield Piece(name, segment.start + done, box.view(count, *unit.columns))
+    stored, cast = Ring(), Ring()
+    for unit in steps:
+        kind = reader.tensor(unit.row.megatron).properties.dtype
+        per_piece = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * kind.itemsize))
+        ones, zeros = tuple(1 for _ in unit.index), tuple(0 for _ in unit.columns)
+        for source, name in enumerate(unit.names):
+            own = sorted((s for s in unit.segments if s.source == source), key=lambda segment: segment.start)
+            for segment in own:
+                for done in range(0, segment.length, per_piece):
+                    count = min(per_piece, segment.length - done)
+                    offsets = (*unit.index, segment.target + done, *zeros)
+                    box = stored.take((*ones, count, *unit.columns), kind)
+                    rows = reader.read(unit.row.megatron, offsets, tuple(box.shape), box).view(count, *unit.columns)
+                    if dtypes and dtypes[name] != kind:
+                        rows = cast.take(tuple(rows.shape), dtypes[name]).copy_(rows)
+                    yield Piece(name, segment.start + done, rows)

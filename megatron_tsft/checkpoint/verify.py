@@ -1,86 +1,174 @@
-"""Is a Megatron folder the same model as a Hugging Face folder? Every tensor bit by bit, and logits on a text."""
+"""Is a Megatron folder the same model as a Hugging Face folder? Every tensor, logits on a text, and the tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 from tqdm import tqdm
 
-from megatron_tsft.checkpoint.card import ModelCard
+from megatron_tsft.checkpoint.ahead import ahead
+from megatron_tsft.checkpoint.card import HF_FOLDER, ModelCard
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.logits import LogitDifference, compare_logits
-from megatron_tsft.checkpoint.mapping import Shape
-from megatron_tsft.checkpoint.tokenizer import load_tokenizer
+from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist import CheckpointReader
-from megatron_tsft.checkpoint.units import expected_keys, hf_shapes, read_unit, units
+from megatron_tsft.checkpoint.units import Piece, expected_keys, hf_shapes, pieces_of, units
 from megatron_tsft.errors import UserError
 
 MAX_POSITIONS = 1024  # tokens of the text that are compared: attention on CPU needs heads * positions^2 numbers
 LOGIT_TOLERANCE = 1e-4  # fp32 on both sides, relative to max(1, largest |logit|)
+TEXT = """The planet turns once in 24 hours, so the sun seems to rise at 06:12 and to set at 17:58.
+How far is 3.5 miles? It is 3.5 * 1.609 = 5.63 kilometres; a runner needs about 28 minutes.
+"Is that fast?" she asked. — Not really!
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+Der Fluß ist 1.233 km lang. L'été dernier, nous avons marché jusqu'à la mer. 今日は天気がいいですね。
+Спасибо за помощь! 🙂
+"""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """tensors: how many were compared bit by bit. different: those that differ. logits: None without a text."""
+    """tensors: how many were compared. different: those that differ. rounded: those that agree once the checkpoint's
+    numbers are rounded to the file's dtype. logits: None where they were not compared, and why_no_logits says why.
+    tokenizer: what is wrong with it ("" for nothing), None where neither folder has one."""
 
     tensors: int
     different: list[str]
     logits: LogitDifference | None
+    rounded: list[str] = field(default_factory=list)
+    why_no_logits: str = ""
+    tokenizer: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Every bit is the same and, where a text was given, so are the logits within LOGIT_TOLERANCE."""
+        """Every tensor agrees, the tokenizers do, and the logits, where compared, are within LOGIT_TOLERANCE."""
         close = self.logits is None or self.logits.max_difference <= LOGIT_TOLERANCE * max(1.0, self.logits.max_logit)
-        return not self.different and close
+        return not self.different and close and not self.tokenizer
+
+    @property
+    def summary(self) -> str:
+        """Everything in one line."""
+        parts = [f"{self.tensors - len(self.different) - len(self.rounded)} of {self.tensors} tensors are identical"]
+        if self.rounded:
+            parts[0] += f", {len(self.rounded)} after rounding to the file's dtype"
+        if self.logits is None:
+            parts.append(f"logits not compared ({self.why_no_logits})")
+        else:
+            it = self.logits
+            worst = max(range(len(it.layers)), key=lambda layer: it.layers[layer])
+            parts.append(
+                f"logits at {it.positions} positions differ by at most {it.max_difference:.1e} (largest"
+                f" {it.max_logit:.1f}), same argmax at {100 * it.argmax_agreement:.2f}%, worst layer {worst + 1} of"
+                f" {len(it.layers)}: {it.layers[worst]:.1e}"
+            )
+        parts.append({None: "no tokenizer", "": "same tokenizer"}.get(self.tokenizer, f"tokenizer: {self.tokenizer}"))
+        return f"the models {'agree' if self.passed else 'DIFFER'}: {'; '.join(parts)}"
 
 
 def verify(
-    hf_dir: Path | str, megatron_dir: Path | str, text_file: Path | str | None = None, *, progress: bool = True
+    hf_dir: Path | str,
+    megatron_dir: Path | str,
+    text_file: Path | str | None = None,
+    *,
+    iteration: int | None = None,
+    weights_only: bool = False,
+    progress: bool = True,
 ) -> Verification:
-    """Compare the latest checkpoint of `megatron_dir` with `hf_dir`: tensors one at a time, and logits on `text_file`.
+    """Compare a checkpoint of `megatron_dir` with `hf_dir`: tensors in a stream, then logits on a text.
 
-    Logits need both models in memory as fp32; without a text only tensors are compared.
+    text_file: None takes a short text of ours (random tokens where the folder has no tokenizer). Logits need the model
+    in memory as fp32; where it does not fit, a given text is an error, ours is left out. iteration: None is the latest.
 
     Raises:
-        UserError: one of the folders is incomplete, or the checkpoint does not fit its card.
+        UserError: one of the folders is incomplete, the checkpoint does not fit its card, or the memory does not
+            suffice for the given text.
     """
     hf_dir, megatron_dir = Path(hf_dir), Path(megatron_dir)
-    card, checkpoint = ModelCard.load(megatron_dir), latest_checkpoint(megatron_dir)
+    card, checkpoint = ModelCard.load(megatron_dir), latest_checkpoint(megatron_dir, iteration)
     compare_keys(expected_keys(card), checkpoint)
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir} does not exist: name a local Hugging Face folder")
     weights, reader, steps = HfWeights(hf_dir), CheckpointReader(checkpoint), units(card)
     names = hf_shapes(steps)
     check_tensors(weights, names, tied_copy="lm_head.weight" if card.tied else None)
-    different = []
     total = sum(weights.tensors[name].bytes for name in names)
+    parameters = sum(torch.Size(shape).numel() for shape in names.values())
+    input_ids, why = None, "only the weights were asked for"
+    if not weights_only:
+        input_ids = _tokens(hf_dir, None if text_file is None else Path(text_file), card)
+        why = _too_large(parameters, input_ids, card)
+        if why and text_file is not None:
+            raise UserError(f"{why}: leave --text out, or use a machine with more memory")
+    tokenizer = _compare_tokenizers(hf_dir, megatron_dir / HF_FOLDER, card)
+    unequal: dict[str, bool] = {}  # name -> whether rounding explains all of it
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
-        for unit in steps:
-            for name, ours in zip(unit.names, read_unit(reader, unit), strict=True):
-                if not _same_bits(ours, weights, name, names[name]):
-                    different.append(name)
-                bar.update(weights.tensors[name].bytes)
+        for piece in ahead(pieces_of(steps, reader)):
+            theirs = weights.read(piece.name, piece.start, piece.start + len(piece.rows))
+            same, exact = _compare(piece, theirs)
+            if not exact:
+                unequal[piece.name] = same and unequal.get(piece.name, True)
+            bar.update(theirs.nbytes)
+    different, rounded = ([name for name, same in unequal.items() if same is kind] for kind in (False, True))
     logits = None
-    if text_file is not None:
-        logits = compare_logits(hf_dir, megatron_dir, _tokens(hf_dir, Path(text_file), card))
-    return Verification(len(names), different, logits)
+    if input_ids is not None and not why:
+        kinds = {weights.tensors[name].dtype for name in names}
+        to = next(iter(kinds)) if rounded and len(kinds) == 1 else None
+        logits = compare_logits(hf_dir, megatron_dir, input_ids, iteration=iteration, rounded_to=to)
+    return Verification(len(names), different, logits, rounded, why, tokenizer)
 
 
-def _same_bits(ours: torch.Tensor, weights: HfWeights, name: str, shape: Shape) -> bool:
-    """Whether the checkpoint's tensor is the file's bit by bit (a key may be stored wider than one of its tensors)."""
-    theirs = weights.read(name, 0, shape[0])
-    exact = theirs.dtype == ours.dtype or torch.equal(ours.to(theirs.dtype).to(ours.dtype), ours)
-    return exact and torch.equal(ours.to(theirs.dtype).view(torch.uint8), theirs.contiguous().view(torch.uint8))
+def _compare(piece: Piece, theirs: torch.Tensor) -> tuple[bool, bool]:
+    """(the same bits in the file's dtype, and nothing was rounded for it); a key may be stored wider than its file."""
+    ours = piece.rows.to(theirs.dtype)
+    same = torch.equal(ours.view(torch.uint8), theirs.contiguous().view(torch.uint8))
+    exact = theirs.dtype == piece.rows.dtype or torch.equal(ours.to(piece.rows.dtype), piece.rows)
+    return same, same and exact
 
 
-def _tokens(hf_dir: Path, text_file: Path, card: ModelCard) -> torch.Tensor:
+def _too_large(parameters: int, input_ids: torch.Tensor, card: ModelCard) -> str:
+    """Why the logits cannot be computed here, or ""."""
+    length, arguments = input_ids.shape[1], card.megatron_arguments
+    attention = 3 * arguments["num_attention_heads"] * length * length
+    needed = 4 * (parameters + 3 * length * card.padded_vocab_size + attention)
+    free = psutil.virtual_memory().available
+    if needed < free:
+        return ""
+    return f"the model in fp32 needs {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+
+
+def _tokens(hf_dir: Path, text_file: Path | None, card: ModelCard) -> torch.Tensor:
     """The first tokens of the text: [1, s] int64."""
-    if not text_file.is_file():
-        raise UserError(f"{text_file} does not exist: name a text file")
-    ids = load_tokenizer(hf_dir)(text_file.read_text(encoding="utf-8"))["input_ids"]
     limit = min(MAX_POSITIONS, card.megatron_arguments["max_position_embeddings"])
+    if text_file is None and not has_tokenizer(hf_dir):
+        return torch.randint(card.vocab_size, (1, min(limit, 256)), generator=torch.Generator().manual_seed(0))
+    if text_file is not None and not text_file.is_file():
+        raise UserError(f"{text_file} does not exist: name a text file")
+    text = TEXT if text_file is None else text_file.read_text(encoding="utf-8")
+    ids = load_tokenizer(hf_dir)(text)["input_ids"]
     if len(ids) < 2:
         raise UserError(f"{text_file} has {len(ids)} tokens: give a longer text")
     return torch.tensor([ids[:limit]])
+
+
+def _compare_tokenizers(hf_dir: Path, side_files: Path, card: ModelCard) -> str | None:
+    """What differs between the two folders' tokenizers: "" for nothing, None where neither has one."""
+    if not has_tokenizer(hf_dir) and card.tokenizer_fingerprint is None:
+        return None
+    for folder in (hf_dir, side_files):
+        if not has_tokenizer(folder):
+            return f"{folder} has none"
+    theirs, ours = load_tokenizer(hf_dir), load_tokenizer(side_files)
+    if tokenizer_fingerprint(ours) != card.tokenizer_fingerprint:
+        return f"{side_files} has another one than the model card"
+    ids = theirs(TEXT)["input_ids"]
+    if tokenizer_fingerprint(theirs) != card.tokenizer_fingerprint or ours(TEXT)["input_ids"] != ids:
+        return "other tokens for the same text"
+    if ours.decode(ids) != theirs.decode(ids):
+        return "another text for the same tokens"
+    return "" if ours.chat_template == theirs.chat_template else "another chat template"

@@ -37,6 +37,12 @@ class CudaToCpu(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizers pick parameters by the string 'torch.cuda.FloatTensor' (core/optimizer/optimizer.py)
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.distributed.all_to_all_single:
+            # Megatron's expert dispatcher makes numbers of the sizes only where it copies them from a GPU
+            # (core/transformer/moe/moe_utils.py, maybe_move_tensor_to_cpu)
+            for name in ("output_split_sizes", "input_split_sizes"):
+                if isinstance(kwargs.get(name), torch.Tensor):
+                    kwargs[name] = kwargs[name].tolist()
         if is_cuda(kwargs.get("device")):
             kwargs["device"] = CPU
         if func is torch.Tensor.to and len(args) > 1 and is_cuda(args[1]):

@@ -55,7 +55,7 @@ def load_mapped_rows(teacher: Any, checkpoint: Path, vocabulary: TeacherVocabula
         values = torch.zeros(weight.shape, dtype=weight.dtype)
         for start in range(0, vocabulary.size, ROWS):
             count = min(ROWS, vocabulary.size - start)
-            part = reader.read(key, (start, 0), (count, weight.shape[1]), weight.dtype)
+            part = reader.read(key, (start, 0), (count, weight.shape[1])).to(weight.dtype)
             here = (rows >= start) & (rows < start + count)
             values[here] = part[rows[here] - start]
         with torch.no_grad():

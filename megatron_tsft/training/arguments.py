@@ -160,6 +160,12 @@ def refuse_flags(given: dict[str, Any]) -> None:
                 raise UserError(f"{flag} {given[name]} needs Transformer Engine, which is not installed here")
 
 
+def uses_engine(given: dict[str, Any], device: str) -> bool:
+    """Whether the layers are Transformer Engine's: Megatron's default, unless it is not installed."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    return given.get("transformer_impl", "local" if device == "cpu" or not installed else "") != "local"
+
+
 def check_fused_head(config: TsftConfig, given: dict[str, Any]) -> None:
     """Raise UserError for a flag that makes another output layer than the one --tsft-fuse-head takes over."""
     if not config.fuse_head:
@@ -184,6 +190,7 @@ def defaults_for(card: ModelCard, config: TsftConfig, device: str, given: dict[s
     values = EVERY_RUN | card.megatron_arguments
     if card.megatron_arguments.get("num_experts"):
         values |= EXPERTS
+        values["sequence_parallel"] = given.get(TP, 1) > 1  # Megatron trains experts on tensor-parallel ranks only so
     if device == "cpu":
         values |= ON_CPU
     else:

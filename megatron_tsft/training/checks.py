@@ -11,7 +11,7 @@ from megatron_tsft import objectives
 from megatron_tsft.checkpoint.card import CARD_FILE, ModelCard
 from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint, read_metadata
 from megatron_tsft.checkpoint.keys import compare_keys
-from megatron_tsft.checkpoint.units import expected_keys
+from megatron_tsft.checkpoint.units import expected_keys, extra_states
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.loss import TeacherTopK, q_target_cross_entropy
@@ -66,6 +66,11 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
         raise UserError(f"{world_size} processes are not a multiple of tensor {tp} x pipeline {pp}: start {tp * pp}")
     micro, dp = given["micro_batch_size"], world_size // (tp * pp)
     batch = given.get("global_batch_size", micro * dp)
+    parallel, experts = given.get("expert_model_parallel_size", 1), model.get("num_experts", 0)
+    if parallel > 1 and (not experts or experts % parallel):
+        raise UserError(
+            f"--expert-model-parallel-size {parallel} does not divide the model's {experts} experts: use a divisor of it"
+        )
     if batch % (micro * dp):
         raise UserError(
             f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x {dp} data-parallel ranks"
@@ -180,14 +185,15 @@ def resumes(given: Mapping[str, Any]) -> bool:
     return bool(save) and load != save and (Path(save) / TRACKER).is_file()
 
 
-def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, Any]) -> Path:
+def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, Any], *, engine: bool) -> Path:
     """Compare the weights that will be loaded with the model, key by key; returns the base checkpoint's folder.
 
-    Megatron itself loads a checkpoint that lacks keys of the model and reports success.
+    Megatron itself loads a checkpoint that lacks keys of the model and reports success. engine: the layers are
+    Transformer Engine's.
 
     Raises:
-        UserError: --load finds nothing, or a checkpoint is incomplete, without the optimizer state to resume from, or
-            another model's.
+        UserError: --load finds nothing, or a checkpoint is incomplete, without the optimizer state to resume from,
+            saved by local layers and wanted by Transformer Engine's, or another model's.
     """
     base = latest_checkpoint(config.model)
     compare_keys(expected_keys(card), base)
@@ -206,6 +212,14 @@ def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, A
         compare_keys(expected_keys(card), latest)
         fresh = not resuming and (given.get("finetune") or given.get("no_load_optim"))
         keys = read_metadata(latest).state_dict_metadata
+        asked = [key for key in extra_states(card) if "layernorm._extra_state" in key] if engine else []
+        lacking = [key for key in asked if key not in keys]
+        if lacking:  # Megatron would stop at the first of them; the other way round it loads
+            raise UserError(
+                f"{latest} was saved by Megatron's local layers and lacks what Transformer Engine's ask for (e.g."
+                f" {lacking[0]}): pass --transformer-impl local, or export it with tools/convert_checkpoint.py and"
+                " import that (the optimizer's state stays behind)"
+            )
         if (
             latest.name != "release"
             and not fresh

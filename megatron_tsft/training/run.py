@@ -60,7 +60,7 @@ def run(argv: Sequence[str], device: str) -> None:
         checks.check_data(data, card)
     explicit = bool({"tsft_objective", "tsft_args"} & given.keys())
     plan = checks.load_objectives(config, sources, train, evaluation, explicit)
-    base = checks.check_checkpoints(config, card, given)
+    base = checks.check_checkpoints(config, card, given, engine=arguments.uses_engine(given, device))
     datasets = Datasets(
         train,
         [source.share for source in sources],

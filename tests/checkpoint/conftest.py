@@ -31,6 +31,36 @@ TINY = {
     "tie_word_embeddings": False,
 }
 
+FAMILIES: dict[str, dict[str, Any]] = {  # arguments of make_hf, below
+    "llama2: no groups": {"num_key_value_heads": 8},
+    "llama3.1: scaled rope": {"rope_factor": 8.0, "shard": "60KB"},
+    "llama3.2: scaled rope, tied": {"rope_factor": 32.0, "tie_word_embeddings": True},
+    "mistral": {"architecture": "MistralForCausalLM", "sliding_window": None},
+    "qwen2: biases": {"architecture": "Qwen2ForCausalLM", "head_dim": 8, "rms_norm_eps": 1e-6},
+    "qwen2.5: biases, tied": {"architecture": "Qwen2ForCausalLM", "head_dim": 8, "tie_word_embeddings": True},
+    "qwen3: norms, head size": {"architecture": "Qwen3ForCausalLM", "head_dim": 24},
+    "qwen3-moe": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "qwen3-moe: softmax over all experts": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": False,
+    },
+    "mixtral": {
+        "architecture": "MixtralForCausalLM",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}
+
 
 def save_tokenizer(folder: Path) -> None:
     """A word-level tokenizer of ten words with a chat template."""

@@ -34,13 +34,13 @@ def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) ->
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_tsft.checkpoint.logits import SAME_NAME
+    from megatron_tsft.checkpoint.megatron_model import FIELDS
 
     parallel_state.initialize_model_parallel(tp, pp)
     card = ModelCard.load(source)
     arguments = card.megatron_arguments
     config = TransformerConfig(
-        **{name: arguments[name] for name in SAME_NAME},
+        **{field: arguments[name] for name, field in FIELDS.items()},
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         use_cpu_initialization=True,

@@ -133,7 +133,7 @@ def test_a_damaged_tokenizer(make_hf: Make, tmp_path: Path) -> None:
 def test_no_space_on_the_disk(make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    refused(make_hf(), tmp_path / "megatron", "0.0 GB free")
+    refused(make_hf(), tmp_path / "megatron", "0.00 GB free")
 
 
 def test_only_folders_of_ours_are_overwritten(make_hf: Make, tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_cards(make_hf: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="belongs to another model"):
         copy_card(tmp_path / "b", save)
     (save / "tsft_model.json").write_text('{"format_version": 99}')
-    with pytest.raises(UserError, match="format version 99, not 1"):
+    with pytest.raises(UserError, match="format version 99, not 2"):
         ModelCard.load(save)
 
 

@@ -1,24 +1,24 @@
-"""Megatron's own GPTModel, loaded by Megatron's own loader, computes the logits of transformers."""
+"""Megatron's own GPTModel, loaded by Megatron's own loader, computes the logits of transformers: every family."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from megatron_tsft.checkpoint import families
-from megatron_tsft.checkpoint.architecture import decoder_arguments, rope_arguments
 from megatron_tsft.checkpoint.convert import export_hf, import_hf
-from megatron_tsft.checkpoint.families.llama import FAMILY as LLAMA
-from megatron_tsft.checkpoint.families.llama import KEY_VALUE, LAYER, QUERY
 from megatron_tsft.checkpoint.logits import compare_logits, difference, hf_logits, megatron_logits
-from megatron_tsft.checkpoint.mapping import Family, Row, Source
+from megatron_tsft.checkpoint.megatron_model import Layout
 from megatron_tsft.checkpoint.verify import verify
+from megatron_tsft.errors import UserError
+from tests.checkpoint.conftest import FAMILIES
 from tests.ranks import run_ranks
 
 Make = Callable[..., Path]
 Same = Callable[[Path, Path], None]
+
+LAYOUTS = {"tp2": Layout(tensor=2), "pp2": Layout(pipeline=2), "ep2": Layout(expert=2)}
+POSITIONS = 3072  # dozens would not exercise rope: only wavelengths above 2048 positions are scaled
 
 
 def random_ids(length: int) -> torch.Tensor:
@@ -26,107 +26,111 @@ def random_ids(length: int) -> torch.Tensor:
     return torch.randint(1003, (1, length), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # Megatron casts bf16 files as it loads
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_logits_are_those_of_transformers(tied: bool, dtype: torch.dtype, make_hf: Make, tmp_path: Path) -> None:
-    source = make_hf(tie_word_embeddings=tied, dtype=dtype)
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Within 1e-5 of the largest logit, at every position."""
+    result = difference(ours, theirs)
+    assert result.max_difference < 1e-5 * max(1.0, result.max_logit), result
+    assert result.max_logit > 1 and result.positions == theirs.shape[:-1].numel()
+
+
+def rank_logits(_: int, folder: Path, ids: torch.Tensor, layout: Layout) -> torch.Tensor:
+    return megatron_logits(folder, ids, layout)
+
+
+@pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES.keys())
+def test_every_family_in_every_layout(case: dict, make_hf: Make, assert_same_tensors: Same, tmp_path: Path) -> None:
+    source = make_hf(**case, num_attention_heads=8, num_hidden_layers=2)
+    megatron = tmp_path / "megatron"
+    card = import_hf(source, megatron, progress=False)
+    export_hf(megatron, tmp_path / "back", progress=False)
+    assert_same_tensors(source, tmp_path / "back")
+    ids = random_ids(POSITIONS)
+    theirs = hf_logits(source, ids)
+    close(megatron_logits(megatron, ids), theirs)
+    experts = "num_experts" in card.megatron_arguments
+    for layout in (layout for name, layout in LAYOUTS.items() if experts or name != "ep2"):
+        for logits in run_ranks(2, rank_logits, megatron, ids, layout):
+            close(logits, theirs)
+
+
+def test_without_its_scaling_a_model_is_another_one(make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf(rope_factor=32.0, num_hidden_layers=2)
     import_hf(source, tmp_path / "megatron", progress=False)
-    result = compare_logits(source, tmp_path / "megatron", random_ids(64))
-    assert result.max_difference < 1e-4 and result.argmax_agreement == 1.0
-    assert result.max_logit > 1 and result.positions == 64
-
-
-def rank_logits(_: int, folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    return megatron_logits(folder, ids)
-
-
-def test_rope_scaling_at_3072_positions_on_one_rank_and_on_two(make_hf: Make, tmp_path: Path) -> None:
-    # dozens of positions would not exercise the scaling: only wavelengths above 2048 positions are scaled
-    source = make_hf(rope_factor=32.0, num_attention_heads=4, num_hidden_layers=2)
-    import_hf(source, tmp_path / "megatron", progress=False)
-    ids = random_ids(3072)
-    theirs, ours = hf_logits(source, ids), megatron_logits(tmp_path / "megatron", ids)
-    for logits in (ours, *run_ranks(2, rank_logits, tmp_path / "megatron", ids)):
-        result = difference(logits, theirs)
-        assert result.max_difference < 1e-4 and result.argmax_agreement == 1.0 and result.positions == 3072
-    without = megatron_logits(tmp_path / "megatron", ids, rope_scaling=False)
+    ids = random_ids(POSITIONS)
+    ours, without = (megatron_logits(tmp_path / "megatron", ids, rope_scaling=scaled) for scaled in (True, False))
     assert (ours - without).abs().max() > 0.1
 
 
-def test_tensor_parallel_ranks_may_share_a_key_value_head_and_pad_the_vocabulary_more(
-    make_hf: Make, tmp_path: Path
-) -> None:
+def test_bf16_files_give_the_logits_of_their_numbers(make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf(dtype=torch.bfloat16)  # Megatron casts as it loads
+    import_hf(source, tmp_path / "megatron", progress=False)
+    result = compare_logits(source, tmp_path / "megatron", random_ids(64))
+    assert result.max_difference < 1e-5 * result.max_logit and result.argmax_agreement == 1.0
+    assert len(result.layers) == 3 and max(result.layers) < 1e-5
+
+
+def test_ranks_may_share_a_key_value_head_and_pad_the_vocabulary_more(make_hf: Make, tmp_path: Path) -> None:
     source = make_hf(num_key_value_heads=1, vocab_size=1100)  # padded to 1152 in the checkpoint, to 1280 at TP 2
     import_hf(source, tmp_path / "megatron", progress=False)
     ids = random_ids(64)
-    for logits in run_ranks(2, rank_logits, tmp_path / "megatron", ids):
+    for logits in run_ranks(2, rank_logits, tmp_path / "megatron", ids, LAYOUTS["tp2"]):
         assert logits.shape == (1, 64, 1100)
-        assert difference(logits, hf_logits(source, ids)).max_difference < 1e-4
+        close(logits, hf_logits(source, ids))
 
 
-def test_verify_compares_logits_on_a_text(make_hf: Make, tmp_path: Path) -> None:
+def test_verify_compares_logits_and_tokenizers(make_hf: Make, tmp_path: Path) -> None:
     source, text = make_hf(tokenizer=True), tmp_path / "text.txt"
     text.write_text("one and two is three " * 10)
-    import_hf(source, tmp_path / "megatron", progress=False)
-    result = verify(source, tmp_path / "megatron", text, progress=False)
+    megatron = tmp_path / "megatron"
+    import_hf(source, megatron, progress=False)
+    result = verify(source, megatron, text, progress=False)
     assert result.passed and result.logits is not None and result.logits.positions == 50
+    assert result.tokenizer == "" and "same argmax at 100.00%, worst layer" in result.summary
+    assert verify(source, megatron, progress=False).logits is not None  # a text of our own
+    only = verify(source, megatron, weights_only=True, progress=False)
+    assert only.passed and only.logits is None and "only the weights" in only.summary
+    template = source / "chat_template.jinja"
+    template.write_text(template.read_text() + "!")
+    result = verify(source, megatron, progress=False)
+    assert not result.passed and "the models DIFFER" in result.summary and "another chat template" in result.summary
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer_config.json").unlink()
+    result = verify(source, megatron, progress=False)
+    assert not result.passed and f"{source} has none" in result.summary
 
 
-def biased_arguments(config: Any) -> tuple[dict[str, Any], float | None]:
-    rope, factor = rope_arguments(config)
-    return decoder_arguments(config) | rope | {"add_qkv_bias": True}, factor
+def test_verify_names_the_layer_where_the_models_part(make_hf: Make, tmp_path: Path) -> None:
+    import json
 
-
-def normed_arguments(config: Any) -> tuple[dict[str, Any], float | None]:
-    rope, factor = rope_arguments(config)
-    return decoder_arguments(config) | rope | {"qk_layernorm": True}, factor
-
-
-BIAS = Row(
-    "decoder.layers.self_attention.linear_qkv.bias",
-    "qkv",
-    (
-        Source(LAYER + "self_attn.q_proj.bias", (QUERY,)),
-        Source(LAYER + "self_attn.k_proj.bias", (KEY_VALUE,)),
-        Source(LAYER + "self_attn.v_proj.bias", (KEY_VALUE,)),
-    ),
-    when="add_qkv_bias",
-)
-NORMS = tuple(
-    Row(
-        f"decoder.layers.self_attention.{letter}_layernorm.weight",
-        "plain",
-        (Source(LAYER + f"self_attn.{letter}_norm.weight", ("kv_channels",)),),
-        when="qk_layernorm",
-    )
-    for letter in "qk"
-)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "arguments"), [("Qwen2ForCausalLM", biased_arguments), ("Qwen3ForCausalLM", normed_arguments)]
-)
-def test_a_new_family_is_data(
-    architecture: str,
-    arguments: Callable[[Any], tuple[dict[str, Any], float | None]],
-    make_hf: Make,
-    assert_same_tensors: Same,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Bias on qkv and norms on query and key are rows of a table; converter and verification stay as they are."""
-    family = Family(
-        name="new",
-        architectures=(architecture,),
-        arguments=arguments,
-        rows=(*LLAMA.rows, BIAS, *NORMS),
-        ignored=(),
-        extra_states=LLAMA.extra_states,
-    )
-    monkeypatch.setattr(families, "families", lambda: {"new": family})
-    source = make_hf(architecture, head_dim=8)
+    source = make_hf()
     import_hf(source, tmp_path / "megatron", progress=False)
-    result = compare_logits(source, tmp_path / "megatron", random_ids(64))
-    assert result.max_difference < 1e-4 and result.argmax_agreement == 1.0
-    export_hf(tmp_path / "megatron", tmp_path / "back", progress=False)
-    assert_same_tensors(source, tmp_path / "back")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))  # the weights stay the same
+    result = verify(source, tmp_path / "megatron", progress=False)
+    assert not result.passed and not result.different and result.tokenizer is None
+    assert result.logits is not None and min(result.logits.layers) > 1e-3 and result.logits.positions == 256
+    assert "of 3: " in result.summary and "no tokenizer" in result.summary
+
+
+def test_verify_of_a_rounded_export(make_hf: Make, tmp_path: Path) -> None:
+    """Weights in fp32, as a run on CPU saves them, against their export in bf16."""
+    import_hf(make_hf(), tmp_path / "megatron", progress=False)
+    export_hf(tmp_path / "megatron", tmp_path / "back", dtype="bf16", progress=False)
+    result = verify(tmp_path / "back", tmp_path / "megatron", progress=False)
+    assert result.passed and len(result.rounded) == 30 and not result.different
+    assert "30 after rounding to the file's dtype" in result.summary
+
+
+def test_verify_without_the_memory(make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    source = make_hf(tokenizer=True)
+    import_hf(source, tmp_path / "megatron", progress=False)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
+    result = verify(source, tmp_path / "megatron", progress=False)
+    assert result.passed and result.logits is None and "GB of memory, 0 GB are free" in result.summary
+    text = tmp_path / "text.txt"
+    text.write_text("one and two")
+    with pytest.raises(UserError, match="leave --text out, or use a machine with more memory"):
+        verify(source, tmp_path / "megatron", text, progress=False)

@@ -54,7 +54,7 @@ def write_model(folder: Path) -> int:
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(str(folder))
-    arguments, _ = FAMILY.arguments(config)
+    arguments = FAMILY.arguments(config)
     shapes: dict[str, Shape] = {}
     for row in FAMILY.active_rows(arguments):
         for index in row.indices(arguments):

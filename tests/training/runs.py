@@ -104,20 +104,19 @@ def make_tokenizer() -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT_TEMPLATE, **special)
 
 
-def make_hf(folder: Path, **overrides: Any) -> Path:
-    """A random Llama with peaked predictions and a word-level tokenizer, as a Hugging Face folder."""
+def make_hf(folder: Path, architecture: str = "LlamaForCausalLM", **overrides: Any) -> Path:
+    """A random model (a Llama unless told otherwise) with peaked predictions and a word-level tokenizer, as a Hugging
+    Face folder."""
     import transformers
 
-    return _save(transformers.LlamaForCausalLM(transformers.LlamaConfig(**(MODEL | overrides))), folder)
+    config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**(MODEL | overrides))
+    return _save(getattr(transformers, architecture)(config), folder)
 
 
 def make_moe(folder: Path) -> Path:
     """The same with four experts, two a token: Qwen3-MoE."""
-    import transformers
-
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
-    config = transformers.Qwen3MoeConfig(**(MODEL | experts), decoder_sparse_step=1, mlp_only_layers=[])
-    return _save(transformers.Qwen3MoeForCausalLM(config), folder)
+    return make_hf(folder, "Qwen3MoeForCausalLM", **experts, decoder_sparse_step=1, mlp_only_layers=[])
 
 
 def _save(model: Any, folder: Path) -> Path:

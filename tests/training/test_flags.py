@@ -34,6 +34,11 @@ CASES = {
     "refused by name": (1, "--full-validation --tsft-args eta=0", ["--full-validation", "--tsft-eval-data"]),
     "Megatron's data": (1, "--mock-data --tsft-args eta=0", ["--mock-data", "--tsft-data"]),
     "fp8 without Transformer Engine": (1, "--fp8-format hybrid --bf16 --tsft-args eta=0", ["Transformer Engine"]),
+    "Transformer Engine without it": (
+        1,
+        "--transformer-impl transformer_engine --tsft-args eta=0",
+        ["--transformer-impl transformer_engine", "not installed"],
+    ),
     "a head of another kind": (
         1,
         "--tsft-fuse-head --use-megatron-fsdp --tsft-args eta=0",

@@ -30,7 +30,7 @@ def weights(save: Path, step: int) -> dict[str, bytes]:
     found = {}
     for key, value in reader.metadata.state_dict_metadata.items():
         if hasattr(value, "size"):
-            whole = reader.read(key, (0,) * len(value.size), tuple(value.size), value.properties.dtype)
+            whole = reader.read(key, (0,) * len(value.size), tuple(value.size))
             found[key] = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
     return found
 

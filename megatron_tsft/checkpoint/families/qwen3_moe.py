@@ -12,9 +12,7 @@ def arguments(config: Any) -> dict[str, Any]:
     refuse(config, "attention_bias", (None, False), "Qwen3's also has one on the output projection: not supported")
     refuse(config, "decoder_sparse_step", (1,), "dense layers between sparse ones are not supported")
     refuse(config, "mlp_only_layers", (None, []), "dense layers between sparse ones are not supported")
-    experts = expert_arguments(
-        config, config.num_experts, config.moe_intermediate_size, renormalised=config.norm_topk_prob
-    )
+    experts = expert_arguments(config, "num_experts", config.moe_intermediate_size, renormalised=config.norm_topk_prob)
     return decoder_arguments(config) | experts | {"qk_layernorm": True}
 
 
