@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables of docs/objectives.md and docs/flags.md again, from the catalogue and from the flags themselves."""
+"""Write the generated parts of docs/ again: objectives, flags and model families, each from its one source."""
 
 import argparse
 import sys
@@ -7,6 +7,8 @@ from pathlib import Path
 
 from megatron_tsft import objectives
 from megatron_tsft.atomic import write_text
+from megatron_tsft.checkpoint.families import families, qwen3
+from megatron_tsft.checkpoint.refused import REFUSED
 from megatron_tsft.objectives import Row
 from megatron_tsft.training.config import docs_table
 
@@ -49,7 +51,26 @@ def objectives_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"objectives.md": objectives_table, "flags.md": docs_table}
+def families_table() -> str:
+    """One line a family, served or refused."""
+    lines = ["| `architectures` in config.json | which models |", "|---|---|"]
+    for family in families().values():
+        lines.append(f"| {', '.join(f'`{name}`' for name in family.architectures)} | {family.models} |")
+    lines += [f"| `{name}` | refused: {reason} |" for name, reason in REFUSED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def family_file() -> str:
+    """The file that the page about families walks through."""
+    return f"```python\n{Path(qwen3.__file__).read_text(encoding='utf-8')}```\n"
+
+
+TABLES = {
+    "objectives.md": objectives_table,
+    "flags.md": docs_table,
+    "checkpoints.md": families_table,
+    "adding_a_model_family.md": family_file,
+}
 
 
 def page(name: str) -> tuple[Path, str, str]:

@@ -80,13 +80,15 @@ class Segment:
 class Family:
     """Everything that the converter knows about one family of models.
 
-    architectures: the names of `config.architectures` that it serves. arguments: Hugging Face config -> Megatron
-    arguments by argparse destination; raises UserError for what Megatron cannot express. rows: the table.
-    extra_states: Megatron modules whose `_extra_state` object a model asks for, each with its leading placeholders.
+    architectures: the names of `config.architectures` that it serves. models: which those are, for the docs. arguments:
+    Hugging Face config -> Megatron arguments by argparse destination; raises UserError for what Megatron cannot
+    express. rows: the table. extra_states: Megatron modules whose `_extra_state` object a model asks for, each with its
+    leading placeholders.
     """
 
     name: str
     architectures: tuple[str, ...]
+    models: str
     arguments: Callable[[Any], dict[str, Any]]
     rows: tuple[Row, ...]
     extra_states: tuple[tuple[str, tuple[str, ...]], ...]

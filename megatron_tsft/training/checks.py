@@ -69,7 +69,7 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
     parallel, experts = given.get("expert_model_parallel_size", 1), model.get("num_experts", 0)
     if parallel > 1 and (not experts or experts % parallel):
         raise UserError(
-            f"--expert-model-parallel-size {parallel} does not divide the model's {experts} experts: use a divisor of it"
+            f"--expert-model-parallel-size {parallel} does not divide the model's {experts} experts: use a divisor"
         )
     if batch % (micro * dp):
         raise UserError(

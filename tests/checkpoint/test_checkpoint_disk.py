@@ -89,7 +89,7 @@ def test_a_disk_that_is_full_at_any_moment(kind: str, make_hf: Callable[..., Pat
 
     status, error, names = report["too small"]
     assert status == 2 and names == []
-    assert error.startswith(f"error: {disk} has 0.0 GB free, new needs ") and error.count("\n") == 1
+    assert error.startswith(f"error: {disk} has 0.00 GB free, new needs ") and error.count("\n") == 1
     assert report["alone"] == [0, "", ["new"]]
     assert len(report["filling up"]) > 20
     assert report["just enough"] == [0, "", ["new"]]

@@ -44,6 +44,6 @@ def family_of(config: Any) -> Family:
             return family
     reason = REFUSED.get(architectures[0] if architectures else "")
     if reason:
-        raise UserError(f"{architectures[0]} is not supported, Megatron would compute another model: {reason}")
+        raise UserError(f"{architectures[0]} is not supported: {reason}")
     served = ", ".join(sorted(name for family in known for name in family.architectures))
     raise UserError(f"config.json says architectures={architectures}: this converter serves {served}")

@@ -18,6 +18,7 @@ def arguments(config: Any) -> dict[str, Any]:
 FAMILY = Family(
     name="llama",
     architectures=("LlamaForCausalLM",),
+    models="Llama 2, 3, 3.1, 3.2, 3.3, SmolLM2 and others of that shape",
     arguments=arguments,
     rows=rows.decoder(rows.SELF_ATTENTION, rows.DENSE_MLP),
     extra_states=rows.DENSE_STATES,

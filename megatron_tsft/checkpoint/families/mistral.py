@@ -7,6 +7,7 @@ from megatron_tsft.checkpoint.mapping import Family
 FAMILY = Family(
     name="mistral",
     architectures=("MistralForCausalLM",),
+    models="Mistral 7B from v0.2 on, Nemo, Small; not with a sliding window",
     arguments=decoder_arguments,
     rows=rows.decoder(rows.SELF_ATTENTION, rows.DENSE_MLP),
     extra_states=rows.DENSE_STATES,

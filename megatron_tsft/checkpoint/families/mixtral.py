@@ -17,6 +17,7 @@ def arguments(config: Any) -> dict[str, Any]:
 FAMILY = Family(
     name="mixtral",
     architectures=("MixtralForCausalLM",),
+    models="Mixtral 8x7B, 8x22B",
     arguments=arguments,
     rows=rows.decoder(rows.SELF_ATTENTION, rows.expert_mlp("block_sparse_moe", "w1", "w3", "w2")),
     extra_states=rows.EXPERT_STATES,

@@ -15,6 +15,7 @@ def arguments(config: Any) -> dict[str, Any]:
 FAMILY = Family(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
+    models="Qwen2, Qwen2.5",
     arguments=arguments,
     rows=rows.decoder(rows.SELF_ATTENTION, rows.QKV_BIAS, rows.DENSE_MLP),
     extra_states=rows.DENSE_STATES,

@@ -16,6 +16,7 @@ def arguments(config: Any) -> dict[str, Any]:
 FAMILY = Family(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
+    models="Qwen3, dense",
     arguments=arguments,
     rows=rows.decoder(rows.SELF_ATTENTION, rows.QK_NORMS, rows.DENSE_MLP),
     extra_states=(*rows.DENSE_STATES, *rows.QK_NORM_STATES),

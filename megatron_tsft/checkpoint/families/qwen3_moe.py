@@ -19,6 +19,7 @@ def arguments(config: Any) -> dict[str, Any]:
 FAMILY = Family(
     name="qwen3-moe",
     architectures=("Qwen3MoeForCausalLM",),
+    models="Qwen3 mixtures of experts, with experts in every layer",
     arguments=arguments,
     rows=rows.decoder(
         rows.SELF_ATTENTION,
