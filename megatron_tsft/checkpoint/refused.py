@@ -1,11 +1,12 @@
 """Architectures that users ask for and that are not served, each with the reason (Megatron-Core 0.19.2)."""
 
 _GEMMA_NORMS = "norms behind attention and MLP, for which Megatron's layer has no place"
+_GEMMA_SCALE = "embeddings scaled by sqrt(hidden size)"
 
 REFUSED = {
     "GemmaForCausalLM": "embeddings are scaled by sqrt(hidden size): Megatron has that only as a part of muP",
-    "Gemma2ForCausalLM": f"tanh soft-capping of scores and logits, which Megatron does not have, {_GEMMA_NORMS}, and embeddings scaled by sqrt(hidden size)",
-    "Gemma3ForCausalLM": f"two rotary bases in one model, {_GEMMA_NORMS}, and embeddings scaled by sqrt(hidden size)",
+    "Gemma2ForCausalLM": f"tanh soft-capping, which Megatron does not have, {_GEMMA_NORMS}, {_GEMMA_SCALE}",
+    "Gemma3ForCausalLM": f"two rotary bases in one model, {_GEMMA_NORMS}, {_GEMMA_SCALE}",
     "Gemma3ForConditionalGeneration": "a vision model, and the text model's two rotary bases and extra norms",
     "Qwen2MoeForCausalLM": "a gated shared expert beside the routed ones has no table yet",
     "Qwen3NextForCausalLM": "linear attention in most layers has no table yet",
