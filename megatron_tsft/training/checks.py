@@ -66,11 +66,7 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
         raise UserError(f"{world_size} processes are not a multiple of tensor {tp} x pipeline {pp}: start {tp * pp}")
     micro, dp = given["micro_batch_size"], world_size // (tp * pp)
     batch = given.get("global_batch_size", micro * dp)
-    parallel, experts = given.get("expert_model_parallel_size", 1), model.get("num_experts", 0)
-    if parallel > 1 and (not experts or experts % parallel):
-        raise UserError(
-            f"--expert-model-parallel-size {parallel} does not divide the model's {experts} experts: use a divisor"
-        )
+    _check_expert_layout(given, model.get("num_experts"), world_size)
     if batch % (micro * dp):
         raise UserError(
             f"--global-batch-size {batch} is not a multiple of --micro-batch-size {micro} x {dp} data-parallel ranks"
@@ -79,6 +75,23 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
     if given["seq_length"] > longest:
         raise UserError(f"--seq-length {given['seq_length']} exceeds the model's {longest} positions: use at most that")
     return batch
+
+
+def _check_expert_layout(given: Mapping[str, Any], experts: int | None, world_size: int) -> None:
+    """Raise UserError where --expert-model-parallel-size does not divide the experts or the ranks."""
+    parallel, tp = given.get("expert_model_parallel_size", 1), given.get("tensor_model_parallel_size", 1)
+    if parallel == 1:
+        return
+    if not experts:
+        raise UserError(f"--expert-model-parallel-size {parallel}: the model has no experts, leave it out")
+    if experts % parallel:
+        raise UserError(f"--expert-model-parallel-size {parallel} does not divide the model's {experts} experts")
+    ranks = parallel * given.get("expert_tensor_parallel_size", tp) * given.get("pipeline_model_parallel_size", 1)
+    if world_size % ranks:
+        raise UserError(
+            f"{world_size} processes are not a multiple of {ranks}, which expert parallel {parallel} x expert tensor x"
+            f" pipeline parallel need: start {ranks}, or pass --expert-tensor-parallel-size 1"
+        )
 
 
 def load_objectives(
@@ -228,7 +241,27 @@ def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, A
             raise UserError(
                 f"{latest} was saved without optimizer state: pass --load {load} --finetune and another --save"
             )
+        if latest.name != "release" and not fresh and card.megatron_arguments.get("num_experts"):
+            _check_expert_optimizer(latest, given, load)
     return base
+
+
+def _check_expert_optimizer(checkpoint: Path, given: Mapping[str, Any], load: str) -> None:
+    """Raise UserError where experts are parallel in the run and not in the checkpoint, or the other way round.
+
+    Megatron has a second optimizer for parallel experts, and cannot make two out of one (core/optimizer/optimizer.py,
+    ChainedOptimizer.load_state_dict).
+    """
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    before = getattr(load_common_state_dict(str(checkpoint)).get("args"), "expert_model_parallel_size", 1)
+    now = given.get("expert_model_parallel_size", 1)
+    if (before > 1) != (now > 1):
+        raise UserError(
+            f"{checkpoint} was saved with --expert-model-parallel-size {before}: its optimizer does not resume with"
+            f" {now}. Pass {'one above 1' if before > 1 else '1'}, or start anew from its weights with --load {load}"
+            " --finetune and another --save"
+        )
 
 
 def epochs_text(steps: int, packs_per_epoch: int, global_batch_size: int, share: float = 1.0) -> str:

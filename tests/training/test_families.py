@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_tsft.checkpoint.card import CARD_FILE
+from megatron_tsft.checkpoint.card import CARD_FILE, ModelCard
 from megatron_tsft.checkpoint.convert import export_hf, import_hf
 from megatron_tsft.checkpoint.verify import verify
 from megatron_tsft.data.prepare import prepare
+from megatron_tsft.errors import UserError
+from megatron_tsft.training.checks import check_checkpoints, check_layout
+from megatron_tsft.training.config import TsftConfig
 from tests.training.runs import CHAT_TEMPLATE, Train, World, check_ran, make_hf, write_rows
 from tests.training.test_against_transformers import dense_step, encoded
 from tests.training.test_teachers import HELD, load
@@ -143,12 +146,42 @@ def test_experts_gathered_on_one_rank(train: Train, worlds: Worlds) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="Megatron 0.19.2 keeps two optimizers where experts are parallel, else one")
 @pytest.mark.parametrize(("first", "second"), [(EP2, ""), ("", EP2)], ids=["gathered", "spread"])
-def test_the_optimizer_of_experts_on_one_rank_and_two(train: Train, worlds: Worlds, first: str, second: str) -> None:
+def test_the_optimizer_of_experts_stays_parallel_or_not(train: Train, worlds: Worlds, first: str, second: str) -> None:
+    """Megatron 0.19.2 keeps two optimizers where experts are parallel, else one, and cannot turn one into the other."""
     start = start_of(worlds("mixtral"))
     check_ran(train("run", *start, *first.split(), ranks=2 if first else 1, steps=1, keep=True))
-    check_ran(train("run", *start, *second.split(), ranks=2 if second else 1, steps=2, keep=True))
+    run = train("run", *start, *second.split(), ranks=2 if second else 1, steps=2, keep=True)
+    assert 2 in run.codes and "its optimizer does not resume" in run.error and "--finetune" in run.error
+
+
+@pytest.mark.slow  # with its neighbours: they share the models
+@pytest.mark.parametrize(
+    ("family", "flags", "ranks", "words"),
+    [
+        ("mistral", {}, 2, "--expert-model-parallel-size 2: the model has no experts"),
+        ("mixtral", {"expert_model_parallel_size": 3}, 3, "size 3 does not divide the model's 4 experts"),
+        ("mixtral", {}, 1, "1 processes are not a multiple of 2"),
+        ("mixtral", {"tensor_model_parallel_size": 2}, 2, "not a multiple of 4.*--expert-tensor-parallel-size 1"),
+    ],
+)
+def test_layouts_of_experts(worlds: Worlds, family: str, flags: dict[str, int], ranks: int, words: str) -> None:
+    given = {"expert_model_parallel_size": 2, "micro_batch_size": 1, "global_batch_size": 6, "seq_length": 64} | flags
+    with pytest.raises(UserError, match=words):
+        check_layout(given, ModelCard.load(worlds(family).base), ranks)
+
+
+@pytest.mark.slow
+def test_a_run_of_local_layers_is_not_resumed_with_the_engines(train: Train, worlds: Worlds) -> None:
+    world = worlds("qwen3")
+    save = check_ran(train("run", *start_of(world), steps=1, keep=True)).save
+    config, card = TsftConfig.from_given({"tsft_model": str(world.base)}), ModelCard.load(world.base)
+    check_checkpoints(config, card, {"save": str(save)}, engine=False)
+    check_checkpoints(config, card, {}, engine=True)  # an import has what either asks for
+    with pytest.raises(
+        UserError, match="saved by Megatron's local layers .*final_layernorm.* --transformer-impl local"
+    ):
+        check_checkpoints(config, card, {"save": str(save)}, engine=True)
 
 
 @pytest.mark.slow
