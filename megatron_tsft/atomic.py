@@ -46,13 +46,13 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                fsync_path(Path(folder) / name)
+            fsync_path(Path(folder))
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for folder, _, names in os.walk(temporary):
-        for name in names:
-            fsync_path(Path(folder) / name)
-        fsync_path(Path(folder))
     replaced = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():

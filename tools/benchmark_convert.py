@@ -15,7 +15,7 @@ from typing import Any
 EXAMPLE = """example:
   tools/benchmark_convert.py --output /scratch/convert --gigabytes 8
 
-Makes a synthetic bf16 Llama under DIR (its embedding is an eighth of it), needs four times its size on the disk, and
+Makes a synthetic bf16 Llama under DIR (its embedding is an eighth of it), needs three times its size on the disk, and
 removes what it made.
 """
 VOCABULARY, SHARD = 131072, 2.5e9  # bytes of a safetensors file
@@ -92,15 +92,15 @@ def copy(source: Path, target: Path) -> None:
 
 
 def run(*arguments: object) -> int:
-    """Run tools/convert_checkpoint.py; the largest anonymous memory (not mapped files) that it had, in bytes."""
+    """Run tools/convert_checkpoint.py; the most memory (all but mapped files) that it had, in bytes."""
     line = [sys.executable, CONVERT, *map(str, arguments), "--no-progress"]
     peak = 0
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
             if status.exists():
-                found = [row for row in status.read_text().splitlines() if row.startswith("RssAnon")]
-                peak = max([peak, *(int(row.split()[1]) * 1024 for row in found)])
+                rows = [row.split() for row in status.read_text().splitlines()]
+                peak = max(peak, sum(int(row[1]) * 1024 for row in rows if row[0] in ("RssAnon:", "RssShmem:")))
             time.sleep(0.005)
         if process.returncode:
             raise RuntimeError(f"{' '.join(line)} failed with {process.returncode}")
@@ -118,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print a table; one JSON object in the last line."""
     args = parse(argv)
     output = Path(args.output)
+    if output.exists():
+        print(f"error: {output} exists: name a folder that does not", file=sys.stderr)
+        return 2
     output.mkdir(parents=True)
     hf, megatron, back = output / "hf", output / "megatron", output / "back"
     try:

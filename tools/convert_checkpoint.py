@@ -43,8 +43,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             metavar="FILE",
             help=f"{when}compare logits on its first 1024 tokens, fp32 on CPU (default: a short text of our own)",
         )
-        sub.add_argument("--weights-only", action="store_true", help=f"{when}compare no logits")
-    return parser.parse_args(argv)
+        sub.add_argument(
+            "--weights-only", action="store_true", help=f"{when}compare no logits, only weights, config and tokenizer"
+        )
+    args = parser.parse_args(argv)
+    if getattr(args, "text", None) and (args.weights_only or not getattr(args, "verify", True)):
+        parser.error("--text is for logits: pass it without --weights-only, to import with --verify")
+    return args
 
 
 def report(result: "Verification") -> int:
@@ -106,7 +111,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, KeyboardInterrupt) as error:  # no space, no permission, Ctrl-C
-        print(f"error: {args.command} stopped: {error or 'interrupted'}; nothing is left half-written", file=sys.stderr)
+        left = "" if args.command == "verify" else "; nothing is left half-written"
+        print(f"error: {args.command} stopped: {str(error) or 'interrupted'}{left}", file=sys.stderr)
         return 2 if isinstance(error, OSError) else 130
 
 

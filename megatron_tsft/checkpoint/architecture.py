@@ -7,6 +7,11 @@ from megatron_tsft.errors import UserError
 # Megatron 0.19 has these three as defaults that no flag changes (core/models/common/embeddings/rotary_pos_embedding.py)
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
+COUNTS = (
+    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads vocab_size"
+    " max_position_embeddings"
+).split()
+
 
 def refuse(config: Any, field: str, allowed: tuple[Any, ...], reason: str) -> None:
     """Raise UserError unless `config.field` is one of `allowed`; a missing field counts as None."""
@@ -26,17 +31,19 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
     refuse(config, "hidden_act", ("silu",), "only SwiGLU models (silu) can be expressed")
     refuse(config, "mlp_bias", (None, False), "Megatron has no flag for a bias in the MLP alone: not supported")
     refuse(config, "quantization_config", (None,), "save the model without quantization first, as bf16 safetensors")
-    if getattr(config, "use_sliding_window", True):
-        refuse(config, "sliding_window", (None,), "sliding-window attention is not supported")
+    refuse(config, "sliding_window", (None,), "sliding-window attention is not supported")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError(f"config.json says layer_types={sorted(kinds)}: only full_attention is supported")
-    for field in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
+    for field in COUNTS:
         if getattr(config, field) < 1:
             raise UserError(f"config.json says {field}={getattr(config, field)}: it must be at least 1")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise UserError(f"config.json says {heads} attention heads and {groups} key-value heads: they must divide")
+    channels = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if channels % 2:
+        raise UserError(f"config.json gives heads of {channels} channels: rotary positions need an even number")
     return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
@@ -44,7 +51,7 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
         "num_attention_heads": heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
-        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "kv_channels": channels,
         "layernorm_epsilon": config.rms_norm_eps,
         "normalization": "RMSNorm",
         "swiglu": True,
@@ -67,6 +74,8 @@ def expert_arguments(config: Any, count: str, ffn_size: int, *, renormalised: bo
             which Megatron refuses.
     """
     experts, chosen = getattr(config, count), config.num_experts_per_tok
+    if ffn_size < 1:
+        raise UserError(f"config.json gives experts of {ffn_size} channels: it must be at least 1")
     if not 1 <= chosen <= experts:
         raise UserError(f"config.json says {count}={experts} and num_experts_per_tok={chosen}: correct one of them")
     if chosen == 1 and renormalised:

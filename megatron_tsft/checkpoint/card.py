@@ -21,8 +21,8 @@ class ModelCard:
     family: name of the mapping table. architecture: Hugging Face class name. megatron_arguments: argparse destination
     -> value, for Megatron's own flags. vocab_size: of the Hugging Face config, which may exceed len(tokenizer).
     padded_vocab_size: rows of the imported checkpoint. dtype: of the Hugging Face weights ("bfloat16"); other_dtypes:
-    tensor name -> dtype of those that differ. tied: output layer = embedding. source_hash: 16 hex digits over the
-    weights. tokenizer_fingerprint: None where the Hugging Face folder had no tokenizer.
+    tensor name -> dtype of those that differ. source_hash: 16 hex digits over the weights. tokenizer_fingerprint: None
+    where the Hugging Face folder had no tokenizer.
     """
 
     family: str
@@ -31,11 +31,15 @@ class ModelCard:
     vocab_size: int
     make_vocab_size_divisible_by: int
     padded_vocab_size: int
-    tied: bool
     dtype: str
     source_hash: str
     tokenizer_fingerprint: str | None
     other_dtypes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output layer is the embedding."""
+        return not self.megatron_arguments["untie_embeddings_and_output_weights"]
 
     @staticmethod
     def load(directory: Path | str) -> "ModelCard":

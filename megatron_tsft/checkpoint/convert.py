@@ -1,4 +1,4 @@
-"""Hugging Face folder -> Megatron folder and back, in a stream: never more than about one tensor in memory."""
+"""Hugging Face folder -> Megatron folder and back, in a stream: a few buffers of 32 MB in memory, whatever the size."""
 
 import dataclasses
 import json
@@ -51,14 +51,13 @@ def import_hf(
         vocab_size=config.vocab_size,
         make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,
         padded_vocab_size=padded_vocab_size(config.vocab_size, VOCABULARY_MULTIPLE),
-        tied=bool(config.tie_word_embeddings),
         dtype="",  # the weights decide these two, below
         source_hash="",
         tokenizer_fingerprint=_fingerprint(hf_dir),
     )
     steps = units(card)
     names = hf_shapes(steps)
-    check_tensors(weights, names, tied_copy="lm_head.weight" if card.tied else None)
+    check_tensors(weights, names, tied=card.tied)
     dtype, others = _dtypes(weights, list(names))
     total = sum(weights.tensors[name].bytes for name in names)
     _check_space(megatron_dir, total)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_tsft.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NO_WEIGHT = "rotary_emb.inv_freq"  # the end of the name of a buffer that old transformers saved
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt", ".distcp"}
 
@@ -113,16 +114,18 @@ class ContentHash:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def check_tensors(weights: HfWeights, expected: dict[str, tuple[int, ...]], tied_copy: str | None = None) -> None:
+def check_tensors(weights: HfWeights, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
     """Compare what the folder holds with what the family's table expects.
 
-    tied_copy: a head that a tied model may have saved although transformers never reads it; left out.
+    tied: the model's head is its embedding; a copy that was saved, too, is left out.
 
     Raises:
-        UserError: names the missing tensors, those that the table does not know, or one of another shape.
+        UserError: names the missing tensors, those that the table does not know, one of another shape, or a head that
+            is no copy of the embedding (transformers then ties nothing).
     """
     found = {name for name in weights.tensors if not name.endswith(NO_WEIGHT)}
-    found.discard(tied_copy or "")
+    if tied:
+        found.discard(HEAD)
     for what, names in (("missing", expected.keys() - found), ("unexpected", found - expected.keys())):
         if names:
             some = ", ".join(sorted(names)[:5])
@@ -134,6 +137,20 @@ def check_tensors(weights: HfWeights, expected: dict[str, tuple[int, ...]], tied
             raise UserError(
                 f"{weights.directory}: {name} is {weights.tensors[name].shape}, config.json says {shape}: correct one"
             )
+    if tied and HEAD in weights.tensors and not _same(weights, HEAD, EMBEDDING):
+        raise UserError(
+            f"{weights.directory}: config.json says tie_word_embeddings=true, but {HEAD} is not {EMBEDDING}: say false"
+            f" there, or save the model without {HEAD}"
+        )
+
+
+def _same(weights: HfWeights, one: str, other: str, rows: int = 4096) -> bool:
+    """Whether two tensors are equal, bit by bit and a few rows at a time."""
+    left, right = weights.tensors[one], weights.tensors[other]
+    return (left.shape, left.dtype) == (right.shape, right.dtype) and all(
+        torch.equal(*(weights.read(name, start, start + rows).contiguous().view(torch.uint8) for name in (one, other)))
+        for start in range(0, left.shape[0], rows)
+    )
 
 
 def load_config(directory: Path) -> Any:

@@ -38,6 +38,19 @@ EXPERT_FIELDS = {
 }
 
 
+GIVEN_DIRECTLY = {  # to GPTModel, or implied by what build_model builds
+    "swiglu": True,
+    "group_query_attention": None,
+    "untie_embeddings_and_output_weights": None,
+    "max_position_embeddings": None,
+    "position_embedding_type": "rope",
+    "rotary_base": None,
+    "rotary_percent": None,
+    "use_rope_scaling": None,
+    "rope_scaling_factor": None,
+}  # argument -> the only value, None for any
+
+
 @dataclass(frozen=True)
 class Layout:
     """How many ranks share the tensors, the layers and the experts; the default process group has all of them."""
@@ -56,7 +69,7 @@ def build_model(
     """This rank's part of the model: no dropout, weights not initialised; rope_scaling False leaves it out.
 
     Raises:
-        UserError: an architecture other than SwiGLU decoders with rotary positions.
+        UserError: the card has an argument, or a value, that is not built here.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -66,8 +79,13 @@ def build_model(
     if moe_norm_key.applies():
         moe_norm_key.apply()
     arguments = card.megatron_arguments
-    if not arguments["swiglu"]:
-        raise UserError(f"logits of family {card.family!r} cannot be compared: only SwiGLU models can")
+    for name, value in arguments.items():
+        known = name in FIELDS or name in EXPERT_FIELDS or name in GIVEN_DIRECTLY
+        if not known or GIVEN_DIRECTLY.get(name) not in (None, value):
+            raise UserError(
+                f"logits of family {card.family!r} cannot be compared: {name}={value!r} is not built for that, pass"
+                " --weights-only"
+            )
     fields: dict[str, Any] = {field: arguments[name] for name, field in FIELDS.items()}
     experts = arguments.get("num_experts")
     if experts:

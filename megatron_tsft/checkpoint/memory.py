@@ -6,6 +6,7 @@ import mmap
 
 import torch
 
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 COUNT = 3  # one that is made, one that is used, one that was just handed over (see ahead.py)
 
 
@@ -21,5 +22,5 @@ class Ring:
         turn, count = next(self._turns), math.prod(shape)
         buffer = self._buffers[turn]
         if buffer is None or len(buffer) < count * dtype.itemsize:
-            buffer = self._buffers[turn] = mmap.mmap(-1, count * dtype.itemsize)
+            buffer = self._buffers[turn] = mmap.mmap(-1, count * dtype.itemsize, flags=PRIVATE)
         return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+from megatron_tsft.checkpoint.hf_folder import DTYPES
+
+NAMES = {kind: name for name, kind in DTYPES.items()}
 
 
 class SafetensorsStream:

@@ -82,7 +82,7 @@ def common_state(card: ModelCard) -> dict[str, Any]:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """A save plan made of boxes and small objects; two boxes are in memory at a time, one of them being made."""
+    """A save plan made of boxes and small objects; boxes are filled in a ring of buffers, one ahead of the writing."""
 
     def __init__(self, boxes: list[Box], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -135,10 +135,11 @@ class _StreamingPlanner(DefaultSavePlanner):
 def write_checkpoint(directory: Path, boxes: list[Box], objects: Mapping[str, Any]) -> None:
     """Write one torch_dist checkpoint folder as `megatron.core.dist_checkpointing.save` lays it out.
 
-    boxes: cover every tensor exactly once; made in this order, one at a time. objects: unique key -> picklable object.
+    boxes: cover every tensor exactly once; filled in this order, one ahead of the writing. objects: unique key ->
+    picklable object.
 
     Raises:
-        OSError: the disk is full, or whatever else the disk or a box's `make` raises.
+        OSError: the disk is full, or whatever else the disk or a box's `fill` raises.
     """
     directory.mkdir(parents=True, exist_ok=True)
     # no copy-ahead: on a machine with a GPU torch would otherwise load boxes ahead through CUDA streams
@@ -166,9 +167,9 @@ def _without_checksums() -> Iterator[None]:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The OSError behind an exception, if there is one: torch.save says "unexpected pos" where the disk is full."""
+    """The OSError or Ctrl-C behind an exception, if there is one, where torch.save says "unexpected pos"."""
     link: BaseException | None = error
-    while link is not None and not isinstance(link, OSError):
+    while link is not None and not isinstance(link, OSError | KeyboardInterrupt):
         link = link.__cause__ or link.__context__
     return link or error
 

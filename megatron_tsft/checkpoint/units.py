@@ -128,7 +128,8 @@ def pieces_of(
     stored, cast = Ring(), Ring()
     for unit in steps:
         kind = reader.tensor(unit.row.megatron).properties.dtype
-        per_piece = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * kind.itemsize))
+        widest = max([kind.itemsize, *(dtypes[name].itemsize for name in unit.names if dtypes)])
+        per_piece = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * widest))
         ones, zeros = tuple(1 for _ in unit.index), tuple(0 for _ in unit.columns)
         for source, name in enumerate(unit.names):
             own = sorted((s for s in unit.segments if s.source == source), key=lambda segment: segment.start)

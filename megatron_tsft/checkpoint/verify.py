@@ -1,5 +1,6 @@
 """Is a Megatron folder the same model as a Hugging Face folder? Every tensor, logits on a text, and the tokenizer."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from tqdm import tqdm
 
 from megatron_tsft.checkpoint.ahead import ahead
 from megatron_tsft.checkpoint.card import HF_FOLDER, ModelCard
+from megatron_tsft.checkpoint.families import family_of
 from megatron_tsft.checkpoint.folder import latest_checkpoint
-from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors
+from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors, load_config
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.logits import LogitDifference, compare_logits
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
@@ -36,7 +38,8 @@ Der Fluß ist 1.233 km lang. L'été dernier, nous avons marché jusqu'à la mer
 class Verification:
     """tensors: how many were compared. different: those that differ. rounded: those that agree once the checkpoint's
     numbers are rounded to the file's dtype. logits: None where they were not compared, and why_no_logits says why.
-    tokenizer: what is wrong with it ("" for nothing), None where neither folder has one."""
+    tokenizer: what is wrong with it ("" for nothing), None where neither folder has one. config: what config.json says
+    otherwise than the model card."""
 
     tensors: int
     different: list[str]
@@ -44,12 +47,13 @@ class Verification:
     rounded: list[str] = field(default_factory=list)
     why_no_logits: str = ""
     tokenizer: str | None = None
+    config: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
-        """Every tensor agrees, the tokenizers do, and the logits, where compared, are within LOGIT_TOLERANCE."""
+        """Tensors, configs and tokenizers agree, and the logits, where compared, are within LOGIT_TOLERANCE."""
         close = self.logits is None or self.logits.max_difference <= LOGIT_TOLERANCE * max(1.0, self.logits.max_logit)
-        return not self.different and close and not self.tokenizer
+        return close and not (self.different or self.tokenizer or self.config)
 
     @property
     def summary(self) -> str:
@@ -66,7 +70,10 @@ class Verification:
                 f"logits at {it.positions} positions differ by at most {it.max_difference:.1e} (largest"
                 f" {it.max_logit:.1f}), same argmax at {100 * it.argmax_agreement:.2f}%, worst layer {worst + 1} of"
                 f" {len(it.layers)}: {it.layers[worst]:.1e}"
+                + ("" if math.isfinite(it.max_difference) else " (some logits are not finite)")
             )
+        if self.config:
+            parts.append(f"config.json: {', '.join(self.config)}")
         parts.append({None: "no tokenizer", "": "same tokenizer"}.get(self.tokenizer, f"tokenizer: {self.tokenizer}"))
         return f"the models {'agree' if self.passed else 'DIFFER'}: {'; '.join(parts)}"
 
@@ -96,10 +103,11 @@ def verify(
         raise UserError(f"{hf_dir} does not exist: name a local Hugging Face folder")
     weights, reader, steps = HfWeights(hf_dir), CheckpointReader(checkpoint), units(card)
     names = hf_shapes(steps)
-    check_tensors(weights, names, tied_copy="lm_head.weight" if card.tied else None)
+    check_tensors(weights, names, tied=card.tied)
     total = sum(weights.tensors[name].bytes for name in names)
     parameters = sum(torch.Size(shape).numel() for shape in names.values())
-    input_ids, why = None, "only the weights were asked for"
+    config = _compare_configs(hf_dir, card)
+    input_ids, why = None, "--weights-only"
     if not weights_only:
         input_ids = _tokens(hf_dir, None if text_file is None else Path(text_file), card)
         why = _too_large(parameters, input_ids, card)
@@ -118,9 +126,21 @@ def verify(
     logits = None
     if input_ids is not None and not why:
         kinds = {weights.tensors[name].dtype for name in names}
-        to = next(iter(kinds)) if rounded and len(kinds) == 1 else None
-        logits = compare_logits(hf_dir, megatron_dir, input_ids, iteration=iteration, rounded_to=to)
-    return Verification(len(names), different, logits, rounded, why, tokenizer)
+        if rounded and len(kinds) > 1:
+            why = "the file rounds to several dtypes"
+        else:
+            to = kinds.pop() if rounded else None
+            logits = compare_logits(hf_dir, megatron_dir, input_ids, iteration=iteration, rounded_to=to)
+    return Verification(len(names), different, logits, rounded, why, tokenizer, config)
+
+
+def _compare_configs(hf_dir: Path, card: ModelCard) -> list[str]:
+    """What config.json says otherwise than the model card, in Megatron's words."""
+    config = load_config(hf_dir)
+    theirs = family_of(config).arguments(config) | {"vocab_size": config.vocab_size}
+    ours = card.megatron_arguments | {"vocab_size": card.vocab_size}
+    names = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
+    return [f"{name} is {theirs.get(name)}, in the checkpoint {ours.get(name)}" for name in names]
 
 
 def _compare(piece: Piece, theirs: torch.Tensor) -> tuple[bool, bool]:
@@ -149,8 +169,15 @@ def _tokens(hf_dir: Path, text_file: Path | None, card: ModelCard) -> torch.Tens
         return torch.randint(card.vocab_size, (1, min(limit, 256)), generator=torch.Generator().manual_seed(0))
     if text_file is not None and not text_file.is_file():
         raise UserError(f"{text_file} does not exist: name a text file")
-    text = TEXT if text_file is None else text_file.read_text(encoding="utf-8")
+    try:
+        text = TEXT if text_file is None else text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{text_file} is no text in UTF-8 ({error}): name another file") from error
     ids = load_tokenizer(hf_dir)(text)["input_ids"]
+    if ids and max(ids) >= card.vocab_size:
+        raise UserError(
+            f"the tokenizer of {hf_dir} makes id {max(ids)}, the model's vocabulary ends at {card.vocab_size - 1}"
+        )
     if len(ids) < 2:
         raise UserError(f"{text_file} has {len(ids)} tokens: give a longer text")
     return torch.tensor([ids[:limit]])

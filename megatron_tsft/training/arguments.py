@@ -153,17 +153,22 @@ def refuse_flags(given: dict[str, Any]) -> None:
         raise UserError(f"--ckpt-format {given['ckpt_format']} is not supported: only torch_dist loads in any layout")
     if given.get("context_parallel_size", 1) != 1:
         raise UserError(f"--context-parallel-size {given['context_parallel_size']} is not supported yet: leave it at 1")
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not engine_installed():
         needs = {"fp8": "--fp8-format", "transformer_impl": "--transformer-impl"}
         for name, flag in needs.items():
             if given.get(name) not in (None, "local"):
                 raise UserError(f"{flag} {given[name]} needs Transformer Engine, which is not installed here")
 
 
+def engine_installed() -> bool:
+    """Whether Transformer Engine is there."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
 def uses_engine(given: dict[str, Any], device: str) -> bool:
     """Whether the layers are Transformer Engine's: Megatron's default, unless it is not installed."""
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    return given.get("transformer_impl", "local" if device == "cpu" or not installed else "") != "local"
+    default = "local" if device == "cpu" or not engine_installed() else "transformer_engine"
+    return given.get("transformer_impl", default) != "local"
 
 
 def check_fused_head(config: TsftConfig, given: dict[str, Any]) -> None:
@@ -194,7 +199,7 @@ def defaults_for(card: ModelCard, config: TsftConfig, device: str, given: dict[s
     if device == "cpu":
         values |= ON_CPU
     else:
-        if importlib.util.find_spec("transformer_engine") is None:
+        if not engine_installed():
             values |= WITHOUT_TE
         if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:  # NVIDIA's Apex, by its own module
             values["gradient_accumulation_fusion"] = False

@@ -85,12 +85,16 @@ def _check_expert_layout(given: Mapping[str, Any], experts: int | None, world_si
     if not experts:
         raise UserError(f"--expert-model-parallel-size {parallel}: the model has no experts, leave it out")
     if experts % parallel:
-        raise UserError(f"--expert-model-parallel-size {parallel} does not divide the model's {experts} experts")
-    ranks = parallel * given.get("expert_tensor_parallel_size", tp) * given.get("pipeline_model_parallel_size", 1)
+        raise UserError(
+            f"--expert-model-parallel-size {parallel} does not divide the model's {experts} experts: use a divisor"
+        )
+    expert_tp = given.get("expert_tensor_parallel_size", tp)
+    ranks = parallel * expert_tp * given.get("pipeline_model_parallel_size", 1)
     if world_size % ranks:
         raise UserError(
-            f"{world_size} processes are not a multiple of {ranks}, which expert parallel {parallel} x expert tensor x"
-            f" pipeline parallel need: start {ranks}, or pass --expert-tensor-parallel-size 1"
+            f"{world_size} processes are not a multiple of {ranks}, which expert parallel {parallel} x expert tensor"
+            f" {expert_tp} x pipeline parallel need: start {ranks}"
+            + (", or pass --expert-tensor-parallel-size 1" if expert_tp > 1 else "")
         )
 
 

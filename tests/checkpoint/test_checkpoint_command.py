@@ -139,6 +139,31 @@ def test_a_mistake_is_one_line(command: Command, make_hf: Make, tmp_path: Path) 
         assert err.startswith("error: ") and err.count("\n") == 1
 
 
+def test_ctrl_c_is_one_line_and_leaves_nothing(make_hf: Make, tmp_path: Path) -> None:
+    """Also in the thread that fills boxes, and while the files are flushed."""
+    source = make_hf()
+    wait = "print('now', flush=True); time.sleep(4)"
+    slow = {
+        "writing": f"from megatron_tsft.checkpoint import torch_dist as m; m.Ring.take = lambda *_: exec({wait!r})",
+        "flushing": f"from megatron_tsft import atomic as m; m.fsync_path = lambda _: exec({wait!r})",
+    }
+    for name, patch in slow.items():
+        target = tmp_path / name
+        program = f"import sys, time; {patch}; from tools.convert_checkpoint import main; sys.exit(main(sys.argv[1:]))"
+        line = [sys.executable, "-c", program, "import", "--hf", str(source), "--megatron", str(target)]
+        with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=environment()) as process:
+            try:
+                assert process.stdout is not None and process.stdout.readline() == "now\n"
+                time.sleep(0.5)
+                process.send_signal(signal.SIGINT)
+                error = process.communicate(timeout=90)[1].splitlines()[-1]
+            finally:
+                process.kill()
+        assert process.returncode == 130, (name, error)
+        assert error == "error: import stopped: interrupted; nothing is left half-written"
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
 def test_a_full_disk_is_one_line_and_leaves_nothing(command: Command, make_hf: Make, tmp_path: Path) -> None:
     source, imported = make_hf(), tmp_path / "imported"
     import_hf(source, imported, progress=False)

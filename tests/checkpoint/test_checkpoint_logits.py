@@ -88,7 +88,7 @@ def test_verify_compares_logits_and_tokenizers(make_hf: Make, tmp_path: Path) ->
     assert result.tokenizer == "" and "same argmax at 100.00%, worst layer" in result.summary
     assert verify(source, megatron, progress=False).logits is not None  # a text of our own
     only = verify(source, megatron, weights_only=True, progress=False)
-    assert only.passed and only.logits is None and "only the weights" in only.summary
+    assert only.passed and only.logits is None and "logits not compared (--weights-only)" in only.summary
     template = source / "chat_template.jinja"
     template.write_text(template.read_text() + "!")
     result = verify(source, megatron, progress=False)
@@ -110,6 +110,10 @@ def test_verify_names_the_layer_where_the_models_part(make_hf: Make, tmp_path: P
     assert not result.passed and not result.different and result.tokenizer is None
     assert result.logits is not None and min(result.logits.layers) > 1e-3 and result.logits.positions == 256
     assert "of 3: " in result.summary and "no tokenizer" in result.summary
+    changed = "config.json: layernorm_epsilon is 0.1, in the checkpoint 1e-05"
+    assert changed in result.summary
+    result = verify(source, tmp_path / "megatron", weights_only=True, progress=False)
+    assert not result.passed and changed in result.summary  # also where no logits show it
 
 
 def test_verify_of_a_rounded_export(make_hf: Make, tmp_path: Path) -> None:
@@ -134,3 +138,23 @@ def test_verify_without_the_memory(make_hf: Make, tmp_path: Path, monkeypatch: p
     text.write_text("one and two")
     with pytest.raises(UserError, match="leave --text out, or use a machine with more memory"):
         verify(source, tmp_path / "megatron", text, progress=False)
+
+
+def test_verify_says_what_is_wrong_with_a_text_or_the_numbers(make_hf: Make, tmp_path: Path) -> None:
+    import json
+
+    source = make_hf(tokenizer=True, dtype=torch.bfloat16, vocab_size=9)  # the tokenizer has ten words
+    import_hf(source, tmp_path / "megatron", progress=False)
+    text = tmp_path / "text.txt"
+    text.write_bytes(b"one and \xff\xfe")
+    with pytest.raises(UserError, match="no text in UTF-8"):
+        verify(source, tmp_path / "megatron", text, progress=False)
+    text.write_text("one and two user")
+    with pytest.raises(UserError, match="makes id 9, the model's vocabulary ends at 8"):
+        verify(source, tmp_path / "megatron", text, progress=False)
+    card = tmp_path / "megatron" / "tsft_model.json"
+    content = json.loads(card.read_text())
+    content["megatron_arguments"]["softmax_type"] = "off-by-one"
+    card.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="softmax_type='off-by-one' is not built"):
+        megatron_logits(tmp_path / "megatron", torch.ones(1, 4, dtype=torch.int64))

@@ -99,7 +99,11 @@ def test_positions_and_windows_of_every_family(architecture: str, tmp_path: Path
     refused(write_config(source, architecture, rope_parameters=rope), target, "partial_rotary_factor=0.5")
     refused(write_config(source, architecture, partial_rotary_factor=0.25), target, "partial_rotary_factor=0.25")
     kinds = ["full_attention", "sliding_attention", "full_attention"]
-    refused(write_config(source, architecture, layer_types=kinds), target, "layer_types=.*sliding_attention")
+    refused(
+        write_config(source, architecture, layer_types=kinds),
+        target,
+        "layer_types=.*sliding_attention|reads config.json as MinistralConfig",
+    )
     refused(write_config(source, architecture, num_key_value_heads=3), target, "8 attention heads and 3 key-value")
 
 
@@ -245,3 +249,37 @@ def test_a_shard_may_hold_a_tensor_of_the_model_that_the_index_forgot(make_hf: M
     whole = import_hf(source, tmp_path / "whole", progress=False).source_hash
     edit_index(source, lambda where, files: where.pop("model.layers.0.input_layernorm.weight"))
     assert import_hf(source, tmp_path / "again", progress=False).source_hash == whole
+
+
+def test_a_stray_field_does_not_hide_a_window(make_hf: Make, tmp_path: Path) -> None:
+    """Mistral's own code never looks at use_sliding_window."""
+    source = make_hf("MistralForCausalLM", sliding_window=None)
+    edit_config(source, sliding_window=512, use_sliding_window=False)
+    refused(source, tmp_path / "megatron", "sliding_window=512")
+
+
+def test_a_head_that_is_no_copy_of_the_embedding(make_hf: Make, read_tensors: Read, tmp_path: Path) -> None:
+    """transformers uses such a head, whatever tie_word_embeddings says."""
+    from safetensors.torch import save_file
+
+    source = make_hf(tie_word_embeddings=True)
+    tensors = read_tensors(source)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    refused(source, tmp_path / "megatron", "lm_head.weight is not model.embed_tokens.weight")
+
+
+def test_a_config_of_two_minds(make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf()
+    edit_config(source, model_type="granite")
+    refused(
+        source,
+        tmp_path / "megatron",
+        "reads config.json as GraniteConfig, which does not go with architectures=.'LlamaForCausalLM",
+    )
+
+
+def test_odd_heads(make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf()
+    edit_config(source, head_dim=15)
+    refused(source, tmp_path / "megatron", "heads of 15 channels")

@@ -1,4 +1,4 @@
-"""Mistral 7B from v0.2 on, Mistral Nemo, Mistral Small and what else says MistralForCausalLM without a window."""
+"""Mistral 7B v0.2 and v0.3, Mistral Nemo and what else says MistralForCausalLM without a sliding window."""
 
 from megatron_tsft.checkpoint import rows
 from megatron_tsft.checkpoint.architecture import decoder_arguments
@@ -7,7 +7,7 @@ from megatron_tsft.checkpoint.mapping import Family
 FAMILY = Family(
     name="mistral",
     architectures=("MistralForCausalLM",),
-    models="Mistral 7B from v0.2 on, Nemo, Small; not with a sliding window",
+    models="Mistral 7B v0.2 and v0.3, Nemo and what else has no sliding window",
     arguments=decoder_arguments,
     rows=rows.decoder(rows.SELF_ATTENTION, rows.DENSE_MLP),
     extra_states=rows.DENSE_STATES,
