@@ -20,7 +20,8 @@ from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.mapping import padded_vocab_size
 from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
-from megatron_tsft.checkpoint.torch_dist import COMMON_STATE_KEY, CheckpointReader, common_state, write_checkpoint
+from megatron_tsft.checkpoint.torch_dist import COMMON_STATE_KEY, common_state, write_checkpoint
+from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys, extra_states, hf_shapes, pieces_of, units
 from megatron_tsft.errors import UserError
 

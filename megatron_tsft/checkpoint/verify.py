@@ -16,7 +16,7 @@ from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors, load_co
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.logits import LogitDifference, compare_logits
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
-from megatron_tsft.checkpoint.torch_dist import CheckpointReader
+from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.units import Piece, expected_keys, hf_shapes, pieces_of, units
 from megatron_tsft.errors import UserError
 
@@ -155,7 +155,8 @@ def _too_large(parameters: int, input_ids: torch.Tensor, card: ModelCard) -> str
     """Why the logits cannot be computed here, or ""."""
     length, arguments = input_ids.shape[1], card.megatron_arguments
     attention = 3 * arguments["num_attention_heads"] * length * length
-    needed = 4 * (parameters + 3 * length * card.padded_vocab_size + attention)
+    outputs = arguments["num_layers"] * length * arguments["hidden_size"]
+    needed = 4 * (parameters + 3 * length * card.padded_vocab_size + attention + outputs)
     free = psutil.virtual_memory().available
     if needed < free:
         return ""

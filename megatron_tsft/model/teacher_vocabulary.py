@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_tsft.checkpoint.torch_dist import CheckpointReader
+from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 ROWS = 16384  # of a vocabulary matrix that are read at once

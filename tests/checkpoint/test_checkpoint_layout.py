@@ -4,6 +4,7 @@ import argparse
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from megatron_tsft.checkpoint.folder import latest_checkpoint, read_metadata
 from megatron_tsft.checkpoint.keys import checkpoint_keys
 from megatron_tsft.checkpoint.mapping import segments
 from megatron_tsft.checkpoint.megatron_model import build_model, cpu_ranks
-from megatron_tsft.checkpoint.torch_dist import CheckpointReader
+from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys
 from tests.checkpoint.conftest import FAMILIES
 
@@ -154,3 +155,27 @@ def test_a_stacked_key_holds_the_layers_in_order_and_padding_is_zero(
         assert torch.equal(stacked[layer], tensors[f"model.layers.{layer}.mlp.down_proj.weight"])
     embedding = reader.read("embedding.word_embeddings.weight", (0, 0), (1024, 64))
     assert torch.equal(embedding[:1003], tensors["model.embed_tokens.weight"]) and not embedding[1003:].any()
+
+
+def test_chunks_that_cannot_be_mapped_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transposed tensor, as a run may save one, and a torch that does not tell where in the file a tensor lies."""
+    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    tensors = {"a": torch.randn(5, 7).t(), "b": torch.randn(3, 4).bfloat16(), "step": torch.tensor(7)}
+    save(dict(tensors), storage_writer=FileSystemWriter(str(tmp_path)), no_dist=True)
+    (tmp_path / "metadata.json").write_text("{}")
+    load = torch.load
+
+    def without_offsets(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        found = load(*arguments, **keywords)
+        if keywords["map_location"] == "meta":
+            del found.untyped_storage()._checkpoint_offset
+        return found
+
+    for replaced in (load, without_offsets):
+        monkeypatch.setattr(torch, "load", replaced)
+        reader = CheckpointReader(tmp_path)
+        for name, tensor in tensors.items():
+            assert torch.equal(reader.read(name, (0,) * tensor.dim(), tuple(tensor.shape)), tensor), name
+        assert torch.equal(reader.read("a", (2, 1), (3, 2)), tensors["a"][2:5, 1:3])

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_tsft.checkpoint import units
 from megatron_tsft.checkpoint.convert import export_hf, import_hf
 from megatron_tsft.checkpoint.folder import latest_checkpoint
-from megatron_tsft.checkpoint.torch_dist import CheckpointReader
+from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.verify import verify
 
 # architecture -> (an expert's names for gate, up and down, or the dense layer's; fields of its own that are fixed)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_tsft.checkpoint.convert import export_hf
-from megatron_tsft.checkpoint.torch_dist import CheckpointReader
+from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from tests.training.runs import BATCH, REPOSITORY, Train, World, check_ran
 
 GUIDED = ("--tsft-teacher", "reference")
