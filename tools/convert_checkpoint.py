@@ -3,6 +3,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     exporter = command("export", "Megatron torch_dist (imported, or saved by a training run) -> Hugging Face")
     exporter.add_argument("--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)")
     exporter.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the original weights")
-    exporter.add_argument("--overwrite", action="store_true", help="replace an existing Hugging Face folder")
+    exporter.add_argument(
+        "--overwrite", action="store_true", help="replace a Hugging Face folder, with everything in it"
+    )
     checker = command("verify", "compare every tensor bit by bit, the logits of both models and their tokenizers")
     checker.add_argument("--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)")
     for sub, when in ((importer, "with --verify: "), (checker, "")):
@@ -47,8 +50,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             "--weights-only", action="store_true", help=f"{when}compare no logits, only weights, config and tokenizer"
         )
     args = parser.parse_args(argv)
-    if getattr(args, "text", None) and (args.weights_only or not getattr(args, "verify", True)):
-        parser.error("--text is for logits: pass it without --weights-only, to import with --verify")
+    text, only = getattr(args, "text", None), getattr(args, "weights_only", False)
+    if (text or only) and not getattr(args, "verify", True):
+        parser.error("--text and --weights-only belong to --verify: pass it, too")
+    if text and only:
+        parser.error("--text is for logits: pass it without --weights-only")
+    if text and not Path(text).is_file():
+        parser.error(f"--text {text} does not exist: name a text file")
     return args
 
 

@@ -53,6 +53,8 @@ class ModelCard:
             " `tools/convert_checkpoint.py import --hf DIR --megatron DIR`"
         )
         path = Path(directory) / CARD_FILE
+        if not Path(directory).is_dir():
+            raise UserError(f"{directory} does not exist: name a Megatron checkpoint folder")
         return load_card(
             ModelCard, path, FORMAT_VERSION, what="model card", missing=missing, again="import the model again"
         )

@@ -163,6 +163,8 @@ def load_config(directory: Path) -> Any:
 
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: name a local Hugging Face folder")
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} holds a LoRA adapter: merge it into its model first (merge_and_unload of peft)")
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json: name a Hugging Face model folder")
     try:

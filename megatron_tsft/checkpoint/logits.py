@@ -67,11 +67,16 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor, layers: tuple[float, ..
 def hf_logits(hf_dir: Path | str, input_ids: torch.Tensor, *, observe: Observe | None = None) -> torch.Tensor:
     """Logits [b, s, vocab_size] of transformers in fp32; `observe` sees the output of every layer."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     # eager: the attention that Megatron's local layers compute, so that no kernel's rounding hides a difference
     load = AutoModelForCausalLM.from_pretrained
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
-    model: Any = load(str(hf_dir), dtype=torch.float32, **plain, local_files_only=True).eval()
+    logging.disable_progress_bar()  # of seconds, among ours
+    try:
+        model: Any = load(str(hf_dir), dtype=torch.float32, **plain, local_files_only=True).eval()
+    finally:
+        logging.enable_progress_bar()
     if observe:
         _watch(model.model.layers, observe)
     with torch.no_grad():

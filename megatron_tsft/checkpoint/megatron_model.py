@@ -83,8 +83,8 @@ def build_model(
         known = name in FIELDS or name in EXPERT_FIELDS or name in GIVEN_DIRECTLY
         if not known or GIVEN_DIRECTLY.get(name) not in (None, value):
             raise UserError(
-                f"logits of family {card.family!r} cannot be compared: {name}={value!r} is not built for that, pass"
-                " --weights-only"
+                f"logits of family {card.family!r} cannot be compared: {name}={value!r} is not built for that (FIELDS"
+                " in checkpoint/megatron_model.py): pass --weights-only"
             )
     fields: dict[str, Any] = {field: arguments[name] for name, field in FIELDS.items()}
     experts = arguments.get("num_experts")

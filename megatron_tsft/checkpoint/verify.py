@@ -1,8 +1,10 @@
 """Is a Megatron folder the same model as a Hugging Face folder? Every tensor, logits on a text, and the tokenizer."""
 
 import math
+import operator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -15,6 +17,7 @@ from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors, load_config
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.logits import LogitDifference, compare_logits
+from megatron_tsft.checkpoint.mapping import model_shapes
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.units import Piece, expected_keys, hf_shapes, pieces_of, units
@@ -101,18 +104,25 @@ def verify(
     compare_keys(expected_keys(card), checkpoint)
     if not hf_dir.is_dir():
         raise UserError(f"{hf_dir} does not exist: name a local Hugging Face folder")
+    found = load_config(hf_dir)
+    if (found.architectures or [None])[0] != card.architecture:
+        raise UserError(
+            f"{hf_dir} holds {found.architectures}, {megatron_dir} was made from {card.architecture}: name the two"
+            " folders of one model"
+        )
     weights, reader, steps = HfWeights(hf_dir), CheckpointReader(checkpoint), units(card)
     names = hf_shapes(steps)
     check_tensors(weights, names, tied=card.tied)
     total = sum(weights.tensors[name].bytes for name in names)
     parameters = sum(torch.Size(shape).numel() for shape in names.values())
-    config = _compare_configs(hf_dir, card)
+    config, same_shapes = _compare_configs(found, card)
     input_ids, why = None, "--weights-only"
     if not weights_only:
         input_ids = _tokens(hf_dir, None if text_file is None else Path(text_file), card)
         why = _too_large(parameters, input_ids, card)
         if why and text_file is not None:
             raise UserError(f"{why}: leave --text out, or use a machine with more memory")
+        why = why or ("" if same_shapes else "config.json asks for other shapes")
     tokenizer = _compare_tokenizers(hf_dir, megatron_dir / HF_FOLDER, card)
     unequal: dict[str, bool] = {}  # name -> whether rounding explains all of it
     with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -134,13 +144,15 @@ def verify(
     return Verification(len(names), different, logits, rounded, why, tokenizer, config)
 
 
-def _compare_configs(hf_dir: Path, card: ModelCard) -> list[str]:
-    """What config.json says otherwise than the model card, in Megatron's words."""
-    config = load_config(hf_dir)
-    theirs = family_of(config).arguments(config) | {"vocab_size": config.vocab_size}
+def _compare_configs(config: Any, card: ModelCard) -> tuple[list[str], bool]:
+    """What config.json says otherwise than the model card, in Megatron's words; and whether its shapes are the same."""
+    family = family_of(config)
+    theirs = family.arguments(config) | {"vocab_size": config.vocab_size}
     ours = card.megatron_arguments | {"vocab_size": card.vocab_size}
     names = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-    return [f"{name} is {theirs.get(name)}, in the checkpoint {ours.get(name)}" for name in names]
+    shapes = (model_shapes(family, args, args["vocab_size"], card.padded_vocab_size) for args in (theirs, ours))
+    differences = [f"{name} is {theirs.get(name)}, in the checkpoint {ours.get(name)}" for name in names]
+    return differences, operator.eq(*shapes)
 
 
 def _compare(piece: Piece, theirs: torch.Tensor) -> tuple[bool, bool]:
@@ -170,6 +182,8 @@ def _tokens(hf_dir: Path, text_file: Path | None, card: ModelCard) -> torch.Tens
         return torch.randint(card.vocab_size, (1, min(limit, 256)), generator=torch.Generator().manual_seed(0))
     if text_file is not None and not text_file.is_file():
         raise UserError(f"{text_file} does not exist: name a text file")
+    if not has_tokenizer(hf_dir):
+        raise UserError(f"{hf_dir} has no tokenizer: leave --text out")
     try:
         text = TEXT if text_file is None else text_file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

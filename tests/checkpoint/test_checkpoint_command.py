@@ -128,15 +128,37 @@ def test_a_mistake_is_one_line(command: Command, make_hf: Make, tmp_path: Path) 
         ("import", "--hf", tmp_path / "nowhere", "--megatron", tmp_path / "m"): "nowhere does not exist",
         ("import", "--hf", tmp_path, "--megatron", tmp_path.parent / "m"): "has no config.json",
         ("export", "--megatron", source, "--hf", tmp_path / "h"): "has no tsft_model.json",
+        (
+            "export",
+            "--megatron",
+            tmp_path / "m",
+            "--hf",
+            tmp_path / "h",
+        ): "m does not exist: name a",
         ("export", "--megatron", megatron, "--hf", tmp_path / "h", "--iteration", 5): "iter_0000005 does not exist",
         ("verify", "--hf", tmp_path / "nowhere", "--megatron", megatron): "nowhere does not exist",
-        ("verify", "--hf", source, "--megatron", megatron, "--text", tmp_path / "t"): "t does not exist",
-        ("verify", "--hf", source, "--megatron", megatron, "--text", ROOT / "LICENSE"): "no tokenizer could be loaded",
+        (
+            "verify",
+            "--hf",
+            source,
+            "--megatron",
+            megatron,
+            "--text",
+            ROOT / "LICENSE",
+        ): "has no tokenizer: leave",
     }
     for arguments, words in mistakes.items():
         status, _, err = command(*arguments, "--no-progress")
         assert status == 2 and re.search(words, err), err
         assert err.startswith("error: ") and err.count("\n") == 1
+    for flags in (
+        ("import", "--hf", source, "--megatron", tmp_path / "m", "--text", ROOT / "LICENSE"),
+        ("import", "--hf", source, "--megatron", tmp_path / "m", "--verify", "--text", tmp_path / "t"),
+        ("verify", "--hf", source, "--megatron", megatron, "--weights-only", "--text", ROOT / "LICENSE"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            command(*flags)
+    assert not (tmp_path / "m").exists()
 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(make_hf: Make, tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from megatron_tsft.checkpoint.convert import import_hf
 from megatron_tsft.checkpoint.families import families
 from megatron_tsft.checkpoint.refused import REFUSED
+from megatron_tsft.checkpoint.verify import verify
+from megatron_tsft.errors import UserError
 from tests.checkpoint.conftest import TINY
 from tests.checkpoint.test_checkpoint_errors import edit_config, refused
 
@@ -283,3 +285,22 @@ def test_odd_heads(make_hf: Make, tmp_path: Path) -> None:
     source = make_hf()
     edit_config(source, head_dim=15)
     refused(source, tmp_path / "megatron", "heads of 15 channels")
+
+
+def test_adapters(make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf()
+    (source / "adapter_config.json").write_text("{}")
+    refused(source, tmp_path / "megatron", "holds a LoRA adapter: merge it")
+
+
+def test_verify_of_two_models(make_hf: Make, tmp_path: Path) -> None:
+    source, other = make_hf(), make_hf("Qwen3ForCausalLM", name="other")
+    import_hf(source, tmp_path / "megatron", progress=False)
+    with pytest.raises(UserError, match="other holds .*Qwen3.* made from LlamaForCausalLM: name the two folders"):
+        verify(other, tmp_path / "megatron", progress=False)
+    edit_config(source, head_dim=32, num_attention_heads=4, num_key_value_heads=1)  # other shapes, the same tensors
+    result = verify(source, tmp_path / "megatron", progress=False)
+    assert not result.passed and "kv_channels is 32, in the checkpoint 16" in result.summary
+    edit_config(source, head_dim=8, num_attention_heads=8)
+    result = verify(source, tmp_path / "megatron", progress=False)
+    assert not result.passed and "logits not compared (config.json asks for other shapes)" in result.summary
