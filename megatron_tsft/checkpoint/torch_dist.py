@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_tsft.checkpoint.ahead import ahead
 from megatron_tsft.checkpoint.card import ModelCard
+from megatron_tsft.checkpoint.mapping import Shape
 from megatron_tsft.checkpoint.memory import Ring
 
-Shape = tuple[int, ...]
 COMMON_STATE_KEY = "common_state/shard_0_1"  # where Megatron 0.19 keeps what older versions wrote to common.pt
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # Megatron's metadata.json
 

@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_tsft.checkpoint.folder import read_metadata
+from megatron_tsft.checkpoint.mapping import Shape
 from megatron_tsft.errors import UserError
-
-Shape = tuple[int, ...]
 
 
 class _Window(io.RawIOBase):

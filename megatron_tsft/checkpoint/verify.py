@@ -102,8 +102,6 @@ def verify(
     hf_dir, megatron_dir = Path(hf_dir), Path(megatron_dir)
     card, checkpoint = ModelCard.load(megatron_dir), latest_checkpoint(megatron_dir, iteration)
     compare_keys(expected_keys(card), checkpoint)
-    if not hf_dir.is_dir():
-        raise UserError(f"{hf_dir} does not exist: name a local Hugging Face folder")
     found = load_config(hf_dir)
     if (found.architectures or [None])[0] != card.architecture:
         raise UserError(

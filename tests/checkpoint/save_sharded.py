@@ -5,17 +5,17 @@ The embedding is padded for 128 x TP, weights are fp32, and Adam's first moment 
 """
 
 import copy
+import dataclasses
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
-from megatron_tsft.checkpoint.mapping import padded_vocab_size
+from megatron_tsft.checkpoint.megatron_model import Layout, build_model, load_weights
 
 
 def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) -> None:
@@ -30,44 +30,15 @@ def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) ->
         get_param_id_to_sharded_param_map,
         make_sharded_optimizer_tensor,
     )
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.gpt.gpt_model import GPTModel
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from megatron_tsft.checkpoint.megatron_model import FIELDS
 
     parallel_state.initialize_model_parallel(tp, pp)
     card = ModelCard.load(source)
-    arguments = card.megatron_arguments
-    config = TransformerConfig(
-        **{field: arguments[name] for name, field in FIELDS.items()},
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        use_cpu_initialization=True,
-        perform_initialization=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        params_dtype=torch.float32,
-        pipeline_dtype=torch.float32,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-    )
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=padded_vocab_size(card.vocab_size, 192 * tp),  # 1152 at TP 2: not the import's 1024
-        max_sequence_length=4096,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=card.tied,
-    )
+    card = dataclasses.replace(card, make_vocab_size_divisible_by=192)  # 1152 at TP 2: not the import's 1024
+    model = build_model(card, Layout(tp, pp))
+    load_weights(model, latest_checkpoint(source))
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     metadata = content | {"dp_cp_group": group}
-    sharded = {"model": model.sharded_state_dict(metadata=metadata)}
-    loaded: Any = dist_checkpointing.load(sharded, str(latest_checkpoint(source)))
-    model.load_state_dict(loaded["model"])
     state = model.sharded_state_dict(metadata=metadata)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = get_param_id_to_sharded_param_map(copy.copy(state), parameters)
