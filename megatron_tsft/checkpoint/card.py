@@ -48,13 +48,12 @@ class ModelCard:
         Raises:
             UserError: there is none, or it was written by another version.
         """
-        missing = (
-            f"{directory} has no {CARD_FILE}: make the folder with"
-            " `tools/convert_checkpoint.py import --hf DIR --megatron DIR`"
-        )
         path = Path(directory) / CARD_FILE
-        if not Path(directory).is_dir():
-            raise UserError(f"{directory} does not exist: name a Megatron checkpoint folder")
+        found = f"has no {CARD_FILE}" if Path(directory).is_dir() else "does not exist"
+        missing = (
+            f"{directory} {found}: name a Megatron checkpoint folder; `tools/convert_checkpoint.py import --hf DIR"
+            " --megatron DIR` makes one"
+        )
         return load_card(
             ModelCard, path, FORMAT_VERSION, what="model card", missing=missing, again="import the model again"
         )
