@@ -49,6 +49,11 @@ class BlendedPacks(Dataset[dict[str, Tensor]]):
         item = self.members[member][own]
         return item | {"index": torch.tensor(index), "dataset": torch.tensor(member)}
 
+    def supervised_tokens(self, index: int) -> int:
+        """Supervised tokens of one pack."""
+        member, own = blend_place(index, self.shares)
+        return self.members[member].supervised_tokens(own)
+
     def where(self, index: int) -> str:
         """What a pack holds, for messages."""
         member, own = blend_place(index, self.shares)

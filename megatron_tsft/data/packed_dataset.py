@@ -1,6 +1,7 @@
 """Prepared conversations as an endless, resumable list of packs: item i is a pure function of the seed and i."""
 
 import copy
+import functools
 from collections import OrderedDict
 from typing import Any
 
@@ -33,6 +34,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         global_batch_size: int,
         seed: int,
         truncate: bool = False,
+        document_multiple: int = 1,
         shuffle: bool = True,
         split: Any = None,
     ):
@@ -44,6 +46,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             global_batch_size: packs of a step; an epoch is filled up to a multiple of it.
             seed: with the epoch, decides the packs and their order.
             truncate: cut conversations that are longer than a pack; else they are refused.
+            document_multiple: each conversation is padded to a multiple of it, which divides `seq_length`.
             shuffle: False repeats the same packs in the same order every epoch (evaluation).
             split: Megatron's `Split`, which its data loader reads.
 
@@ -63,6 +66,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         self.weighted = data.card.weighted
         self.truncated = too_long
         self.positions: Ints = np.maximum(np.minimum(data.lengths, longest) - 1, 1)
+        self._room: Ints = -(-self.positions // document_multiple) * document_multiple
         self._plans: OrderedDict[int, EpochPlan] = OrderedDict()
         self.packs = len(self._plan(0))  # the same in every epoch: it follows from the lengths
         if not self.packs:
@@ -77,7 +81,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if not self.shuffle:
             epoch = 0
         if epoch not in self._plans:
-            self._plans[epoch] = plan_epoch(self.positions, self.seq_length, self.seed, epoch)
+            self._plans[epoch] = plan_epoch(self._room, self.seq_length, self.seed, epoch)
             while len(self._plans) > 2:
                 self._plans.popitem(last=False)
         return self._plans[epoch]
@@ -87,12 +91,17 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         epoch, slot = divmod(index, self.packs_per_epoch)
         return self._plan(epoch).pack(slot).tolist() if slot < self.packs else []
 
-    def supervised_tokens(self) -> int:
-        """Supervised tokens of one epoch, after truncation. Reads every mask."""
-        total = 0
-        for row, n in enumerate(self.positions.tolist()):
-            total += int(self.data.row(row).loss_mask[1 : n + 1].sum())
-        return total
+    @functools.cached_property
+    def supervised(self) -> Ints:
+        """[rows] supervised tokens of each conversation, after truncation. Reads every mask, once."""
+        counts = self.data.supervised()
+        for row in np.flatnonzero(self.data.lengths > self.seq_length + 1).tolist():
+            counts[row] = self.data.row(row).loss_mask[1 : self.positions[row] + 1].sum()
+        return counts
+
+    def supervised_tokens(self, index: int) -> int:
+        """Supervised tokens of one pack."""
+        return sum(int(self.supervised[row]) for row in self.rows(index))
 
     def where(self, index: int) -> str:
         """What a pack holds, for messages."""
@@ -128,12 +137,12 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             taught["teacher_tail"] = np.full(size, -np.inf, np.float32)
         at = 0
         for row in self.rows(index):
-            sample, n = self.data.row(row), int(self.positions[row])
+            sample, n, room = self.data.row(row), int(self.positions[row]), int(self._room[row])
             ids, mask = sample.input_ids[: n + 1], sample.loss_mask[1 : n + 1]
             place = slice(at, at + len(mask))
             tokens[place] = ids[:-1]
             labels[place] = np.where(mask, ids[1:], IGNORED)
-            positions[place] = np.arange(len(mask))
+            positions[at : at + room] = np.arange(room)
             if sample.token_weights is not None:
                 weights[place] = sample.token_weights[1 : n + 1]
             records, supervised = self.teacher.rows(row) if self.teacher else None, np.flatnonzero(mask)
@@ -146,7 +155,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
                 values = (records.ids, records.logprobs, records.label_logprobs, records.tail_logmass)
                 for target, value in zip(taught.values(), values, strict=True):
                     target[at + supervised] = value[: len(supervised)]  # a truncated conversation has its first ones
-            at += n
+            at += room
         positions[at:] = np.arange(size - at)  # the tail is a document of its own
         item = {"tokens": tokens, "labels": labels, "position_ids": positions} | taught
         if self.weighted:

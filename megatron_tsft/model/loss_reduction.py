@@ -1,5 +1,6 @@
 """From per-token values to what Megatron's schedule wants: (summed loss, token count, metrics to reduce)."""
 
+import torch
 from torch import Tensor
 
 from megatron_tsft.data.packed_dataset import IGNORED
@@ -30,35 +31,30 @@ def reduce_loss(
     rows = dict(zip(context.metrics, output.unbind(0), strict=True))
     supervised = rows.pop("supervised").detach()
     count = supervised.sum()
-    metrics = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name, values in rows.items():
         values = values.detach()
         # the KL is NaN where the target is no distribution: averaged over the tokens that have it
         known = values.isfinite() & (supervised > 0) if name == "kl" else supervised > 0
         n = known.sum().float() if name == "kl" else count
-        metrics[name] = _pair(values.where(known, values.new_zeros(())).sum(), n)
+        pairs[name] = values.where(known, values.new_zeros(())).sum(), n
     batch = context.batch
     if context.training and batch.token_weights is not None:
-        metrics["weight"] = _pair((batch.token_weights * supervised).sum(), count)
+        pairs["weight"] = (batch.token_weights * supervised).sum(), count
     if context.training and batch.dataset_ids is not None:
         for i, dataset in enumerate(context.datasets):
             inside = (supervised > 0) & (batch.dataset_ids == i)
             n = inside.sum().float()
             for name in PER_DATASET:
-                metrics[f"{name}/{dataset}"] = _pair(rows[name].detach().where(inside, 0.0).sum(), n)
-            metrics[f"tokens/{dataset}"] = _pair(n, n.new_full((), samples_share))
+                pairs[f"{name}/{dataset}"] = rows[name].detach().where(inside, 0.0).sum(), n
+            pairs[f"tokens/{dataset}"] = n, n.new_full((), samples_share)
     if context.training:
         for name, value in context.parameters.items():
-            metrics[name] = _pair(value.to(count), count.new_ones(()))
+            pairs[name] = value.to(count), count.new_ones(())
     if context.training:  # the evaluation's count is known, and Megatron would print its exponential
         share = count.new_full((), samples_share)
-        metrics["tokens"] = _pair(count, share)
+        pairs["tokens"] = count, share
         labelled = (context.batch.labels != IGNORED).sum()
-        metrics["bad_teacher_rows"] = _pair(labelled - count, share)
-    return rows["loss"].sum(), count.int(), metrics
-
-
-def _pair(total: Tensor, n: Tensor) -> Tensor:
-    pair = total.new_empty(2)
-    pair[0], pair[1] = total, n
-    return pair
+        pairs["bad_teacher_rows"] = labelled - count, share
+    table = torch.stack([value for pair in pairs.values() for value in pair]).view(-1, 2)  # one kernel for all of them
+    return rows["loss"].sum(), count.int(), dict(zip(pairs, table.unbind(0), strict=True))

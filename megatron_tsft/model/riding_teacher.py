@@ -158,7 +158,8 @@ def frozen_config(of: GPTModelConfig) -> GPTModelConfig:
     config = copy.copy(of)
     transformer = copy.deepcopy(of.transformer)
     transformer.perform_initialization = False
-    transformer.fp8 = None
+    transformer.fp8 = transformer.fp4 = None
+    transformer.fp8_param = transformer.fp4_param = False
     transformer.recompute_granularity = None
     transformer.cpu_offloading = transformer.fine_grained_activation_offloading = False
     transformer.cuda_graph_impl = "none"

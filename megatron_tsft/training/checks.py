@@ -1,11 +1,13 @@
 """What must fit before the first step: layout, data, objective, teacher and checkpoint."""
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 
 from megatron_tsft import objectives
 from megatron_tsft.checkpoint.card import CARD_FILE, ModelCard
@@ -16,6 +18,7 @@ from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.loss import TeacherTopK, q_target_cross_entropy
 from megatron_tsft.objectives import Objective
+from megatron_tsft.training.arguments import option_of
 from megatron_tsft.training.config import TsftConfig
 from megatron_tsft.training.run_objectives import RunObjectives
 from megatron_tsft.training.sources import Source
@@ -62,9 +65,13 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
             f"--pipeline-model-parallel-size {pp} does not divide {layers} layers: use one of {fit}, or"
             " --decoder-first-pipeline-num-layers for an uneven split"
         )
-    if world_size % (tp * pp):
-        raise UserError(f"{world_size} processes are not a multiple of tensor {tp} x pipeline {pp}: start {tp * pp}")
-    micro, dp = given["micro_batch_size"], world_size // (tp * pp)
+    cp = given.get("context_parallel_size", 1)
+    if world_size % (tp * pp * cp):
+        context = f" x context {cp}" if cp > 1 else ""
+        raise UserError(
+            f"{world_size} processes are not a multiple of tensor {tp} x pipeline {pp}{context}: start {tp * pp * cp}"
+        )
+    micro, dp = given["micro_batch_size"], world_size // (tp * pp * cp)
     batch = given.get("global_batch_size", micro * dp)
     _check_expert_layout(given, model.get("num_experts"), world_size)
     if batch % (micro * dp):
@@ -75,6 +82,24 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
     if given["seq_length"] > longest:
         raise UserError(f"--seq-length {given['seq_length']} exceeds the model's {longest} positions: use at most that")
     return batch
+
+
+def document_multiple(config: TsftConfig, given: Mapping[str, Any]) -> int:
+    """What each conversation is padded to a multiple of; raises UserError where the flags ask what cannot be."""
+    cp, size = given.get("context_parallel_size", 1), given["seq_length"]
+    needed = 2 * cp if cp > 1 else 1
+    multiple = config.document_multiple or needed
+    if multiple < 1 or multiple % needed:
+        raise UserError(
+            f"--tsft-document-multiple {multiple} does not go with --context-parallel-size {cp}, which cuts each"
+            f" conversation into {needed} chunks: pass a multiple of {needed}, or leave it out"
+        )
+    if size % multiple:  # training/precision.py has seen to what parallelism asks
+        raise UserError(
+            f"--seq-length {size} is not a multiple of {multiple}, which conversations are padded to:"
+            f" pass {-(-size // multiple) * multiple}"
+        )
+    return multiple
 
 
 def _check_expert_layout(given: Mapping[str, Any], experts: int | None, world_size: int) -> None:
@@ -202,15 +227,28 @@ def resumes(given: Mapping[str, Any]) -> bool:
     return bool(save) and load != save and (Path(save) / TRACKER).is_file()
 
 
-def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, Any], *, engine: bool) -> Path:
+def check_checkpoints(
+    config: TsftConfig,
+    card: ModelCard,
+    given: Mapping[str, Any],
+    *,
+    engine: bool,
+    packs: Mapping[str, int] | None = None,
+) -> Path:
     """Compare the weights that will be loaded with the model, key by key; returns the base checkpoint's folder.
 
-    Megatron itself loads a checkpoint that lacks keys of the model and reports success. engine: the layers are
-    Transformer Engine's.
+    Megatron itself loads a checkpoint that lacks keys of the model and reports success.
+
+    Args:
+        config: model.
+        card: of the model.
+        given: the flags on the command line.
+        engine: the layers are Transformer Engine's.
+        packs: what decides the packs and their order, by the flags' destinations.
 
     Raises:
         UserError: --load finds nothing, or a checkpoint is incomplete, without the optimizer state to resume from,
-            saved by local layers and wanted by Transformer Engine's, or another model's.
+            saved by local layers and wanted by Transformer Engine's, of other packs, or another model's.
     """
     base = latest_checkpoint(config.model)
     compare_keys(expected_keys(card), base)
@@ -245,25 +283,37 @@ def check_checkpoints(config: TsftConfig, card: ModelCard, given: Mapping[str, A
             raise UserError(
                 f"{latest} was saved without optimizer state: pass --load {load} --finetune and another --save"
             )
-        if latest.name != "release" and not fresh and card.megatron_arguments.get("num_experts"):
-            _check_expert_optimizer(latest, given, load)
+        if latest.name != "release" and not fresh:
+            before = vars(load_common_state_dict(str(latest)).get("args", argparse.Namespace()))
+            _check_same_packs(latest, before, packs or {}, load)
+            if card.megatron_arguments.get("num_experts"):
+                _check_expert_optimizer(latest, before, given, load)
     return base
 
 
-def _check_expert_optimizer(checkpoint: Path, given: Mapping[str, Any], load: str) -> None:
+def _check_same_packs(checkpoint: Path, before: Mapping[str, Any], packs: Mapping[str, int], load: str) -> None:
+    """Raise UserError where the packs that are left would not be those of the run that is resumed."""
+    for name, now in packs.items():
+        if (then := before.get(name, now)) != now:
+            flag = option_of(name)
+            raise UserError(
+                f"{checkpoint} was trained with {flag} {then}, now it is {now}: conversations would be read twice or"
+                f" never. Pass {flag} {then}, or start anew from its weights with --load {load} --finetune and another"
+                " --save"
+            )
+
+
+def _check_expert_optimizer(checkpoint: Path, before: Mapping[str, Any], given: Mapping[str, Any], load: str) -> None:
     """Raise UserError where experts are parallel in the run and not in the checkpoint, or the other way round.
 
     Megatron has a second optimizer for parallel experts, and cannot make two out of one (core/optimizer/optimizer.py,
     ChainedOptimizer.load_state_dict).
     """
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
-    before = getattr(load_common_state_dict(str(checkpoint)).get("args"), "expert_model_parallel_size", 1)
-    now = given.get("expert_model_parallel_size", 1)
-    if (before > 1) != (now > 1):
+    then, now = before.get("expert_model_parallel_size", 1), given.get("expert_model_parallel_size", 1)
+    if (then > 1) != (now > 1):
         raise UserError(
-            f"{checkpoint} was saved with --expert-model-parallel-size {before}: its optimizer does not resume with"
-            f" {now}. Pass {'one above 1' if before > 1 else '1'}, or start anew from its weights with --load {load}"
+            f"{checkpoint} was saved with --expert-model-parallel-size {then}: its optimizer does not resume with"
+            f" {now}. Pass {'one above 1' if then > 1 else '1'}, or start anew from its weights with --load {load}"
             " --finetune and another --save"
         )
 

@@ -61,6 +61,13 @@ class TsftConfig:
     plugin: Sequence[str] = flag((), "Python files that register objectives of your own", nargs="+", metavar="FILE")
     fuse_head: bool = flag(False, "the LM head inside the loss: logits are never held whole", action="store_true")
     long_samples: str = flag("refuse", "conversations longer than --seq-length", choices=LONG_SAMPLES)
+    document_multiple: int = flag(
+        0,
+        "pad each conversation to a multiple of N positions (default: what context parallelism asks, twice its size,"
+        " else 1); with the same N runs of any layout read the same packs",
+        type=int,
+        metavar="N",
+    )
     check: bool = flag(False, "check everything that can be checked, print the plan and stop", action="store_true")
     device: str = flag("", "default: cuda where there is one, else cpu", choices=DEVICES)
 

@@ -32,6 +32,7 @@ class Datasets:
         eval_global_batch_size: int,
         seed: int,
         truncate: bool,
+        document_multiple: int,
     ):
         """
         Args:
@@ -44,7 +45,9 @@ class Datasets:
         Raises:
             UserError: a conversation is longer than a pack and `truncate` is False, or no cache knows it.
         """
-        pack = functools.partial(PackedDataset, seq_length=seq_length, seed=seed, truncate=truncate)
+        pack = functools.partial(
+            PackedDataset, seq_length=seq_length, seed=seed, truncate=truncate, document_multiple=document_multiple
+        )
         # an epoch of a mixture's member ends where it likes; a single data set is filled up to whole steps
         per_step = global_batch_size if len(train) == 1 else 1
         self.members = [pack(data, global_batch_size=per_step, split=Split.train) for data in train]
@@ -83,6 +86,11 @@ class Datasets:
     def where(self, index: int) -> str:
         """What the training pack of a running number holds, for messages."""
         return self._train(None, lambda part: part).where(index)
+
+    def supervised_tokens(self, start: int, stop: int) -> int:
+        """Supervised tokens of the training packs [start, stop)."""
+        packs = self._train(None, lambda part: part)
+        return sum(packs.supervised_tokens(index) for index in range(start, stop))
 
     def _train(self, split: Any, dress: Callable[[PackedDataset], PackedDataset]) -> PackedDataset | BlendedPacks:
         members = [dress(part) for part in self.members]

@@ -57,7 +57,8 @@ class ForwardStep:
         packs: cutting them is cheaper than sending them."""
         timers: Any = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = MicroBatch.from_packs(next(data_iterator), self.device, self.teacher_tail)
+        chunk = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
+        batch = MicroBatch.from_packs(next(data_iterator), self.device, self.teacher_tail, *chunk)
         timers("batch-generator").stop()
         step = training_step()
         self.plan.set_step(step)
@@ -80,7 +81,7 @@ class ForwardStep:
             batch.position_ids,
             None,
             labels=batch.labels,
-            packed_seq_params=packed_sequences(batch.lengths, self.device),
+            packed_seq_params=packed_sequences(batch.lengths, self.device, chunk[1]),
             output_processor=q_target_output,
             output_processor_context=context,
         )

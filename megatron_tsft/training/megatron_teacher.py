@@ -36,6 +36,7 @@ from megatron_tsft.teacher.job import Progress, as_rows
 from megatron_tsft.teacher.topk import teacher_topk
 from megatron_tsft.training import arguments, checks
 from megatron_tsft.training.config import TsftConfig
+from megatron_tsft.training.precision import check_precision
 
 ALIGNMENT = 128  # positions of a pack: sequence parallel splits them, and kernels like them round
 VIRTUAL = {
@@ -95,11 +96,13 @@ class MegatronTeacher:
         arguments.refuse_flags(given)
         arguments.check_card(given, card, str(folder))
         checks.check_layout(given, card, world_size)
-        if given.get("expert_model_parallel_size", 1) > 1 or VIRTUAL & given.keys():
+        sizes = (given.get(f"{kind}_parallel_size", 1) for kind in ("expert_model", "context"))
+        if max(sizes) > 1 or VIRTUAL & given.keys():
             raise UserError(
-                "a teacher is cached without expert parallelism and virtual pipeline stages: leave them out"
+                "a teacher is cached without expert and context parallelism and virtual pipeline stages: leave them out"
             )
         defaults = arguments.defaults_for(card, TsftConfig(model=str(folder)), device, given)
+        check_precision(defaults | given, device, engine=arguments.engine_installed())
         defaults["distributed_timeout_minutes"] = 7 * 24 * 60  # a rank that is done waits for the others' last shards
         vocabulary = TeacherVocabulary(card.vocab_size, token_map)
         ranks = given.get("tensor_model_parallel_size", 1)

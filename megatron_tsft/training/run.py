@@ -21,10 +21,12 @@ from megatron_tsft.errors import UserError
 from megatron_tsft.model.loss_reduction import PER_DATASET
 from megatron_tsft.model.riding_teacher import GuidedModelConfig, RidingTeacher
 from megatron_tsft.training import arguments, checks, teachers
-from megatron_tsft.training.config import TsftConfig
+from megatron_tsft.training.auxiliary_losses import AuxiliaryScale
+from megatron_tsft.training.config import TsftConfig, destination
 from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
 from megatron_tsft.training.metrics import FILE, MetricsFile, MetricsWriter
+from megatron_tsft.training.precision import check_precision, keep_start_weights
 from megatron_tsft.training.run_objectives import RunObjectives
 from megatron_tsft.training.sources import parse_sources
 
@@ -52,6 +54,8 @@ def run(argv: Sequence[str], device: str) -> None:
     card = ModelCard.load(config.model)
     arguments.check_card(given, card, config.model)
     batch = checks.check_layout(given, card, int(os.environ.get("WORLD_SIZE", "1")))
+    defaults = arguments.defaults_for(card, config, device, given) | {"seed": SEED}
+    check_precision(defaults | given, device, engine=arguments.engine_installed())
     sources = parse_sources(config.data)
     train = [PreparedData.load(source.directory) for source in sources]
     evaluation = PreparedData.load(config.eval_data) if config.eval_data else None
@@ -60,30 +64,39 @@ def run(argv: Sequence[str], device: str) -> None:
         checks.check_data(data, card)
     explicit = bool({"tsft_objective", "tsft_args"} & given.keys())
     plan = checks.load_objectives(config, sources, train, evaluation, explicit)
-    base = checks.check_checkpoints(config, card, given, engine=arguments.uses_engine(given, device))
+    packs = {
+        "seq_length": given["seq_length"],
+        "seed": given.get("seed", SEED),
+        destination("document_multiple"): checks.document_multiple(config, given),
+    }
+    base = checks.check_checkpoints(config, card, given, engine=arguments.uses_engine(given, device), packs=packs)
     datasets = Datasets(
         train,
         [source.share for source in sources],
         evaluation,
         caches=teachers.load_caches(config, card),
         taught=[objective.reads_teacher for objective in plan.all],
-        seq_length=given["seq_length"],
+        seq_length=packs["seq_length"],
         global_batch_size=batch,
         eval_global_batch_size=given.get("eval_global_batch_size", batch),
-        seed=given.get("seed", SEED),
+        seed=packs["seed"],
         truncate=config.long_samples == "truncate",
+        document_multiple=packs[destination("document_multiple")],
     )
 
-    defaults = arguments.defaults_for(card, config, device, given) | {"seed": SEED}
     if config.check:  # no files, and no list of 800 arguments
         with contextlib.redirect_stdout(io.StringIO()):
             args = arguments.parse([*argv, "--tensorboard-dir", ""], defaults)
     else:
         args = arguments.parse(argv, defaults)
+    keep_start_weights(args)
     args.eval_iters = datasets.eval_iters  # one exact pass
+    vars(args).update(packs)  # checkpoints keep them: a run that resumes is held to them
     if checks.resumes(given):
         args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, False
     model_config = build_model_config(args, teachers.riding_teacher(config, card, base, args, given, used))
+    if args.num_experts:
+        model_config.transformer.moe_grad_scale_func = AuxiliaryScale(model_config.transformer, datasets)
     if args.rank == 0:
         print("\n".join(describe(plan, config, datasets, args, applied)), flush=True)
     if config.check:
@@ -152,7 +165,7 @@ def install_metrics(args: Any, datasets: Datasets, plan: RunObjectives) -> None:
         active_seconds=active_seconds,
         interval=interval,
         print_interval=args.log_interval,
-        eval_tokens=datasets.evaluation.supervised_tokens() if datasets.evaluation else 0,
+        eval_tokens=int(datasets.evaluation.supervised.sum()) if datasets.evaluation else 0,
         extra=extra_metrics(datasets, plan),
     )
 

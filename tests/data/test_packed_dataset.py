@@ -40,9 +40,10 @@ def documents(item: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return [{name: item[name][a:b] for name in names} for a, b in zip(starts, starts[1:], strict=False)]
 
 
-def test_an_epoch_is_every_conversation_once_with_its_own_labels(folder: Path) -> None:
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_an_epoch_is_every_conversation_once_with_its_own_labels(folder: Path, multiple: int) -> None:
     data = PreparedData.load(folder / "plain")
-    packs = packed(data)
+    packs = packed(data, document_multiple=multiple)
     assert packs.packs_per_epoch % 4 == 0 and packs.packs_per_epoch - packs.packs < 4
     seen: Counter[tuple[int, ...]] = Counter()
     for index in range(packs.packs_per_epoch):
@@ -51,7 +52,12 @@ def test_an_epoch_is_every_conversation_once_with_its_own_labels(folder: Path) -
         for document in documents(item):
             labels, tokens = document["labels"], document["tokens"]
             assert document["position_ids"].tolist() == list(range(len(tokens)))
+            assert len(tokens) % multiple == 0
             known = labels != -100
+            if known.any():  # every row ends with a supervised token: what follows is padding, less than one multiple
+                end = int(torch.nonzero(known)[-1]) + 1
+                assert len(tokens) - end < multiple and not tokens[end:].any()
+                labels, tokens, known = labels[:end], tokens[:end], known[:end]
             # the label of a position is the next token of the same conversation
             assert torch.equal(labels[:-1][known[:-1]], tokens[1:][known[:-1]])
             if known.any():
@@ -59,7 +65,7 @@ def test_an_epoch_is_every_conversation_once_with_its_own_labels(folder: Path) -
     expected = Counter(tuple(data.row(i).input_ids.tolist()) for i in range(len(data)))
     assert seen == expected
     supervised = sum(int((packs[i]["labels"] != -100).sum()) for i in range(packs.packs_per_epoch))
-    assert supervised == packs.supervised_tokens() == data.card.supervised_tokens
+    assert supervised == packs.supervised.sum() == data.card.supervised_tokens
 
 
 def test_the_ragged_end_is_masked(folder: Path) -> None:
@@ -83,17 +89,18 @@ def test_items_do_not_depend_on_who_asks_or_when(folder: Path) -> None:
     assert packed(data, seed=2).rows(0) != forwards.rows(0)
 
 
-def test_weights_follow_their_tokens(folder: Path) -> None:
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_weights_follow_their_tokens(folder: Path, multiple: int) -> None:
     data = PreparedData.load(folder / "weighted")
-    packs = packed(data)
+    packs = packed(data, document_multiple=multiple)
     rows = packs.rows(0)
     item = packs[0]
     at = 0
     for row in rows:
         n = len(data.row(row).input_ids) - 1
         weights, labels = item["token_weights"][at : at + n], item["labels"][at : at + n]
-        assert (weights[labels != -100] == float(row)).all()
-        at += n
+        assert (weights[labels != -100] == float(row)).all() and (labels != -100).any()
+        at += -(-n // multiple) * multiple
     assert "token_weights" not in packed(PreparedData.load(folder / "plain"))[0]
 
 
@@ -108,7 +115,7 @@ def test_too_long_is_refused_or_cut_and_counted(folder: Path) -> None:
     row = int(data.lengths.argmax())
     index = next(i for i in range(cut.packs) if row in cut.rows(i))
     assert torch.equal(cut[index]["tokens"], torch.from_numpy(data.row(row).input_ids[:16].astype("int64")))
-    assert cut.supervised_tokens() < data.card.supervised_tokens
+    assert cut.supervised.sum() < data.card.supervised_tokens
 
 
 def test_a_micro_batch_lays_packs_end_to_end(folder: Path) -> None:

@@ -39,12 +39,15 @@ def rows_at(item: dict[str, torch.Tensor], place: int) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize(("seq_length", "truncate"), [(32, False), (64, False), (200, False), (16, True), (9, True)])
+@pytest.mark.parametrize(
+    ("seq_length", "truncate", "multiple"),
+    [(32, False, 1), (64, False, 1), (64, False, 16), (200, False, 1), (16, True, 1), (16, True, 4), (9, True, 1)],
+)
 def test_records_lie_at_their_tokens(
-    home: Home, teacher: CachedTeacher, seq_length: int, truncate: bool, seed: int
+    home: Home, teacher: CachedTeacher, seq_length: int, truncate: bool, multiple: int, seed: int
 ) -> None:
     data = home.train
-    packs = packs_of(data, teacher, seq_length=seq_length, truncate=truncate, seed=seed)
+    packs = packs_of(data, teacher, seq_length=seq_length, truncate=truncate, seed=seed, document_multiple=multiple)
     assert (packs.truncated > 0) == truncate
     taught = 0
     for index in range(packs.packs_per_epoch + 2):  # with the masked packs at its end, and two of the next epoch
@@ -60,13 +63,13 @@ def test_records_lie_at_their_tokens(
                 if place < end:
                     values = (known.ids, known.logprobs, known.label_logprobs, known.tail_logmass)
                     wanted[place] = tuple(value[i].tolist() for value in values)
-            at = end
+            at += -(-(end - at) // multiple) * multiple
         assert torch.nonzero(item["labels"] != -100)[:, 0].tolist() == sorted(wanted)
         for place in range(seq_length):
             nothing = ([-1] * K, [-np.inf] * K, -np.inf, -np.inf)
             assert rows_at(item, place) == wanted.get(place, nothing)
         taught += len(wanted) if index < packs.packs_per_epoch else 0
-    assert taught == packs.supervised_tokens()
+    assert taught == packs.supervised.sum()
 
 
 def test_the_packs_are_those_without_a_teacher(home: Home, teacher: CachedTeacher) -> None:

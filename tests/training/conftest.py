@@ -1,6 +1,7 @@
 """The session's model, data and rank server, and `train`, which runs a command on them."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,26 +29,41 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return world
 
 
+@pytest.fixture(scope="session")
+def train_in(server: Server, world: World) -> Callable[[Path], Train]:
+    """train_in(folder): what `train` is, with its runs in `folder`."""
+    return lambda folder: functools.partial(run_in, folder, server, world)
+
+
 @pytest.fixture
-def train(server: Server, world: World, tmp_path: Path) -> Train:
+def train(train_in: Callable[[Path], Train], tmp_path: Path) -> Train:
     """train(save, *flags, ranks=1, steps=3): a run on the session's model and data; a flag given twice: the last wins.
 
     It stops after `steps` without a checkpoint (writing one takes seconds) unless `keep` is set.
     """
+    return train_in(tmp_path)
 
-    def run(
-        save: Path | str, *flags: str, ranks: int = 1, steps: int = 3, keep: bool = False, timeout: float = 120
-    ) -> Run:
-        save = tmp_path / save
-        argv = ["--tsft-model", str(world.base), "--tsft-data", str(world.train), "--tsft-device", "cpu"]
-        argv += [*BATCH.split(), "--save", str(save), "--train-iters", str(steps if keep else 1000)]
-        argv += [] if keep else ["--exit-interval", str(steps), "--save-interval", "1000"]
-        log = tmp_path / f"{save.name}.log"
-        codes = server.run(ranks, [*argv, *flags], log, timeout)
-        logs = [Path(f"{log}.{rank}").read_text(errors="replace") for rank in range(ranks)]
-        return Run(codes, logs, save)
 
-    return run
+def run_in(
+    folder: Path,
+    server: Server,
+    world: World,
+    save: Path | str,
+    *flags: str,
+    ranks: int = 1,
+    steps: int = 3,
+    keep: bool = False,
+    timeout: float = 120,
+) -> Run:
+    """One training command whose files are in `folder`."""
+    save = folder / save
+    argv = ["--tsft-model", str(world.base), "--tsft-data", str(world.train), "--tsft-device", "cpu"]
+    argv += [*BATCH.split(), "--save", str(save), "--train-iters", str(steps if keep else 1000)]
+    argv += [] if keep else ["--exit-interval", str(steps), "--save-interval", "1000"]
+    log = folder / f"{save.name}.log"
+    codes = server.run(ranks, [*argv, *flags], log, timeout)
+    logs = [Path(f"{log}.{rank}").read_text(errors="replace") for rank in range(ranks)]
+    return Run(codes, logs, save)
 
 
 @pytest.fixture(scope="session")

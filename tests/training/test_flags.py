@@ -41,9 +41,11 @@ CASES = {
     ),
     "a head of another kind": (
         1,
-        "--tsft-fuse-head --use-megatron-fsdp --tsft-args eta=0",
-        ["--use-megatron-fsdp", "--tsft-fuse-head", "leave one of them out"],
+        "--tsft-fuse-head --fp8-output-proj --tsft-args eta=0",
+        ["--fp8-output-proj", "--tsft-fuse-head", "leave one of them out"],
     ),
+    "torch's FSDP": (1, "--use-torch-fsdp2 --tsft-args eta=0", ["--use-torch-fsdp2", "--use-distributed-optimizer"]),
+    "Megatron's FSDP": (1, "--use-megatron-fsdp --tsft-args eta=0", ["--use-megatron-fsdp", "fsdp_dtensor"]),
     "load finds nothing": (1, "--load nowhere --tsft-args eta=0", ["--load nowhere", "leave --load out"]),
     "another rope": (1, "--rotary-seq-len-interpolation-factor 8 --tsft-args eta=0", ["another model"]),
     "another attention": (1, "--window-size 4,0 --tsft-args eta=0", ["--window-size", "another model"]),

@@ -1,0 +1,121 @@
+"""Auxiliary losses of experts beside a loss per supervised token: the step's gradient is dense autograd's."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
+from megatron_tsft.data.packed_dataset import IGNORED, PackedDataset
+from megatron_tsft.data.prepared import PreparedData
+from tests.training.runs import Train, World, check_ran, make_hf
+
+PACKS, MULTIPLE, BALANCE, Z = 8, 4, 1.0, 0.1
+FLAGS = (
+    f"--micro-batch-size 1 --global-batch-size {PACKS} --tsft-document-multiple {MULTIPLE}"
+    f" --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {BALANCE} --moe-z-loss-coeff {Z}"
+).split()
+SFT = ("--tsft-objective", "sft")
+TP2, PP2, CP2, EP2 = (
+    f"--{kind}-parallel-size 2" for kind in ("tensor-model", "pipeline-model", "context", "expert-model")
+)
+LAYOUTS = {
+    "one": (1, ""),
+    "micro-batches over ranks": (2, "--use-distributed-optimizer"),
+    "ep2": (2, EP2),
+    "tp2-sp-ep2": (2, f"{TP2} --sequence-parallel {EP2} --expert-tensor-parallel-size 1"),
+    "pp2": (2, PP2),
+    "cp2": (2, CP2),
+    "cp2-ep2": (2, f"{CP2} {EP2}"),
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+
+
+@pytest.fixture(scope="module")
+def experts(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A Qwen3-MoE of its own, on the session's data."""
+    from megatron_tsft.checkpoint.convert import import_hf
+
+    own = World(tmp_path_factory.mktemp("balanced"))
+    make_hf(own.hf, "Qwen3MoeForCausalLM", **EXPERTS, decoder_sparse_step=1, mlp_only_layers=[], num_hidden_layers=2)
+    import_hf(own.hf, own.base, progress=False)
+    own.train.symlink_to(world.train)
+    return own
+
+
+def dense_norm(world: World, weight_of_one: float | None) -> float:
+    """Gradient norm of mean cross-entropy + the auxiliary losses, each layer's and each pack's, in float64.
+
+    weight_of_one: of one pack's auxiliary losses; None is 1 / packs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(world.hf), dtype=torch.float64, experts_implementation="eager"
+    ).eval()
+    routed: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            said = routed.setdefault(name, [])
+            module.register_forward_hook(
+                lambda gate, inputs, _, said=said: said.append(inputs[0].flatten(0, -2) @ gate.weight.T)
+            )
+    packs = PackedDataset(
+        PreparedData.load(world.train),
+        seq_length=64,
+        global_batch_size=PACKS,
+        seed=1234,
+        document_multiple=MULTIPLE,
+    )
+    cross_entropy, count, auxiliary = torch.zeros(()), 0, torch.zeros(())
+    for index in range(PACKS):
+        item = packs[index]
+        starts = torch.nonzero(item["position_ids"] == 0)[:, 0].tolist()
+        for said in routed.values():
+            said.clear()
+        for start, end in zip(starts, [*starts[1:], 64], strict=True):
+            logits = model(input_ids=item["tokens"][None, start:end]).logits[0]
+            labels = item["labels"][start:end]
+            cross_entropy = cross_entropy + torch.nn.functional.cross_entropy(
+                logits, labels, ignore_index=IGNORED, reduction="sum"
+            )
+            count += int((labels != IGNORED).sum())
+        for said in routed.values():
+            logits = torch.cat(said)  # [64, experts]
+            assert len(logits) == 64
+            chosen = torch.zeros_like(logits).scatter(1, logits.topk(2).indices, 1.0).mean(0) / 2
+            # arXiv 2101.03961 and 2202.08906
+            auxiliary = auxiliary + BALANCE * 4 * (chosen * logits.softmax(-1).mean(0)).sum()
+            auxiliary = auxiliary + Z * logits.logsumexp(-1).square().mean()
+    weight = 1 / PACKS if weight_of_one is None else weight_of_one * 64 / count
+    (cross_entropy / count + weight * auxiliary).backward()
+    return float(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+
+
+@pytest.mark.slow
+def test_the_gradient_is_that_of_dense_autograd(train: Train, experts: World) -> None:
+    expected = dense_norm(experts, None)
+    assert abs(dense_norm(experts, 1.0) / expected - 1) > 0.05  # what Megatron alone makes of them
+    assert abs(dense_norm(experts, 0.0) / expected - 1) > 0.05
+    start = ("--tsft-model", str(experts.base), *SFT, *FLAGS)
+    for name, (ranks, flags) in LAYOUTS.items():
+        run = check_ran(train(name, *start, *flags.split(), ranks=ranks, steps=1))
+        assert run.rows[0]["grad_norm"] == pytest.approx(expected, rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_a_teacher_with_experts_stays_as_it_was(train: Train, experts: World) -> None:
+    """The reference rides along with the student's auxiliary losses on: trained two steps, it still says the same.
+
+    From step 0 again with the trained student, a reference that had moved would change the loss.
+    """
+    guided = ("--tsft-model", str(experts.base), *FLAGS, "--tsft-teacher", "reference", "--tsft-args", "eta=0.5")
+    first = check_ran(train("first", *guided, "--save-interval", "2", ranks=1, steps=4, keep=True))
+    again = check_ran(train("again", *guided, "--load", str(first.save), "--ckpt-step", "2", steps=4, keep=True))
+    for ours, theirs in zip(again.rows, first.rows[2:], strict=True):
+        assert {k: v for k, v in ours.items() if k != "tokens_per_second"} == {
+            k: v for k, v in theirs.items() if k != "tokens_per_second"
+        }
+    keys = CheckpointReader(first.save / "iter_0000002").metadata.state_dict_metadata
+    assert not [key for key in keys if "expert_bias" in key or "teacher" in key]
