@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-all lint format clean
+.PHONY: help setup quickstart test test-all test-gpu lint format clean
 
 PYTHON ?= python3.12
 VENV := .venv
@@ -43,6 +43,9 @@ test: $(STAMP)  ## the fast tests
 
 test-all: $(STAMP)  ## every test that needs no GPU, the slow ones of several processes included
 	$(PYTEST) -m "not gpu"
+
+test-gpu: $(STAMP)  ## the tests that need a GPU
+	$(PYTEST) -m gpu
 
 lint: $(STAMP)  ## style, formatting and types
 	$(BIN)/ruff check .

@@ -2,6 +2,9 @@
 # Start one fine-tuning run with torchrun, on one node or as one node of several, on GPUs or on CPU.
 set -euo pipefail
 
+REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+PRESETS="$REPOSITORY/launch/presets"
+
 usage() {
   cat <<'EOF'
 usage: VARIABLE=value ... launch/pretrain_gpt_tsft.sh [any flag of Megatron's or --tsft-* flag ...]
@@ -27,10 +30,17 @@ optimization
   WEIGHT_DECAY     default 0; CLIP_GRAD default 1.0; ADAM_BETA1 default 0.9; ADAM_BETA2 default 0.95; SEED default 1234
   MBS, GBS         micro and global batch, in sequences; default 1 and 32
   SEQ_LENGTH       default 4096; DTYPE bf16, fp16 or fp32 (default bf16 on GPUs, fp32 on CPU)
+  GRAD_REDUCE      with bf16: fp32 or bf16, the type that gradients are accumulated and reduced in (default fp32)
   SAVE_INTERVAL    steps between checkpoints, default 200; one more is written at the end; LOG_INTERVAL default 1
 
+precision of some hardware: what is not given is what it wants (GPUs only)
+  PRESET           one of these (default: none)
+EOF
+  list_presets
+  cat <<'EOF'
+
 layout
-  TP, PP, CP       tensor, pipeline and context parallel sizes, default 1 each (CP: only 1 for now); the rest is data
+  TP, PP, CP       tensor, pipeline and context parallel sizes, default 1 each; the rest is data
   SEQUENCE_PARALLEL  1 or 0 (default 1 on GPUs with TP > 1)
   GPUS_PER_NODE    processes on this node (default: CUDA_VISIBLE_DEVICES or nvidia-smi's list; on CPU, TP*PP*CP)
   NUM_NODES        default 1; with more: NODE_RANK, MASTER_ADDR (required) and MASTER_PORT (default 6000)
@@ -41,8 +51,15 @@ layout
 examples
   MODEL=base DATA=data/train SAVE=runs/a TRAIN_ITERS=1000 TP=2 launch/pretrain_gpt_tsft.sh --recompute-activations
   DEVICE=cpu MODEL=base DATA=data/train SAVE=runs/b TRAIN_ITERS=4 GBS=2 SEQ_LENGTH=256 launch/pretrain_gpt_tsft.sh
+  PRESET=h100-fp8-tensorwise MODEL=base DATA=data/train SAVE=runs/c TRAIN_ITERS=1000 launch/pretrain_gpt_tsft.sh
   NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=node0 MODEL=... (and the same with NODE_RANK=1 on the other node)
 EOF
+}
+
+list_presets() {  # name and first comment line of each
+  for file in "$PRESETS"/*.sh; do
+    printf '    %-20s %s\n' "$(basename "$file" .sh)" "$(sed -n '1s/^# //p' "$file")"
+  done
 }
 
 fail() {
@@ -59,8 +76,6 @@ if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   exit 0
 fi
 
-REPOSITORY="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-
 for name in MODEL DATA SAVE TRAIN_ITERS; do
   [[ -n ${!name:-} ]] || fail "$name is not set; launch/pretrain_gpt_tsft.sh --help says what it is"
 done
@@ -70,6 +85,14 @@ if [[ -z ${DEVICE:-} ]]; then
   if nvidia-smi -L >/dev/null 2>&1; then DEVICE=cuda; else DEVICE=cpu; fi
 fi
 [[ $DEVICE == cuda || $DEVICE == cpu ]] || fail "DEVICE=$DEVICE: cuda or cpu"
+PRESET_ARGS=()
+if [[ -n ${PRESET:-} ]]; then
+  names=$(cd "$PRESETS" && printf '%s\n' *.sh | sed 's/\.sh$//')
+  grep -qxF -e "$PRESET" <<<"$names" || fail "PRESET=$PRESET: one of ${names//$'\n'/, }"
+  [[ $DEVICE == cuda ]] || fail "PRESET=$PRESET is for GPUs: leave it out with DEVICE=$DEVICE"
+  # shellcheck source=/dev/null  # data: variables that the user left open, and PRESET_ARGS
+  source "$PRESETS/$PRESET.sh"
+fi
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON="$REPOSITORY/.venv/bin/python"
   [[ -x $PYTHON ]] || PYTHON=python3
@@ -157,7 +180,12 @@ DTYPE=${DTYPE:-$([[ $DEVICE == cuda ]] && echo bf16 || echo fp32)}
 case $DTYPE in
   bf16 | fp16) DTYPE_ARGS=("--$DTYPE") ;;
   fp32) DTYPE_ARGS=() ;;
-  *) fail "DTYPE=$DTYPE: bf16, fp16 or fp32 (FP8 is bf16 with Megatron's --fp8-* flags on the command line)" ;;
+  *) fail "DTYPE=$DTYPE: bf16, fp16 or fp32 (FP8 is bf16 with a PRESET, or with Megatron's --fp8-* flags)" ;;
+esac
+case ${GRAD_REDUCE:-fp32} in
+  bf16) [[ $DTYPE != bf16 ]] || DTYPE_ARGS+=(--grad-reduce-in-bf16) ;;
+  fp32) ;;
+  *) fail "GRAD_REDUCE=$GRAD_REDUCE: fp32 or bf16" ;;
 esac
 
 MODEL_PARALLEL_ARGS=(
@@ -194,7 +222,7 @@ export OMP_NUM_THREADS
 COMMAND=(
   "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}"
   -m megatron_tsft.training.pretrain_gpt
-  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DTYPE_ARGS[@]}"
+  "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DTYPE_ARGS[@]}" "${PRESET_ARGS[@]}"
   "${MODEL_PARALLEL_ARGS[@]}" "${EVAL_AND_LOGGING_ARGS[@]}" "$@"
 )
 if [[ ${DRY_RUN:-0} == 1 ]]; then

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import warnings
@@ -12,11 +13,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCH = REPOSITORY / "launch" / "pretrain_gpt_tsft.sh"
 SLURM = REPOSITORY / "launch" / "slurm_pretrain_gpt_tsft.sbatch"
+PRESETS = sorted((REPOSITORY / "launch" / "presets").glob("*.sh"))  # data that the launcher reads, no scripts
 SCRIPTS = sorted(
     path
     for folder in ("launch", "examples", "tools", ".ci")
     for path in (REPOSITORY / folder).rglob("*")
-    if path.suffix in (".sh", ".sbatch") or path == REPOSITORY / ".ci" / "run"
+    if (path.suffix in (".sh", ".sbatch") or path == REPOSITORY / ".ci" / "run") and path not in PRESETS
 )
 REQUIRED = {"MODEL": "base", "DATA": "data/train", "SAVE": "runs/a", "TRAIN_ITERS": "40"}
 CPU = REQUIRED | {"DEVICE": "cpu"}
@@ -155,6 +157,10 @@ def test_extra_arguments_come_last_and_keep_their_spaces(tmp_path: Path) -> None
         ({"TRAIN_ITERS": "many"}, "TRAIN_ITERS=many is not a whole number"),
         ({"DEVICE": "tpu"}, "DEVICE=tpu: cuda or cpu"),
         ({"DTYPE": "fp8"}, "DTYPE=fp8"),
+        ({"GRAD_REDUCE": "fp8"}, "GRAD_REDUCE=fp8: fp32 or bf16"),
+        ({"PRESET": "h100"}, f"PRESET=h100: one of {', '.join(path.stem for path in PRESETS)}\n"),
+        ({"PRESET": "../presets/h100-bf16"}, "PRESET=../presets/h100-bf16: one of"),
+        ({"PRESET": "h100-bf16"}, "PRESET=h100-bf16 is for GPUs: leave it out with DEVICE=cpu"),
         ({"TP": "3", "GPUS_PER_NODE": "4"}, "4 processes are not a multiple of TP*PP*CP"),
         ({"GPUS_PER_NODE": "3", "GBS": "32"}, "GBS=32 is not a multiple of MBS * data parallel = 1 * 3"),
         ({"NUM_NODES": "2", "GPUS_PER_NODE": "1"}, "MASTER_ADDR is not set"),
@@ -170,8 +176,47 @@ def test_a_mistake_is_one_line(change: dict[str, str], message: str) -> None:
     assert message in done.stderr
 
 
+GPUS = REQUIRED | {"DEVICE": "cuda", "GPUS_PER_NODE": "8"}
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_data(preset: Path) -> None:
+    """A line that says what it is, then variables that the user's environment wins over, and one array of flags."""
+    first, *rest = preset.read_text().splitlines()
+    assert first.startswith("# ")
+    before = rest[: rest.index("PRESET_ARGS=(")]
+    assert before and all(re.fullmatch(r"([A-Z_]+)=\$\{\1:-\w+\}", line) for line in before)
+    assert rest[-1] == ")" and all(re.fullmatch(r"  --[-\w ]+", line) for line in rest[len(before) + 1 : -1])
+
+
+def test_help_lists_the_presets() -> None:
+    listed = [line.split(maxsplit=1) for line in start(LAUNCH, "--help").stdout.splitlines()]
+    for preset in PRESETS:
+        assert [preset.stem, preset.read_text().splitlines()[0].removeprefix("# ")] in listed
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_adds_its_flags_and_takes_none_away(preset: Path) -> None:
+    """Beside what GPUs get anyway, in front of the user's own flags."""
+    plain, words = command(**GPUS), command("--lr", "3e-6", **GPUS | {"PRESET": preset.stem})
+    text = preset.read_text()
+    own = text[text.index("PRESET_ARGS=(") :].removeprefix("PRESET_ARGS=(").rsplit(")", 1)[0].split()
+    at = words.index("--bf16")
+    assert words[at + 1 : at + 2 + len(own)] == ["--grad-reduce-in-bf16", *own]
+    assert words[: at + 1] + words[at + 2 + len(own) :] == [*plain, "--lr", "3e-6"]
+
+
+def test_variables_and_flags_win_over_a_preset() -> None:
+    fp8 = GPUS | {"PRESET": "h100-fp8-delayed"}
+    assert "--grad-reduce-in-bf16" not in command(**fp8 | {"GRAD_REDUCE": "fp32"})
+    assert {"--fp16", "--fp8-format"} <= set(command(**fp8 | {"DTYPE": "fp16"}))
+    assert not {"--bf16", "--grad-reduce-in-bf16"} & set(command(**fp8 | {"DTYPE": "fp16"}))
+    words = command("--attention-backend", "auto", "--fp8-recipe", "tensorwise", **fp8)
+    assert (value(words, "--attention-backend"), value(words, "--fp8-recipe")) == ("auto", "tensorwise")
+
+
 def test_every_megatron_flag_exists() -> None:
-    """What the launcher passes beside --tsft-* is known to the installed Megatron."""
+    """What the launcher passes beside --tsft-* is known to the installed Megatron (presets: test_presets.py)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron says at import what is not installed
         from megatron.training.arguments import add_megatron_arguments
