@@ -15,6 +15,13 @@ from torch import Tensor
 from megatron_tsft.training.datasets import Datasets
 
 
+def has_auxiliary_losses(args: Any) -> bool:
+    """Whether Megatron's arguments ask for a loss on the router: a balance, or a z-loss."""
+    kinds = args.moe_router_load_balancing_type
+    balanced = any("aux_loss" in kind for kind in ([kinds] if isinstance(kinds, str) else kinds))
+    return bool(args.num_experts) and (balanced or args.moe_z_loss_coeff is not None)
+
+
 class AuxiliaryScale:
     """Megatron's `moe_grad_scale_func`: the supervised share of the running step's positions, times fp16's scale."""
 
@@ -34,5 +41,5 @@ class AuxiliaryScale:
         if start != self._start:
             supervised = self.datasets.supervised_tokens(start, start + packs)
             self._start, self._share = start, supervised / (packs * args.seq_length)
-        one = torch.ones(1)
+        one = torch.ones(())  # on the host: without dimensions it may meet fp16's scale, which is on the GPU
         return self._share * (one if self.config.grad_scale_func is None else self.config.grad_scale_func(one))

@@ -1,6 +1,7 @@
 """A run from its command line to its last checkpoint: check, build, hand over to Megatron's own `pretrain`."""
 
 import contextlib
+import gc
 import io
 import os
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from megatron_tsft.errors import UserError
 from megatron_tsft.model.loss_reduction import PER_DATASET
 from megatron_tsft.model.riding_teacher import GuidedModelConfig, RidingTeacher
 from megatron_tsft.training import arguments, checks, teachers
-from megatron_tsft.training.auxiliary_losses import AuxiliaryScale
+from megatron_tsft.training.auxiliary_losses import AuxiliaryScale, has_auxiliary_losses
 from megatron_tsft.training.config import TsftConfig, destination
 from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
@@ -95,7 +96,7 @@ def run(argv: Sequence[str], device: str) -> None:
     if checks.resumes(given):
         args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, False
     model_config = build_model_config(args, teachers.riding_teacher(config, card, base, args, given, used))
-    if args.num_experts:
+    if has_auxiliary_losses(args):
         model_config.transformer.moe_grad_scale_func = AuxiliaryScale(model_config.transformer, datasets)
     if args.rank == 0:
         print("\n".join(describe(plan, config, datasets, args, applied)), flush=True)
@@ -118,6 +119,8 @@ def run(argv: Sequence[str], device: str) -> None:
         teacher_tail=config.teacher_tail,  # pyright: ignore[reportArgumentType]  # one of its choices
         reference_refresh=config.reference_refresh,
     )
+    gc.freeze()  # what is there now stays: no later collection looks at it
+    gc.enable()
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),

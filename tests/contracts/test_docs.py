@@ -12,7 +12,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
-SCRIPTS = sorted([*REPOSITORY.glob("launch/*"), *REPOSITORY.glob("examples/**/*.sh")])
+SCRIPTS = sorted(
+    path for path in (*REPOSITORY.glob("launch/**/*"), *REPOSITORY.glob("examples/**/*.sh")) if path.is_file()
+)
 TOOLS = sorted(REPOSITORY.glob("tools/*.py"))
 
 
