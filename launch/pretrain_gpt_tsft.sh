@@ -30,7 +30,8 @@ optimization
   WEIGHT_DECAY     default 0; CLIP_GRAD default 1.0; ADAM_BETA1 default 0.9; ADAM_BETA2 default 0.95; SEED default 1234
   MBS, GBS         micro and global batch, in sequences; default 1 and 32
   SEQ_LENGTH       default 4096; DTYPE bf16, fp16 or fp32 (default bf16 on GPUs, fp32 on CPU)
-  GRAD_REDUCE      with bf16: fp32 or bf16, the type that gradients are accumulated and reduced in (default fp32)
+  GRAD_REDUCE      with bf16: fp32 or bf16, the type that gradients are accumulated and reduced in (default fp32;
+                   bf16 with a PRESET: pass fp32 to keep it)
   SAVE_INTERVAL    steps between checkpoints, default 200; one more is written at the end; LOG_INTERVAL default 1
 
 precision of some hardware: what is not given is what it wants (GPUs only)
@@ -85,7 +86,7 @@ if [[ -z ${DEVICE:-} ]]; then
   if nvidia-smi -L >/dev/null 2>&1; then DEVICE=cuda; else DEVICE=cpu; fi
 fi
 [[ $DEVICE == cuda || $DEVICE == cpu ]] || fail "DEVICE=$DEVICE: cuda or cpu"
-PRESET_ARGS=()
+PRESET_ARGS=() ASKED_GRAD_REDUCE=${GRAD_REDUCE:-}
 if [[ -n ${PRESET:-} ]]; then
   names=$(cd "$PRESETS" && printf '%s\n' *.sh | sed 's/\.sh$//')
   grep -qxF -e "$PRESET" <<<"$names" || fail "PRESET=$PRESET: one of ${names//$'\n'/, }"
@@ -183,7 +184,13 @@ case $DTYPE in
   *) fail "DTYPE=$DTYPE: bf16, fp16 or fp32 (FP8 is bf16 with a PRESET, or with Megatron's --fp8-* flags)" ;;
 esac
 case ${GRAD_REDUCE:-fp32} in
-  bf16) [[ $DTYPE != bf16 ]] || DTYPE_ARGS+=(--grad-reduce-in-bf16) ;;
+  bf16)
+    if [[ $DTYPE == bf16 ]]; then
+      DTYPE_ARGS+=(--grad-reduce-in-bf16)
+    elif [[ -n $ASKED_GRAD_REDUCE ]]; then # a preset's is for bf16 alone
+      fail "GRAD_REDUCE=bf16 goes with DTYPE=bf16, which is $DTYPE: leave GRAD_REDUCE out"
+    fi
+    ;;
   fp32) ;;
   *) fail "GRAD_REDUCE=$GRAD_REDUCE: fp32 or bf16" ;;
 esac

@@ -16,13 +16,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_tsft.data.context_parallel import gathered_order
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed parameters plus the lengths on the host, so that no layer has to ask the device for them."""
+    """Megatron's packed parameters plus the lengths on the host, so that our attention need not ask the device for them
+    (Megatron's unfused rotary embedding does)."""
 
     lengths: list[int] = field(default_factory=list)
     gathered: Tensor | None = None  # [t] where the ranks' shards, one after the other, hold each position
@@ -54,10 +56,12 @@ class PackedDotProductAttention(DotProductAttention):
     """Core attention of the local spec that also takes packed sequences."""
 
     def __init__(self, config: Any, *args: Any, pg_collection: Any = None, **kwargs: Any):
-        alone = copy.copy(config)
-        alone.context_parallel_size = 1  # what Megatron's class asks for: it knows of no other ranks, we do
+        alone = config
+        if config.context_parallel_size > 1:
+            alone = copy.copy(config)
+            alone.context_parallel_size = 1  # Megatron's class asks for it: it knows of no other ranks, we do
         super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
-        self.cp_group = None if config.context_parallel_size == 1 else pg_collection.cp
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -107,9 +111,8 @@ class PackedDotProductAttention(DotProductAttention):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Causal attention [n, heads, d] of the last n of the positions that `key` and `value` [m, groups, d] cover."""
         n, m = len(query), len(key)
-        earlier = None
-        if n < m:  # query i stands at position m - n + i
-            earlier = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+        # query i stands at position m - n + i; not a tensor, so that flash attention may take it
+        earlier = causal_lower_right(n, m) if n < m else None
         return torch.nn.functional.scaled_dot_product_attention(
             *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)),
             attn_mask=earlier,

@@ -257,5 +257,10 @@ def model_config(args: argparse.Namespace, kind: type[GPTModelConfig] = GPTModel
     except (AssertionError, ValueError) as error:
         raise refused_by_megatron(error) from error
     if args.transformer_impl == "local":
+        if args.cp_comm_type != ["p2p"]:  # Megatron's default
+            raise UserError(
+                f"--cp-comm-type {' '.join(args.cp_comm_type)} is for Transformer Engine's attention; local layers"
+                " gather keys and values: leave it out"
+            )
         config.transformer_layer_spec = packed_local_spec
     return config

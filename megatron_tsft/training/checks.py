@@ -1,6 +1,5 @@
 """What must fit before the first step: layout, data, objective, teacher and checkpoint."""
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.loss import TeacherTopK, q_target_cross_entropy
 from megatron_tsft.objectives import Objective
-from megatron_tsft.training.arguments import option_of
 from megatron_tsft.training.config import TsftConfig
 from megatron_tsft.training.run_objectives import RunObjectives
+from megatron_tsft.training.same_packs import Resumed
 from megatron_tsft.training.sources import Source
 
 LAST_STEP = 1 << 40  # beyond the end of any schedule
@@ -82,24 +81,6 @@ def check_layout(given: Mapping[str, Any], card: ModelCard, world_size: int) -> 
     if given["seq_length"] > longest:
         raise UserError(f"--seq-length {given['seq_length']} exceeds the model's {longest} positions: use at most that")
     return batch
-
-
-def document_multiple(config: TsftConfig, given: Mapping[str, Any]) -> int:
-    """What each conversation is padded to a multiple of; raises UserError where the flags ask what cannot be."""
-    cp, size = given.get("context_parallel_size", 1), given["seq_length"]
-    needed = 2 * cp if cp > 1 else 1
-    multiple = config.document_multiple or needed
-    if multiple < 1 or multiple % needed:
-        raise UserError(
-            f"--tsft-document-multiple {multiple} does not go with --context-parallel-size {cp}, which cuts each"
-            f" conversation into {needed} chunks: pass a multiple of {needed}, or leave it out"
-        )
-    if size % multiple:  # training/precision.py has seen to what parallelism asks
-        raise UserError(
-            f"--seq-length {size} is not a multiple of {multiple}, which conversations are padded to:"
-            f" pass {-(-size // multiple) * multiple}"
-        )
-    return multiple
 
 
 def _check_expert_layout(given: Mapping[str, Any], experts: int | None, world_size: int) -> None:
@@ -233,9 +214,8 @@ def check_checkpoints(
     given: Mapping[str, Any],
     *,
     engine: bool,
-    packs: Mapping[str, int] | None = None,
-) -> Path:
-    """Compare the weights that will be loaded with the model, key by key; returns the base checkpoint's folder.
+) -> tuple[Path, Resumed | None]:
+    """Compare the weights that will be loaded with the model, key by key.
 
     Megatron itself loads a checkpoint that lacks keys of the model and reports success.
 
@@ -244,14 +224,17 @@ def check_checkpoints(
         card: of the model.
         given: the flags on the command line.
         engine: the layers are Transformer Engine's.
-        packs: what decides the packs and their order, by the flags' destinations.
+
+    Returns:
+        the base checkpoint's folder, and the checkpoint whose place in the data the run goes on from, or None.
 
     Raises:
         UserError: --load finds nothing, or a checkpoint is incomplete, without the optimizer state to resume from,
-            saved by local layers and wanted by Transformer Engine's, of other packs, or another model's.
+            saved by local layers and wanted by Transformer Engine's, or another model's.
     """
     base = latest_checkpoint(config.model)
     compare_keys(expected_keys(card), base)
+    resumed: Resumed | None = None
     save, load = given.get("save"), given.get("load")
     if save and Path(save).resolve() == Path(config.model).resolve():
         raise UserError(f"--save {save} is the folder of --tsft-model: name another, or the imported model is lost")
@@ -283,38 +266,24 @@ def check_checkpoints(
             raise UserError(
                 f"{latest} was saved without optimizer state: pass --load {load} --finetune and another --save"
             )
-        if latest.name != "release" and not fresh:
-            before = vars(load_common_state_dict(str(latest)).get("args", argparse.Namespace()))
-            _check_same_packs(latest, before, packs or {}, load)
-            if card.megatron_arguments.get("num_experts"):
-                _check_expert_optimizer(latest, before, given, load)
-    return base
+        if latest.name != "release" and (resuming or not given.get("finetune")):
+            resumed = Resumed(latest, load, vars(load_common_state_dict(str(latest))["args"]))
+            if not fresh and card.megatron_arguments.get("num_experts"):
+                _check_expert_optimizer(resumed, given)
+    return base, resumed
 
 
-def _check_same_packs(checkpoint: Path, before: Mapping[str, Any], packs: Mapping[str, int], load: str) -> None:
-    """Raise UserError where the packs that are left would not be those of the run that is resumed."""
-    for name, now in packs.items():
-        if (then := before.get(name, now)) != now:
-            flag = option_of(name)
-            raise UserError(
-                f"{checkpoint} was trained with {flag} {then}, now it is {now}: conversations would be read twice or"
-                f" never. Pass {flag} {then}, or start anew from its weights with --load {load} --finetune and another"
-                " --save"
-            )
-
-
-def _check_expert_optimizer(checkpoint: Path, before: Mapping[str, Any], given: Mapping[str, Any], load: str) -> None:
+def _check_expert_optimizer(resumed: Resumed, given: Mapping[str, Any]) -> None:
     """Raise UserError where experts are parallel in the run and not in the checkpoint, or the other way round.
 
     Megatron has a second optimizer for parallel experts, and cannot make two out of one (core/optimizer/optimizer.py,
     ChainedOptimizer.load_state_dict).
     """
-    then, now = before.get("expert_model_parallel_size", 1), given.get("expert_model_parallel_size", 1)
+    then, now = (of.get("expert_model_parallel_size", 1) for of in (resumed.before, given))
     if (then > 1) != (now > 1):
         raise UserError(
-            f"{checkpoint} was saved with --expert-model-parallel-size {then}: its optimizer does not resume with"
-            f" {now}. Pass {'one above 1' if then > 1 else '1'}, or start anew from its weights with --load {load}"
-            " --finetune and another --save"
+            f"{resumed.checkpoint} was saved with --expert-model-parallel-size {then}: its optimizer does not resume"
+            f" with {now}. Pass {'one above 1' if then > 1 else '1'}, {resumed.anew}"
         )
 
 

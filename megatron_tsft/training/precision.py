@@ -1,10 +1,10 @@
-"""What a precision asks: Transformer Engine, a GPU that has its number format, packs that divide into its blocks.
+"""What a precision asks: Transformer Engine, and a GPU that has its number format.
 
 Megatron's own validation passes FP8 with local layers, without Transformer Engine, and every recipe on every GPU; what
 follows is a crash in the first step, or none and bf16 under the name of FP8.
 """
 
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ FP8 = {
     "mxfp8": Recipe(32, (10, 0), "the Blackwell of data centers: B200, GB200, B300", below=(12, 0)),
     "custom": Recipe(16, (8, 9), "Ada, Hopper and Blackwell"),
 }
-FP4 = {name: Recipe(32, (10, 0), "Blackwell") for name in ("nvfp4", "custom")}
+FP4 = {name: Recipe(128, (10, 0), "Blackwell") for name in ("nvfp4", "custom")}
 DEFAULTS = {"fp8": "delayed", "fp4": "nvfp4"}  # Megatron's
 
 
@@ -55,10 +55,10 @@ def check_precision(
     capability: tuple[int, int] | None = None,
     cuda: tuple[int, int] | None = None,
 ) -> None:
-    """Raise UserError where the precision that was asked for cannot run here or does not fit the packs.
+    """Raise UserError where the precision that was asked for cannot run here.
 
     Args:
-        given: the flags on the command line, by destination; --sequence-parallel as the run will have it.
+        given: the flags on the command line, by destination.
         device: "cuda" or "cpu".
         engine: Transformer Engine is installed.
         capability: of this rank's GPU; None asks torch.
@@ -77,7 +77,6 @@ def check_precision(
                 "--fp8-param-gather does not go with --fp8-recipe delayed: the imported weights would be rounded to FP8"
                 " with a scale of 1, which loses the small ones. Leave it out, or choose another recipe"
             )
-    _check_pack(given)
 
 
 def asked(given: Mapping[str, Any]) -> tuple[str, str, Recipe] | None:
@@ -89,17 +88,6 @@ def asked(given: Mapping[str, Any]) -> tuple[str, str, Recipe] | None:
     return None
 
 
-def pack_multiple(given: Mapping[str, Any]) -> int:
-    """What --seq-length must be a multiple of: every rank's share of a pack is made of whole blocks.
-
-    Context parallelism cuts two chunks a rank, sequence parallelism cuts a rank's tokens once more.
-    """
-    ranks = _ranks_of_a_pack(given)
-    context = given.get("context_parallel_size", 1)
-    found = asked(given)
-    return math.lcm(ranks * (found[2].block if found else 1), 2 * context if context > 1 else 1)
-
-
 def keep_start_weights(args: Any) -> None:
     """Make the fp32 weights of the optimizer out of the checkpoint, where the model itself holds FP8 ones.
 
@@ -108,15 +96,15 @@ def keep_start_weights(args: Any) -> None:
     good. The flag against it has an assertion, --no-load-optim, that a run which resumes must not meet; so it is set
     after the parser. It reads the loaded tensors, which are FP8, too, where the loader quantizes as it reads
     (dist_checkpointing/strategies/torch.py, stream_ckpt_dequant). A run that resumes has these weights from the
-    optimizer's checkpoint, and does not come by here.
+    optimizer's checkpoint: Megatron then reads neither setting.
     """
     if args.fp8_param_gather or args.fp4_param_gather:
         args.load_main_params_from_ckpt, args.stream_ckpt_dequant = True, False
 
 
 def gpu_capability() -> tuple[int, int]:
-    """Of this process' GPU."""
-    return torch.cuda.get_device_capability()
+    """Of this process' GPU, which Megatron will choose by the same number."""
+    return torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def cuda_version() -> tuple[int, int]:
@@ -163,29 +151,3 @@ def _check_gpu(text: str, bits: str, recipe: Recipe, capability: tuple[int, int]
             f"{text} needs CUDA {recipe.cuda[0]}.{recipe.cuda[1]}, torch has {cuda[0]}.{cuda[1]}: take a newer"
             f" container, or another --{bits}-recipe"
         )
-
-
-def _ranks_of_a_pack(given: Mapping[str, Any]) -> int:
-    """How many ranks hold different tokens of one pack."""
-    tensor = given.get("tensor_model_parallel_size", 1) if given.get("sequence_parallel") else 1
-    return tensor * given.get("context_parallel_size", 1)
-
-
-def _check_pack(given: Mapping[str, Any]) -> None:
-    """Raise UserError where a pack does not divide; the message names lengths that do."""
-    length, multiple = given["seq_length"], pack_multiple(given)
-    if length % multiple == 0:
-        return
-    tensor, context = given.get("tensor_model_parallel_size", 1), given.get("context_parallel_size", 1)
-    found = asked(given)
-    reasons = [
-        f"--context-parallel-size {context}" if context > 1 else "",
-        f"--sequence-parallel over {tensor} ranks" if given.get("sequence_parallel") and tensor > 1 else "",
-        f"{found[1]}'s blocks of {found[2].block} tokens" if found else "",
-    ]
-    below = length // multiple * multiple
-    fit = f"{below} or {below + multiple}" if below else f"{multiple}"
-    raise UserError(
-        f"--seq-length {length} is not a multiple of {multiple}, which {' with '.join(filter(None, reasons))} asks for:"
-        f" pass {fit}"
-    )

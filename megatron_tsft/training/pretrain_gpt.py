@@ -54,9 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print_help()
         return 0
-    gc.disable()  # looking through a million objects of imported modules takes a tenth of the start; run() enables it
     # Megatron overlaps communication by the order in which kernels are launched, and insists on this
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # looking through a million objects of imported modules takes a tenth of the start; run() enables it for the steps
+    gc.disable()
     try:
         device = choose_device(argv)
         if device == "cpu":
@@ -73,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         run(argv, device)
     except UserError as error:
         return say(error)
+    finally:
+        gc.enable()
     return 0
 
 

@@ -23,12 +23,14 @@ from megatron_tsft.model.loss_reduction import PER_DATASET
 from megatron_tsft.model.riding_teacher import GuidedModelConfig, RidingTeacher
 from megatron_tsft.training import arguments, checks, teachers
 from megatron_tsft.training.auxiliary_losses import AuxiliaryScale, has_auxiliary_losses
-from megatron_tsft.training.config import TsftConfig, destination
+from megatron_tsft.training.config import TsftConfig
 from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
 from megatron_tsft.training.metrics import FILE, MetricsFile, MetricsWriter
+from megatron_tsft.training.pack_length import check_pack, document_multiple
 from megatron_tsft.training.precision import check_precision, keep_start_weights
 from megatron_tsft.training.run_objectives import RunObjectives
+from megatron_tsft.training.same_packs import SAVED, check_same_packs, facts_of_packs
 from megatron_tsft.training.sources import parse_sources
 
 SEED = 1234  # Megatron's default, needed before its flags are parsed
@@ -57,6 +59,7 @@ def run(argv: Sequence[str], device: str) -> None:
     batch = checks.check_layout(given, card, int(os.environ.get("WORLD_SIZE", "1")))
     defaults = arguments.defaults_for(card, config, device, given) | {"seed": SEED}
     check_precision(defaults | given, device, engine=arguments.engine_installed())
+    check_pack(defaults | given)
     sources = parse_sources(config.data)
     train = [PreparedData.load(source.directory) for source in sources]
     evaluation = PreparedData.load(config.eval_data) if config.eval_data else None
@@ -65,25 +68,26 @@ def run(argv: Sequence[str], device: str) -> None:
         checks.check_data(data, card)
     explicit = bool({"tsft_objective", "tsft_args"} & given.keys())
     plan = checks.load_objectives(config, sources, train, evaluation, explicit)
+    base, resumed = checks.check_checkpoints(config, card, given, engine=arguments.uses_engine(given, device))
     packs = {
         "seq_length": given["seq_length"],
         "seed": given.get("seed", SEED),
-        destination("document_multiple"): checks.document_multiple(config, given),
+        "document_multiple": document_multiple(given),
     }
-    base = checks.check_checkpoints(config, card, given, engine=arguments.uses_engine(given, device), packs=packs)
     datasets = Datasets(
         train,
         [source.share for source in sources],
         evaluation,
         caches=teachers.load_caches(config, card),
         taught=[objective.reads_teacher for objective in plan.all],
-        seq_length=packs["seq_length"],
+        **packs,
         global_batch_size=batch,
         eval_global_batch_size=given.get("eval_global_batch_size", batch),
-        seed=packs["seed"],
         truncate=config.long_samples == "truncate",
-        document_multiple=packs[destination("document_multiple")],
     )
+    facts = facts_of_packs(datasets, **packs)
+    if resumed is not None:
+        check_same_packs(resumed, facts, datasets, batch, given)
 
     if config.check:  # no files, and no list of 800 arguments
         with contextlib.redirect_stdout(io.StringIO()):
@@ -92,7 +96,7 @@ def run(argv: Sequence[str], device: str) -> None:
         args = arguments.parse(argv, defaults)
     keep_start_weights(args)
     args.eval_iters = datasets.eval_iters  # one exact pass
-    vars(args).update(packs)  # checkpoints keep them: a run that resumes is held to them
+    setattr(args, SAVED, facts)  # checkpoints keep them: a run that resumes is held to them
     if checks.resumes(given):
         args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, False
     model_config = build_model_config(args, teachers.riding_teacher(config, card, base, args, given, used))

@@ -157,6 +157,7 @@ def test_extra_arguments_come_last_and_keep_their_spaces(tmp_path: Path) -> None
         ({"TRAIN_ITERS": "many"}, "TRAIN_ITERS=many is not a whole number"),
         ({"DEVICE": "tpu"}, "DEVICE=tpu: cuda or cpu"),
         ({"DTYPE": "fp8"}, "DTYPE=fp8"),
+        ({"DTYPE": "fp32", "GRAD_REDUCE": "bf16"}, "GRAD_REDUCE=bf16 goes with DTYPE=bf16, which is fp32"),
         ({"GRAD_REDUCE": "fp8"}, "GRAD_REDUCE=fp8: fp32 or bf16"),
         ({"PRESET": "h100"}, f"PRESET=h100: one of {', '.join(path.stem for path in PRESETS)}\n"),
         ({"PRESET": "../presets/h100-bf16"}, "PRESET=../presets/h100-bf16: one of"),

@@ -147,6 +147,12 @@ def test_random_access_equals_sequential(parts: list[PackedDataset]) -> None:
     assert other[10**12]["tokens"].shape == (48,)
 
 
+def test_supervised_tokens_are_those_of_the_item(parts: list[PackedDataset]) -> None:
+    packs = BlendedPacks(parts, [0.5, 0.3, 0.2][: len(parts)])
+    for index in range(30):
+        assert packs.supervised_tokens(index) == int((packs[index]["labels"] != -100).sum())
+
+
 def test_messages_name_the_members_pack(parts: list[PackedDataset]) -> None:
     blend = BlendedPacks(parts, SPLIT)
     for index in (0, 1, 2, 33):

@@ -49,6 +49,7 @@ def test_an_epoch_is_every_conversation_once_with_its_own_labels(folder: Path, m
     for index in range(packs.packs_per_epoch):
         item = packs[index]
         assert {len(item[name]) for name in ("tokens", "labels", "position_ids")} == {64}
+        assert packs.supervised_tokens(index) == int((item["labels"] != -100).sum())
         for document in documents(item):
             labels, tokens = document["labels"], document["tokens"]
             assert document["position_ids"].tolist() == list(range(len(tokens)))
@@ -116,6 +117,8 @@ def test_too_long_is_refused_or_cut_and_counted(folder: Path) -> None:
     index = next(i for i in range(cut.packs) if row in cut.rows(i))
     assert torch.equal(cut[index]["tokens"], torch.from_numpy(data.row(row).input_ids[:16].astype("int64")))
     assert cut.supervised.sum() < data.card.supervised_tokens
+    for index in range(cut.packs):
+        assert cut.supervised_tokens(index) == int((cut[index]["labels"] != -100).sum())
 
 
 def test_a_micro_batch_lays_packs_end_to_end(folder: Path) -> None:

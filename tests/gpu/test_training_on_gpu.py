@@ -119,6 +119,13 @@ def run(start: Start, folder: Path, device: str, flags: tuple[str, ...], ranks: 
     return [json.loads(line) for line in (folder / "save" / "metrics.jsonl").read_text().splitlines()]
 
 
+def of_preset(recipe: str) -> list[str]:
+    """The FP8 flags of the preset with this recipe."""
+    (preset,) = (REPOSITORY / "launch" / "presets").glob(f"*-{recipe if recipe == 'mxfp8' else f'fp8-{recipe}'}.sh")
+    lines = [line.split() for line in preset.read_text().splitlines()]
+    return [word for words in lines for word in words if words[0].startswith("--fp8")]
+
+
 def check(rows: Rows, truth: Rows, tolerance: float, gradients: bool = True) -> None:
     """The same tokens, and losses and their parts as close as `tolerance`, gradient norms five times as far.
 
@@ -189,7 +196,7 @@ class TestOnAGpu:
     def test_fp8(self, recipe: str, objective: tuple[str, ...], train: Train, truth: Truth) -> None:
         """In FP8, and not in bf16 under its name: the losses are near the truth and not bf16's."""
         flags = (*objective, *ENGINE, "--bf16", "--use-distributed-optimizer")
-        found = train("cuda", *flags, "--fp8-format", "hybrid", "--fp8-recipe", recipe)
+        found = train("cuda", *flags, *of_preset(recipe))
         check(found, truth(objective), FP8, gradients=objective == SFT)
         assert found[0]["loss"] != pytest.approx(train("cuda", *flags)[0]["loss"], rel=1e-6)
 
@@ -203,7 +210,7 @@ class TestOnAGpu:
     )
     def test_parameters_in_fp8(self, recipe: str, more: tuple[str, ...], train: Train, truth: Truth) -> None:
         flags = (*SFT, *ENGINE, "--bf16", "--use-distributed-optimizer", "--fp8-param-gather", *more)
-        check(train("cuda", *flags, "--fp8-format", "hybrid", "--fp8-recipe", recipe), truth(SFT), FP8)
+        check(train("cuda", *flags, *of_preset(recipe)), truth(SFT), FP8)
 
     @two_gpus
     @pytest.mark.parametrize(

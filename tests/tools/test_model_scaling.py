@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.fresh import REPOSITORY
+from tests.fresh import REPOSITORY, fresh
 from tests.ranks import run_ranks
 
 KEYS = ("sft", "target-sft-eta0", "gem", "target-sft-dense", "target-sft-topk")
@@ -24,11 +24,11 @@ COMMITTED = REPOSITORY / "docs/benchmark/scaling_model.json"
 
 
 @pytest.fixture(scope="module")
-def tools() -> Iterator[tuple[ModuleType, ModuleType]]:
-    """(model_scaling, benchmark_scaling)."""
+def model() -> Iterator[ModuleType]:
+    """tools/model_scaling.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPOSITORY / "tools"))
-        yield importlib.import_module("model_scaling"), importlib.import_module("benchmark_scaling")
+        yield importlib.import_module("model_scaling")
 
 
 def paper() -> ModuleType:
@@ -36,30 +36,35 @@ def paper() -> ModuleType:
     return importlib.import_module("benchmarks.paper")
 
 
-@pytest.fixture
-def model(tools: tuple[ModuleType, ModuleType]) -> ModuleType:
-    return tools[0]
-
-
 def plan(model: ModuleType, words: str = "", gpus: int = 64, **changes: Any) -> Any:
     args = model.parse(words.split())
     return model.plan(args, args.model[0], args.gpu[0], gpus, **changes)
 
 
-def count(rank: int, bench: ModuleType) -> list[dict[str, Any]]:
+def benchmark() -> ModuleType:
+    sys.path.insert(0, str(REPOSITORY / "tools"))
+    return importlib.import_module("benchmark_scaling")
+
+
+def count(rank: int) -> list[dict[str, Any]]:
+    bench = benchmark()
     small, group = bench.section(64, 2048, 2), dist.group.WORLD
     return [bench.counts(key, replace(bench.make_case(small, rank), group=group)) for key in (*KEYS, "megatron")]
 
 
-def test_messages_operations_and_logged_values_are_those_of_two_ranks(tools: tuple[ModuleType, ModuleType]) -> None:
-    model, bench = tools
-    for found in run_ranks(2, count, bench):
+def counted() -> list[list[dict[str, Any]]]:
+    """On two ranks; in an interpreter of its own, because the CPU layer comes before Megatron."""
+    return run_ranks(2, count)
+
+
+def test_messages_operations_and_logged_values_are_those_of_two_ranks(model: ModuleType) -> None:
+    for found in fresh(counted):
         for row in found:
             loss = model.LOSSES[row["loss"]]
             assert tuple((kind, size / 64) for kind, size in row["messages"]) == loss.messages, row
             by_hand = paper().MEGATRON_REDUCTION if row["loss"] == "megatron" else 0
-            # other versions of torch may take a few more or less
-            assert row["operations"] + by_hand == pytest.approx(loss.operations, rel=0.1), row
+            others = 0 if torch.__version__.startswith("2.14.") else 0.1  # may take a few more or less
+            assert row["operations"] + by_hand == pytest.approx(loss.operations, rel=others), row
             assert row["logged"] == loss.logged, row
 
 
@@ -90,23 +95,26 @@ class WholeTensors(TorchDispatchMode):
         return found
 
 
-def test_plain_cross_entropy_moves_52_bytes_a_logit(tools: tuple[ModuleType, ModuleType]) -> None:
-    model, bench = tools
-
-    def moved(rank: int) -> float:
-        case = replace(bench.make_case(bench.section(16, 4096)), key="sft", group=dist.group.WORLD)
-        step = bench.PEERS["megatron"].build(case)
-        with WholeTensors(16 * 4096) as seen:
-            step()
-        return seen.bytes / (16 * 4096)
-
-    assert run_ranks(1, moved) == [model.LOSSES["megatron"].logit_bytes]
+def move(rank: int) -> float:
+    bench = benchmark()
+    case = replace(bench.make_case(bench.section(16, 4096)), key="sft", group=dist.group.WORLD)
+    step = bench.PEERS["megatron"].build(case)
+    with WholeTensors(16 * 4096) as seen:
+        step()
+    return seen.bytes / (16 * 4096)
 
 
-def test_the_fused_head_has_the_code_s_chunks(tools: tuple[ModuleType, ModuleType]) -> None:
+def moved() -> list[float]:
+    return run_ranks(1, move)
+
+
+def test_plain_cross_entropy_moves_52_bytes_a_logit(model: ModuleType) -> None:
+    assert fresh(moved) == [model.LOSSES["megatron"].logit_bytes]
+
+
+def test_the_fused_head_has_the_code_s_chunks(model: ModuleType) -> None:
     from megatron_tsft.loss import linear_head
 
-    model, _ = tools
     names = ("CHUNKS", "MIN_COLUMNS", "ALIGNMENT")
     assert [getattr(paper(), name) for name in names] == [getattr(linear_head, name) for name in names]
     plain, fused = (plan(model, words, tp=8) for words in ("", "--fuse-head"))

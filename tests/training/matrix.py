@@ -85,5 +85,6 @@ CELLS = {
     "experts: TP2 SP EP2": Cell("experts", 2, f"{TP2_SP} {EP2} {WHOLE_EXPERTS}"),
     "experts: PP2 VPP2 EP2": Cell("experts", 4, f"{VPP2} {EP2}"),
     "experts: CP2 EP2": Cell("experts", 2, f"{CP2} {EP2}"),
+    "experts: PP2 VPP2 CP2 EP2": Cell("experts", 4, f"{VPP2} {CP2} {EP2}"),
     "experts: TP2 SP PP2 EP2 recompute": Cell("experts", 4, f"{TP2_SP} {PP2} {EP2} {WHOLE_EXPERTS} {RECOMPUTE}"),
 }

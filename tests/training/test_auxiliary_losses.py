@@ -1,5 +1,6 @@
 """Auxiliary losses of experts beside a loss per supervised token: the step's gradient is dense autograd's."""
 
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.data.packed_dataset import IGNORED, PackedDataset
 from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.training.auxiliary_losses import AuxiliaryScale, has_auxiliary_losses
 from tests.training.runs import Train, World, check_ran, make_hf
 
 PACKS, MULTIPLE, BALANCE, Z = 8, 4, 1.0, 0.1
@@ -25,7 +27,7 @@ LAYOUTS = {
     "micro-batches over ranks": (2, "--use-distributed-optimizer"),
     "ep2": (2, EP2),
     "tp2-sp-ep2": (2, f"{TP2} --sequence-parallel {EP2} --expert-tensor-parallel-size 1"),
-    "pp2": (2, PP2),
+    "pp2-vpp2": (2, f"{PP2} --num-layers-per-virtual-pipeline-stage 1"),
     "cp2": (2, CP2),
     "cp2-ep2": (2, f"{CP2} {EP2}"),
 }
@@ -38,7 +40,7 @@ def experts(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     from megatron_tsft.checkpoint.convert import import_hf
 
     own = World(tmp_path_factory.mktemp("balanced"))
-    make_hf(own.hf, "Qwen3MoeForCausalLM", **EXPERTS, decoder_sparse_step=1, mlp_only_layers=[], num_hidden_layers=2)
+    make_hf(own.hf, "Qwen3MoeForCausalLM", **EXPERTS, decoder_sparse_step=1, mlp_only_layers=[])
     import_hf(own.hf, own.base, progress=False)
     own.train.symlink_to(world.train)
     return own
@@ -119,3 +121,51 @@ def test_a_teacher_with_experts_stays_as_it_was(train: Train, experts: World) ->
         }
     keys = CheckpointReader(first.save / "iter_0000002").metadata.state_dict_metadata
     assert not [key for key in keys if "expert_bias" in key or "teacher" in key]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "has"),
+    [
+        ({}, False),
+        ({"kinds": "aux_loss"}, True),
+        ({"kinds": ["seq_aux_loss", "global_aux_loss"]}, True),
+        ({"kinds": ["none"]}, False),
+        ({"kinds": "sinkhorn"}, False),
+        ({"z": 1e-3}, True),
+        ({"kinds": "aux_loss", "z": 1e-3, "experts": None}, False),
+    ],
+)
+def test_which_runs_have_auxiliary_losses(arguments: dict[str, Any], has: bool) -> None:
+    given = {"kinds": "none", "z": None, "experts": 4} | arguments
+    args = Namespace(
+        moe_router_load_balancing_type=given["kinds"], moe_z_loss_coeff=given["z"], num_experts=given["experts"]
+    )
+    assert has_auxiliary_losses(args) == has
+
+
+def test_the_scale_of_a_step() -> None:
+    """Supervised over all positions, times fp16's scale, which on a GPU meets only a tensor without dimensions."""
+    import megatron.training.global_vars as global_vars
+
+    class Packs:
+        asked: list[tuple[int, int]] = []
+
+        def supervised_tokens(self, start: int, stop: int) -> int:
+            self.asked.append((start, stop))
+            return 48
+
+    def fp16(loss: Tensor) -> Tensor:
+        assert loss.dim() == 0
+        return loss * torch.tensor([1024.0])
+
+    packs: Any = Packs()
+    config = Namespace(grad_scale_func=None)
+    scale = AuxiliaryScale(config, packs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            global_vars, "_GLOBAL_ARGS", Namespace(consumed_train_samples=16, global_batch_size=8, seq_length=64)
+        )
+        assert scale() == scale() == 48 / (8 * 64)
+        config.grad_scale_func = fp16
+        assert scale().item() == 1024 * 48 / (8 * 64) and scale().numel() == 1
+    assert packs.asked == [(16, 24)]  # once a step

@@ -1,13 +1,18 @@
 """What a run reads: every conversation once an epoch, each epoch in its own order, with whatever ranks it resumes."""
 
 import itertools
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.errors import UserError
+from megatron_tsft.training.same_packs import SAVED, Resumed, check_same_packs, facts_of_packs
 from tests.training.runs import Train, World, check_ran
 
 OPTIONS = "--micro-batch-size 1 --global-batch-size 8 --tsft-document-multiple 4 --lr 1e-5".split()
@@ -87,12 +92,69 @@ def test_a_run_goes_on_in_another_layout(
 
 
 @pytest.mark.slow
-def test_other_packs_are_refused(train: Train) -> None:
+def test_other_packs_are_refused(train: Train, world: World) -> None:
     start = ("--tsft-objective", "sft", *OPTIONS)
     check_ran(train("run", *start, steps=1, keep=True))
-    for flags in ("--seq-length 128", "--seed 1", "--tsft-document-multiple 8"):
+    for flags, words in {
+        "--seq-length 128": "was trained with --seq-length 64",
+        "--seed 1": "was trained with --seed 1234",
+        "--tsft-document-multiple 8": "Pass --tsft-document-multiple 4, or start anew",
+        f"--tsft-data {world.held}": "was trained on other --tsft-data",
+        f"--tsft-data {world.train}:1 {world.held}:1": "was trained on other --tsft-data, or with other shares",
+    }.items():
         other = train("run", *start, *flags.split(), steps=2, keep=True)
-        assert other.codes == [2] and f"was trained with {flags.split()[0]}" in other.error, (flags, other.error)
-        assert "--finetune" in other.error
+        assert other.codes == [2] and words in other.error and "--finetune" in other.error, (flags, other.error)
+    # without the optimizer's state the place in the data still comes from the checkpoint
+    folder = check_ran(train("run", *start, steps=1, keep=True)).save
+    other = train("other", *start, "--load", str(folder), "--no-load-optim", "--seed", "7", steps=2)
+    assert other.codes == [2] and "was trained with --seed 1234" in other.error
     again = check_ran(train("run", *start, steps=2, keep=True))
     assert [row["step"] for row in again.rows] == [1, 2]
+
+
+@pytest.mark.slow
+def test_the_way_out_that_a_refusal_names_works(train: Train) -> None:
+    start = ("--tsft-objective", "sft", *OPTIONS, "--tsft-document-multiple")
+    for multiple, context, fits in (("0", "2", "1"), ("4", "4", "1 or 2")):
+        save = f"run{multiple}"
+        check_ran(train(save, *start, multiple, "--exit-interval", "1", steps=2, keep=True))
+        wide = ("0", "--context-parallel-size", context)
+        run = train(save, *start, *wide, ranks=int(context), steps=2, keep=True)
+        then = multiple if multiple != "0" else "1"
+        words = f"are cut for --context-parallel-size {fits}: pass it and --tsft-document-multiple {then}, or start"
+        assert 2 in run.codes and words in run.error, run.error
+        size = fits.split()[-1]
+        flags = (then, "--context-parallel-size", size)
+        run = check_ran(train(save, *start, *flags, ranks=int(size), steps=2, keep=True))
+        assert [row["step"] for row in run.rows] == [1, 2]
+
+
+def test_a_batch_size_may_change_within_the_first_epoch(world: World) -> None:
+    datasets: Any = Namespace(members=[packs_of(world, 8)], shares=[1.0])
+    facts = facts_of_packs(datasets, 64, 1234, 1)
+    packs = datasets.members[0].packs
+    assert 16 < packs <= 24
+
+    def check(consumed: int, now: int, members: int = 1) -> None:
+        before = {"global_batch_size": 8, "consumed_train_samples": consumed, SAVED: facts}
+        several: Any = Namespace(members=datasets.members * members, shares=[1.0] * members)
+        check_same_packs(Resumed(Path("run/iter_0000009"), "run", before), facts, several, now, {})
+
+    check(16, 20)  # 40 packs an epoch instead of 24
+    check(240, 8)
+    check(240, 12)  # 24 as well
+    check(240, 20, members=2)  # a mixture's epochs are not filled up
+    with pytest.raises(
+        UserError, match="trained with --global-batch-size 8, now it is 20: .* Pass .*-size 8, or start"
+    ):
+        check(32, 20)
+
+
+def test_a_checkpoint_of_an_earlier_version(world: World) -> None:
+    """It does not say what data it saw, and had no padded conversations."""
+    datasets: Any = Namespace(members=[packs_of(world, 8)], shares=[1.0])
+    resumed = Resumed(Path("run/iter_0000009"), "run", {"seq_length": 64, "seed": 1234})
+    check_same_packs(resumed, facts_of_packs(datasets, 64, 1234, 1), datasets, 8, {})
+    for facts, flag in ((64, 1234, 4), "--tsft-document-multiple 1"), ((64, 7, 1), "--seed 1234"):
+        with pytest.raises(UserError, match=f"trained with {flag}"):
+            check_same_packs(resumed, facts_of_packs(datasets, *facts), datasets, 8, {})

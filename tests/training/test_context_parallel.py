@@ -9,7 +9,12 @@ from tests.training.runs import Cache, Run, Train, World, check_ran, write_rows
 CP2 = "--context-parallel-size 2"
 TP2_CP2 = f"{CP2} --tensor-model-parallel-size 2 --sequence-parallel"
 PP2_CP2 = f"{CP2} --pipeline-model-parallel-size 2 --micro-batch-size 2"
-LAYOUTS = {"cp2": (2, CP2), "tp2-sp-cp2": (4, TP2_CP2), "pp2-cp2-fused": (4, f"{PP2_CP2} --tsft-fuse-head")}
+LAYOUTS = {
+    "cp2": (2, f"{CP2} --tsft-document-multiple 0"),
+    "tp2-sp-cp2": (4, TP2_CP2),
+    "pp2-cp2-fused": (4, f"{PP2_CP2} --tsft-fuse-head"),
+}
+# CP2 pads conversations to a multiple of 4 on its own (0 is the default); one rank has to be told
 COMMON = "--micro-batch-size 1 --global-batch-size 4 --tsft-document-multiple 4 --lr 1e-4".split()
 KEYS = ("loss", "nll", "gamma", "entropy", "kl", "grad_norm", "tokens", "weight")
 
@@ -77,15 +82,3 @@ def test_documents_that_fill_a_whole_pack(train: Train, world: World) -> None:
         train, "--tsft-data", str(world.root / "long"), "--tsft-objective", "sft", layouts={"cp2": (2, CP2)}
     )
     assert run.rows[0]["tokens"] == 32 * 3
-
-
-@pytest.mark.slow
-def test_what_cannot_be_cut_is_refused(train: Train) -> None:
-    for flags, words in {
-        f"{CP2} --tsft-document-multiple 6": "--tsft-document-multiple 6 does not go with --context-parallel-size 2",
-        f"{CP2} --seq-length 66": "--seq-length 66 is not a multiple of 4, which --context-parallel-size 2 asks for",
-        "--tsft-document-multiple 24": "--seq-length 64 is not a multiple of 24",
-        "--tsft-document-multiple -2": "--tsft-document-multiple -2",
-    }.items():
-        run = train("no", "--tsft-args", "eta=0", *flags.split(), ranks=2)
-        assert 2 in run.codes and words in run.error, (flags, run.error)

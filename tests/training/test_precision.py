@@ -1,4 +1,4 @@
-"""check_precision refuses what Megatron lets through, and names what would fit."""
+"""check_precision refuses what Megatron lets through."""
 
 from argparse import Namespace
 from typing import Any
@@ -9,11 +9,9 @@ import torch
 from megatron_tsft.errors import UserError
 from megatron_tsft.training.precision import (
     FP8,
-    asked,
     check_precision,
     cuda_version,
     keep_start_weights,
-    pack_multiple,
 )
 
 A100, ADA, H100, B200, RTX50 = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
@@ -26,12 +24,10 @@ def check(
     engine: bool = True,
     capability: tuple[int, int] = H100,
     cuda: tuple[int, int] = NEW_CUDA,
-    seq_length: int = 4096,
     **given: Any,
 ) -> None:
     """check_precision of flags by destination; a GPU of today unless told otherwise."""
-    flags = {"seq_length": seq_length, "micro_batch_size": 1} | given
-    check_precision(flags, device, engine=engine, capability=capability, cuda=cuda)
+    check_precision(given, device, engine=engine, capability=capability, cuda=cuda)
 
 
 def refusal(**given: Any) -> str:
@@ -49,7 +45,7 @@ def refusal(**given: Any) -> str:
 @pytest.mark.parametrize("engine", [True, False])
 @pytest.mark.parametrize("impl", [{}, {"transformer_impl": "local"}], ids=["default", "local"])
 def test_without_low_precision_nothing_is_asked(device: str, engine: bool, impl: dict[str, Any]) -> None:
-    check(device=device, engine=engine, bf16=True, seq_length=4095, **impl)
+    check(device=device, engine=engine, bf16=True, **impl)
 
 
 @pytest.mark.parametrize(
@@ -129,73 +125,6 @@ def test_torchs_version_is_read() -> None:
     version = cuda_version()
     assert (version == (0, 0)) == (torch.version.cuda is None)
     assert torch.version.cuda is None or torch.version.cuda.startswith(f"{version[0]}.{version[1]}")
-
-
-# ---- packs
-
-
-@pytest.mark.parametrize(
-    ("given", "multiple"),
-    [
-        ({}, 1),
-        ({"tensor_model_parallel_size": 4}, 1),  # without sequence parallelism every rank has all tokens
-        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 4),
-        ({"context_parallel_size": 2}, 4),
-        ({"context_parallel_size": 3}, 6),
-        ({"context_parallel_size": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}, 4),
-        ({"context_parallel_size": 2, "tensor_model_parallel_size": 4, "sequence_parallel": True}, 8),
-        ({"context_parallel_size": 2, "tensor_model_parallel_size": 3, "sequence_parallel": True}, 12),
-        ({"fp8": "hybrid"}, 16),
-        ({"fp8": "hybrid", "tensor_model_parallel_size": 4}, 16),
-        ({"fp8": "hybrid", "tensor_model_parallel_size": 4, "sequence_parallel": True}, 64),
-        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, 32),
-        ({"fp8": "e4m3", "fp8_recipe": "mxfp8", "context_parallel_size": 2}, 64),
-        ({"fp4": "e2m1", "tensor_model_parallel_size": 2, "sequence_parallel": True}, 64),
-        ({"pipeline_model_parallel_size": 8, "expert_model_parallel_size": 8}, 1),  # they cut no pack
-    ],
-    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value),
-)
-def test_pack_multiple(given: dict[str, Any], multiple: int) -> None:
-    """It fits, and it is the least that fits: every rank's tokens are whole blocks, in two chunks under CP."""
-    assert pack_multiple(given) == multiple
-    context = given.get("context_parallel_size", 1)
-    tensor = given.get("tensor_model_parallel_size", 1) if given.get("sequence_parallel") else 1
-    found = asked(given)
-    block = found[2].block if found else 1
-
-    def fits(length: int) -> bool:
-        chunks = length % (2 * context) == 0 if context > 1 else True
-        return chunks and length % context == 0 and length // context % (tensor * block) == 0
-
-    assert fits(multiple)
-    assert not any(fits(length) for length in range(1, multiple))
-
-
-@pytest.mark.parametrize(
-    ("length", "given", "words"),
-    [
-        (
-            4095,
-            {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-            ["of 2,", "parallel over 2", "4094 or 4096"],
-        ),
-        (4094, {"context_parallel_size": 2}, ["multiple of 4,", "--context-parallel-size 2", "pass 4092 or 4096"]),
-        (4090, {"fp8": "hybrid"}, ["of 16,", "delayed's blocks of 16 tokens", "pass 4080 or 4096"]),
-        (4112, {"fp8": "e4m3", "fp8_recipe": "mxfp8", "capability": B200}, ["of 32,", "mxfp8's", "pass 4096 or 4128"]),
-        (24, {"fp8": "hybrid", "tensor_model_parallel_size": 2, "sequence_parallel": True}, ["of 32,", "pass 32"]),
-    ],
-)
-def test_a_pack_that_does_not_divide(length: int, given: dict[str, Any], words: list[str]) -> None:
-    text = refusal(seq_length=length, **given)
-    assert all(word in text for word in [f"--seq-length {length} ", *words]), text
-
-
-@pytest.mark.parametrize("recipe", ["delayed", "mxfp8"])
-def test_the_lengths_it_names_fit(recipe: str) -> None:
-    given = {"fp8": "hybrid", "fp8_recipe": recipe, "tensor_model_parallel_size": 2, "sequence_parallel": True}
-    given |= {"context_parallel_size": 2, "capability": B200}
-    for named in refusal(seq_length=4000, **given).rsplit("pass ", 1)[1].split(" or "):
-        check(seq_length=int(named), **given)
 
 
 # ---- weights that are FP8 themselves
