@@ -212,14 +212,16 @@ def describe(
         f" {', '.join(applied) or 'none needed'}",
     ]
     whole = sum(datasets.shares)
+    multiple = getattr(args, SAVED)["--tsft-document-multiple"]
+    padded = f"padded to multiples of {multiple}, " if multiple > 1 else ""
     for part, objective, share in zip(datasets.members, plan.members, datasets.shares, strict=True):
-        positions = int(part.positions.sum())
+        full = 100 * int(part.positions.sum()) / (part.packs * args.seq_length)
         mixed = f"{100 * share / whole:.3g}% of the packs; " if len(datasets.members) > 1 else ""
         lines += [
             f"objective: {objective!r}, source: {objective.row.source}"
             f"{', in one with the LM head' if config.fuse_head else ''}",
             f"train: {part.data.directory}, {len(part.data)} conversations in {part.packs} packs of {args.seq_length}"
-            f" ({100 * positions / (part.packs * args.seq_length):.0f}% full), {part.truncated} truncated; {mixed}"
+            f" ({full:.0f}% full), {padded}{part.truncated} truncated; {mixed}"
             f"{checks.epochs_text(steps, part.packs_per_epoch, args.global_batch_size, share / whole)}",
         ]
     if datasets.evaluation is not None:

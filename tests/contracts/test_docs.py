@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.matrix import CELLS, FUSED, MODELS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 SCRIPTS = sorted(
     path for path in (*REPOSITORY.glob("launch/**/*"), *REPOSITORY.glob("examples/**/*.sh")) if path.is_file()
 )
+MATRIX = REPOSITORY / "docs" / "benchmark" / "matrix.json"
 TOOLS = sorted(REPOSITORY.glob("tools/*.py"))
 
 
@@ -39,6 +42,14 @@ def test_generated_tables_are_current() -> None:
     for name in write_docs.TABLES:
         path, now, fresh = write_docs.page(name)
         assert now == fresh, f"{path.name} is out of date: run tools/write_docs.py"
+
+
+def test_the_matrix_shows_every_cell() -> None:
+    """The figures are those of a run of the cells that there are now; TSFT_MATRIX=FILE writes them."""
+    shown = [(row["cell"], row["flags"], row["ranks"]) for row in json.loads(MATRIX.read_text(encoding="utf-8"))]
+    heads = (("", ""), (", fused head", f" {FUSED}"))
+    cells = [(name + title, (of.flags + flag).strip(), of.ranks) for name, of in CELLS.items() for title, flag in heads]
+    assert shown == [(f"{model}, one rank", "", 1) for model in MODELS] + cells
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

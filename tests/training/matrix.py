@@ -20,6 +20,7 @@ VPP2 = f"{PP2} --num-layers-per-virtual-pipeline-stage 1"
 OVERLAP = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SELECTIVE = "--recompute-granularity selective --recompute-modules core_attn mlp"
+FUSED = "--tsft-fuse-head"
 WHOLE_EXPERTS = "--expert-tensor-parallel-size 1"
 
 # what each model's configuration says beside the tests' tiny Llama

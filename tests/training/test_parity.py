@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 
 from megatron_tsft.checkpoint.convert import export_hf, import_hf
-from tests.training.matrix import CELLS, MODELS
+from tests.training.matrix import CELLS, FUSED, MODELS
 from tests.training.runs import Run, Server, Train, World, check_ran, make_hf
 
 STEPS, PACKS = 4, 8
 GUIDED = ("--tsft-teacher", "reference", "--tsft-args", "eta=0.5")
 COMMON = f"--micro-batch-size 1 --global-batch-size {PACKS} --tsft-document-multiple 8 --lr 1e-4".split()
 KEYS = ("loss", "nll", "gamma", "entropy", "kl", "grad_norm")
-FUSED = "--tsft-fuse-head"
 Starts = Callable[[str], tuple[str, ...]]
 Alone = Callable[[str], Run]
 
