@@ -172,7 +172,10 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(make_hf: Make, tmp_path: Path) ->
     }
     for name, patch in slow.items():
         target = tmp_path / name
-        program = f"import sys, time; {patch}; from tools.convert_checkpoint import main; sys.exit(main(sys.argv[1:]))"
+        # a shell's background jobs ignore the interrupt, and so would their children
+        hear = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+        run = "from tools.convert_checkpoint import main; sys.exit(main(sys.argv[1:]))"
+        program = f"import signal, sys, time; {hear}; {patch}; {run}"
         line = [sys.executable, "-c", program, "import", "--hf", str(source), "--megatron", str(target)]
         with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=environment()) as process:
             try:

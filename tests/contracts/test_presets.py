@@ -113,6 +113,7 @@ def configure_one(argv: list[str], world: int, model: str, engine: bool) -> dict
     from megatron_tsft.errors import UserError
     from megatron_tsft.training import arguments
     from megatron_tsft.training.config import TsftConfig
+    from megatron_tsft.training.pack_length import check_pack
     from megatron_tsft.training.precision import check_precision
 
     os.environ.update(WORLD_SIZE=str(world), RANK="0", LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
@@ -128,6 +129,7 @@ def configure_one(argv: list[str], world: int, model: str, engine: bool) -> dict
     for name, capability in GPU.items():
         try:
             check_precision(run, "cuda", engine=engine, capability=capability, cuda=(13, 0))
+            check_pack(run)
         except UserError as error:
             result["ours"][name] = str(error)
     try:

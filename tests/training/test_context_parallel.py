@@ -38,9 +38,9 @@ def same_steps(train: Train, *flags: str, layouts: dict[str, tuple[int, str]] = 
 def weighted(world: World) -> Path:
     from megatron_tsft.data.prepare import prepare
 
-    rows = write_rows(world.root / "weighted.jsonl", 30, 5, weight=0.7, critical=[[1, 6]])
-    prepare(rows, world.hf, world.root / "weighted", progress=False)
-    return world.root / "weighted"
+    rows = write_rows(world.root / "important.jsonl", 30, 5, weight=0.7, critical=[[1, 6]])
+    prepare(rows, world.hf, world.root / "important", progress=False)
+    return world.root / "important"
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_a_cached_teacher(train: Train, teacher: Path, cache: Cache) -> None:
 def test_weights_and_mixtures(train: Train, world: World, weighted: Path) -> None:
     mixed = [f"{world.train}:0.5:target-sft,eta=0.5", f"{weighted}:0.5:critical"]
     run = same_steps(train, "--tsft-data", *mixed, "--tsft-teacher", "reference")
-    assert {"nll/train", "nll/weighted", "weight"} <= run.rows[0].keys()
+    assert {"nll/train", "nll/important", "weight"} <= run.rows[0].keys()
 
 
 @pytest.mark.slow
