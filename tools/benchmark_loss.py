@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -137,17 +136,6 @@ def environment(args: argparse.Namespace, device: str) -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[name] = None
     return {"device": device, "device_name": device_name(device), "threads": args.threads, "versions": versions}
-
-
-def command_line(args: argparse.Namespace) -> str:
-    """As it was given; of the output folder only the name, so that no path of this machine is published."""
-    words = ["tools/benchmark_loss.py", "--output", Path(args.output).name]
-    for name, value in vars(args).items():
-        if name in ("output", "no_progress") or value in (None, False):
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
-    return shlex.join(words)
 
 
 def count_traffic() -> dict[str, Any]:
@@ -313,7 +301,7 @@ def benchmark(args: argparse.Namespace, device: str) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(args),
+        "command": report.command_line("tools/benchmark_loss.py", args),
         "environment": environment(args, device),
         "counted": {"reason": "ours-triton is not in this run"},
         "interrupted": False,

@@ -9,7 +9,6 @@ pair) and step.md into the output folder.
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -332,8 +331,8 @@ def steps_of(dtype: str, args: argparse.Namespace, folder: Path, bar: Any) -> li
     context, log = multiprocessing.get_context("spawn"), folder / "steps.log"
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=measure_steps, args=(dtype, args, str(log), theirs))
-    with rank_address():
-        process.start()
+    take_address()
+    process.start()
     theirs.close()
     found: dict[str, list[Any]] = {name: [] for name in args.objectives}
     parameters = 0
@@ -399,7 +398,8 @@ def make_inputs(shape: Shape, folder: Path) -> tuple[Path, Path]:
 
 def run_process(line: list[str], log: Path) -> dict[str, float]:
     """Seconds of a process that trains one step from the checkpoint, from its start to its end."""
-    with rank_address(), log.open("w") as file:
+    take_address()
+    with log.open("w") as file:
         before, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         code = subprocess.run(line, stdout=file, stderr=file).returncode
         wall, after = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -436,14 +436,12 @@ def startup_of(model: str, args: argparse.Namespace, folder: Path, bar: Any) -> 
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def rank_address() -> Iterator[None]:
-    """The only rank of a job of its own, for processes that are started meanwhile."""
+def take_address() -> None:
+    """Make processes that are started from now on the only rank of a job of their own, at a free port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
-    yield
 
 
 def tail(log: Path) -> str:
@@ -470,15 +468,6 @@ def environment() -> dict[str, Any]:
 
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in VERSIONS}
     return {"device_name": device_name("cpu"), "cores": os.cpu_count(), "threads": 1, "versions": versions}
-
-
-def command_line(args: argparse.Namespace) -> str:
-    """As it would be typed; of the output folder only the name, so that no path of this machine is published."""
-    words = ["tools/benchmark_step.py", "--output", Path(args.output).name]
-    for name, value in vars(args).items():
-        if name not in ("output", "no_progress"):
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 def cells(row: dict[str, Any], limit: float) -> list[str]:
@@ -529,6 +518,7 @@ def titled(row: dict[str, Any]) -> str:
 
 def benchmark(args: argparse.Namespace) -> None:
     """Measure; what is complete is written after each process of steps and each model's start-up."""
+    from benchmarks.report import command_line
     from tqdm import tqdm
 
     check(args)
@@ -536,7 +526,7 @@ def benchmark(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(args),
+        "command": command_line("tools/benchmark_step.py", args),
         "environment": environment(),
         "options": {name: getattr(args, name) for name in ("seq_length", "packs", "supervised")},
         "shapes": {name: asdict(SHAPES[name]) for name in dict.fromkeys([args.model, *args.startup_models])},

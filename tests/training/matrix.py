@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tests.training.runs import QWEN3_MOE
+
 TP2, PP2, PP4, CP2, CP4, EP2, EP4 = (
     f"--{kind}-parallel-size {size}"
     for kind, size in (
@@ -27,17 +29,7 @@ WHOLE_EXPERTS = "--expert-tensor-parallel-size 1"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("LlamaForCausalLM", {}),
     "tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
-    "experts": (
-        "Qwen3MoeForCausalLM",
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 48,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-        },
-    ),
+    "experts": QWEN3_MOE,
 }
 
 

@@ -113,10 +113,18 @@ def make_hf(folder: Path, architecture: str = "LlamaForCausalLM", **overrides: A
     return _save(getattr(transformers, architecture)(config), folder)
 
 
+# four experts, two a token
+QWEN3_MOE: tuple[str, dict[str, Any]] = (
+    "Qwen3MoeForCausalLM",
+    {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+)
+
+
 def make_moe(folder: Path) -> Path:
-    """The same with four experts, two a token: Qwen3-MoE."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
-    return make_hf(folder, "Qwen3MoeForCausalLM", **experts, decoder_sparse_step=1, mlp_only_layers=[])
+    """The same with experts."""
+    architecture, config = QWEN3_MOE
+    return make_hf(folder, architecture, **config)
 
 
 def _save(model: Any, folder: Path) -> Path:

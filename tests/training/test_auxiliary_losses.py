@@ -11,7 +11,7 @@ from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.data.packed_dataset import IGNORED, PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.training.auxiliary_losses import AuxiliaryScale, has_auxiliary_losses
-from tests.training.runs import Train, World, check_ran, make_hf
+from tests.training.runs import Train, World, check_ran, make_moe
 
 PACKS, MULTIPLE, BALANCE, Z = 8, 4, 1.0, 0.1
 FLAGS = (
@@ -31,7 +31,6 @@ LAYOUTS = {
     "cp2": (2, CP2),
     "cp2-ep2": (2, f"{CP2} {EP2}"),
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +39,7 @@ def experts(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     from megatron_tsft.checkpoint.convert import import_hf
 
     own = World(tmp_path_factory.mktemp("balanced"))
-    make_hf(own.hf, "Qwen3MoeForCausalLM", **EXPERTS, decoder_sparse_step=1, mlp_only_layers=[])
-    import_hf(own.hf, own.base, progress=False)
+    import_hf(make_moe(own.hf), own.base, progress=False)
     own.train.symlink_to(world.train)
     return own
 
