@@ -1,4 +1,5 @@
-"""Nothing is half-written: files and folders appear under their final name only when complete and on disk."""
+"""Nothing is half-written: files and folders appear under their final name only when complete and
+on disk."""
 
 import contextlib
 import os
@@ -29,7 +30,8 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `path`; on success it becomes `path`, on any error it is removed.
+    """Yield an empty temporary sibling of `path`; on success it becomes `path`, on any error it is
+    removed.
 
     Raises:
         UserError: `path` is a file, or a folder that is not empty, and `overwrite` is False.
@@ -38,10 +40,14 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: name a folder")
     if path.exists() and not overwrite and any(path.iterdir()):
-        raise UserError(f"{path} exists already: name another folder, delete it, or pass --overwrite")
+        raise UserError(
+            f"{path} exists already: name another folder, delete it, or pass --overwrite"
+        )
     path = path.resolve()  # behind a link, the folder that it names is made or replaced
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")  # a fixed name: the next try clears what a killed one left
+    temporary = path.with_name(
+        f".{path.name}.partial"
+    )  # a fixed name: the next try clears what a killed one left
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -56,7 +62,9 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     replaced = path.with_name(f".{path.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
-        os.replace(path, replaced)  # first aside, then deleted: a folder that is half deleted has not its own name
+        os.replace(
+            path, replaced
+        )  # first aside, then deleted: a folder that is half deleted has not its own name
     os.replace(temporary, path)
     fsync_path(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -9,7 +9,9 @@ from megatron_tsft.atomic import write_text
 from megatron_tsft.errors import UserError
 
 
-def load_card[Card](kind: type[Card], path: Path, version: int, *, what: str, missing: str, again: str) -> Card:
+def load_card[Card](
+    kind: type[Card], path: Path, version: int, *, what: str, missing: str, again: str
+) -> Card:
     """Read a card of type `kind`.
 
     Args:

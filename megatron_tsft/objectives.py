@@ -1,11 +1,15 @@
-"""The catalogue: one row per objective, each a choice of how far to trust the label and how to spread the rest.
+"""The catalogue: one row per objective, each a choice of how far to trust the label and how to
+spread the rest.
 
-Every row returns the coefficients of one formula (design of arXiv 2606.11189, generalised), per token:
+Every row returns the coefficients of one formula (design of arXiv 2606.11189, generalised), per
+token:
 
-    loss = imitation * CE(onehot(y), p) + residual * CE(pi, p),    pi = softmax(a * z + b * log T), detached
+    loss = imitation * CE(onehot(y), p) + residual * CE(pi, p),    pi = softmax(a * z + b * log T),
+    detached
 
-with p = softmax(z), y the observed token and T a frozen second distribution ("the teacher"). Notation in the rows:
-c_y is `imitation` (the paper's gamma), c_r is `residual`, H the entropy of p. Imports torch only.
+with p = softmax(z), y the observed token and T a frozen second distribution ("the teacher").
+Notation in the rows: c_y is `imitation` (the paper's gamma), c_r is `residual`, H the entropy of p.
+Imports torch only.
 """
 
 import inspect
@@ -44,14 +48,21 @@ class Range:
     above: bool = False
 
     def holds(self, value: float) -> bool:
-        return math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low)
+        return (
+            math.isfinite(value)
+            and self.low <= value <= self.high
+            and not (self.above and value == self.low)
+        )
 
     def __str__(self) -> str:
         if self.low == -math.inf:
             return "any finite number" if self.high == math.inf else f"at most {self.high:g}"
         if self.high == math.inf:
             return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
-        return f"{'above' if self.above else 'from'} {self.low:g} {'up ' if self.above else ''}to {self.high:g}"
+        return (
+            f"{'above' if self.above else 'from'} {self.low:g} {'up ' if self.above else ''}to"
+            f" {self.high:g}"
+        )
 
 
 Unit = Annotated[Scalar, Range(0, 1)]
@@ -63,7 +74,8 @@ Count = Annotated[int, Range(2, 4096)]
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What a row decides per token: numbers or [...] tensors. `a` and `b` may depend on parameters only.
+    """What a row decides per token: numbers or [...] tensors. `a` and `b` may depend on parameters
+    only.
 
     A residual left at the number 0 means that the row has none (nothing is then computed for pi).
     """
@@ -75,14 +87,16 @@ class Coefficients:
 
 
 class Statistics(dict[str, Tensor]):
-    """Named per-token tensors [...] in fp32 (fp64 for fp64 logits), read as attributes: stats.logp_y."""
+    """Named per-token tensors [...] in fp32 (fp64 for fp64 logits), read as attributes:
+    stats.logp_y."""
 
     def __getattr__(self, name: str) -> Tensor:
         try:
             return self[name]
         except KeyError:
             raise AttributeError(
-                f"statistic {name!r} was not computed: declare it, register(..., needs=({name!r},)); "
+                f"statistic {name!r} was not computed: declare it, register(...,"
+                f" needs=({name!r},)); "
                 f"here are: {', '.join(sorted(self))}; known: {', '.join(ALWAYS + ON_DEMAND)}"
             ) from None
 
@@ -97,21 +111,28 @@ class Parameter:
     integer: bool
 
     def check(self, objective: str, value: Any) -> None:
-        """Raise ValueError or TypeError where `value` is no number or out of range (tensors: on CPU, at no sync)."""
+        """Raise ValueError or TypeError where `value` is no number or out of range (tensors: on
+        CPU, at no sync)."""
         if isinstance(value, Tensor):
             if self.integer:
-                raise TypeError(f"{objective}: {self.name} decides shapes and must be an int, not a tensor")
+                raise TypeError(
+                    f"{objective}: {self.name} decides shapes and must be an int, not a tensor"
+                )
             bad = value.device.type == "cpu" and value.numel() > 0
             values = [float(value.min()), float(value.max())] if bad else []
         elif isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{objective}: {self.name} must be a number or a per-token tensor, not {value!r}")
+            raise TypeError(
+                f"{objective}: {self.name} must be a number or a per-token tensor, not {value!r}"
+            )
         elif self.integer and not float(value).is_integer():
             raise TypeError(f"{objective}: {self.name} must be an integer, not {value!r}")
         else:
             values = [float(value)]
         for number in values:
             if not self.range.holds(number):
-                raise ValueError(f"{objective}: {self.name}={number:g} is out of range: it must be {self.range}")
+                raise ValueError(
+                    f"{objective}: {self.name}={number:g} is out of range: it must be {self.range}"
+                )
 
 
 @dataclass(frozen=True)
@@ -144,31 +165,40 @@ def register(
     token_weights: bool = False,
     ordered: Sequence[tuple[str, str]] = (),
 ) -> Callable[[Callable[..., Coefficients]], Callable[..., Coefficients]]:
-    """Add an objective: decorate `f(stats, *, parameter: Annotated[float, Range(...)] = default) -> Coefficients`.
+    """Add an objective: decorate `f(stats, *, parameter: Annotated[float, Range(...)] = default) ->
+    Coefficients`.
 
     Args:
         name: the name for `get` and `--tsft-objective`.
         source: where it is published, such as "arXiv:2606.11189".
         needs: statistics beyond logp_y, p_y and nll that the function reads (`ON_DEMAND`).
-        teacher: whether pi or the coefficients read T: "none", "optional" (only where b != 0) or "required".
+        teacher: whether pi or the coefficients read T: "none", "optional" (only where b != 0) or
+            "required".
         token_weights: True where the objective means nothing without per-token weights.
         ordered: pairs of parameters of which the first must not exceed the second.
 
     Raises:
-        ValueError: the name is taken, a statistic is unknown, a parameter has no default, or `a` or `b` depends on a
-            statistic.
+        ValueError: the name is taken, a statistic is unknown, a parameter has no default, or `a` or
+            `b` depends on a statistic.
     """
     if name in _ROWS:
-        raise ValueError(f"objective {name!r} is registered already ({_ROWS[name].source}): choose another name")
+        raise ValueError(
+            f"objective {name!r} is registered already ({_ROWS[name].source}): choose another name"
+        )
     for need in needs:
         if need not in ON_DEMAND:
-            raise ValueError(f"objective {name!r}: unknown statistic {need!r}; known: {', '.join(ON_DEMAND)}")
+            raise ValueError(
+                f"objective {name!r}: unknown statistic {need!r}; known: {', '.join(ON_DEMAND)}"
+            )
     if teacher not in get_args(TeacherUse):
-        raise ValueError(f"objective {name!r}: teacher={teacher!r}; valid: {', '.join(get_args(TeacherUse))}")
+        raise ValueError(
+            f"objective {name!r}: teacher={teacher!r}; valid: {', '.join(get_args(TeacherUse))}"
+        )
 
     def add(function: Callable[..., Coefficients]) -> Callable[..., Coefficients]:
         parameters = {}
-        # eval_str: under `from __future__ import annotations` an annotation is its text, and its Range would be lost
+        # eval_str: under `from __future__ import annotations` an annotation is its text, and its
+        # Range would be lost
         for key, p in list(inspect.signature(function, eval_str=True).parameters.items())[1:]:
             if p.default is inspect.Parameter.empty:
                 raise ValueError(f"objective {name!r}: parameter {key!r} needs a default")
@@ -176,7 +206,9 @@ def register(
             limits = next((m for m in metadata if isinstance(m, Range)), Range())
             integer = p.annotation is int or getattr(p.annotation, "__origin__", None) is int
             parameters[key] = Parameter(key, p.default, limits, integer)
-        entry = Row(name, function, source, tuple(needs), teacher, token_weights, tuple(ordered), parameters)
+        entry = Row(
+            name, function, source, tuple(needs), teacher, token_weights, tuple(ordered), parameters
+        )
         # on the host, where looking at a and b is free
         Objective(entry, {key: p.default for key, p in parameters.items()}).residual_plan()
         _ROWS[name] = entry
@@ -212,7 +244,10 @@ def load_plugin(file: str) -> list[str]:
     runpy.run_path(file)
     added = [name for name in _ROWS if name not in before]
     if not added:
-        raise ValueError(f"plugin {file} registered no objective: decorate a function with objectives.register(...)")
+        raise ValueError(
+            f"plugin {file} registered no objective: decorate a function with"
+            " objectives.register(...)"
+        )
     return added
 
 
@@ -223,30 +258,49 @@ def _flat(what: str, value: Any, shape: torch.Size) -> Any:
         return value.broadcast_to(shape).reshape(-1)
     except RuntimeError:
         raise ValueError(
-            f"{what} has shape {tuple(value.shape)}: it must broadcast to the labels' {tuple(shape)}"
+            f"{what} has shape {tuple(value.shape)}: it must broadcast to the labels'"
+            f" {tuple(shape)}"
         ) from None
 
 
 class Objective:
-    """A row with its parameters set: what the loss asks for targets. Make one with `get` or `mixture`."""
+    """A row with its parameters set: what the loss asks for targets. Make one with `get` or
+    `mixture`."""
 
-    def __init__(self, entry: Row, parameters: Mapping[str, Any], schedules: Mapping[str, Schedule] | None = None):
+    def __init__(
+        self,
+        entry: Row,
+        parameters: Mapping[str, Any],
+        schedules: Mapping[str, Schedule] | None = None,
+    ):
         self.row = entry
         self.parameters = dict(parameters)
         self.schedules = dict(schedules or {})
 
     def __repr__(self) -> str:
-        given = (f"{k}={v:g}" if isinstance(v, (int, float)) else f"{k}=tensor" for k, v in self.parameters.items())
+        given = (
+            f"{k}={v:g}" if isinstance(v, (int, float)) else f"{k}=tensor"
+            for k, v in self.parameters.items()
+        )
         scheduled = {key: f"{key}={schedule}" for key, schedule in self.schedules.items()}
-        return ", ".join([self.name, *(scheduled.get(k, text) for k, text in zip(self.parameters, given, strict=True))])
+        return ", ".join(
+            [
+                self.name,
+                *(scheduled.get(k, text) for k, text in zip(self.parameters, given, strict=True)),
+            ]
+        )
 
     def to(self, device: torch.device | str) -> "Objective":
         """The same with its tensors on a device; scheduled parameters are copies of their own."""
-        moved = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self.parameters.items()}
+        moved = {
+            k: v.to(device, copy=True) if isinstance(v, Tensor) else v
+            for k, v in self.parameters.items()
+        }
         return Objective(self.row, moved, self.schedules)
 
     def set_step(self, step: int) -> None:
-        """Give scheduled parameters their values of a 0-based training step, in place, without asking the device."""
+        """Give scheduled parameters their values of a 0-based training step, in place, without
+        asking the device."""
         for key, schedule in self.schedules.items():
             self.parameters[key].fill_(schedule.value(step))
 
@@ -265,7 +319,9 @@ class Objective:
     @property
     def reads_teacher(self) -> bool:
         """Whether a teacher that is given is read, be it as a reference only."""
-        return self.teacher != "none" or bool(self.needs & {"reference_logp_y", "sequence_log_ratio"})
+        return self.teacher != "none" or bool(
+            self.needs & {"reference_logp_y", "sequence_log_ratio"}
+        )
 
     @property
     def requires_token_weights(self) -> bool:
@@ -286,7 +342,8 @@ class Objective:
         return Objective(self.row, flat, self.schedules)
 
     def where_needs(self, *needs: str) -> bool | Tensor:
-        """Which tokens read one of these statistics: a bool for all of them, or a flat bool tensor."""
+        """Which tokens read one of these statistics: a bool for all of them, or a flat bool
+        tensor."""
         return bool(self.needs & set(needs))
 
     def coefficients(self, stats: Statistics) -> Coefficients:
@@ -294,23 +351,31 @@ class Objective:
         k = self.top_ks
         if k:  # one entropy per k was computed; the row reads its own
             stats = Statistics(
-                stats, topk_entropy=stats[f"topk_entropy_{k[0]}"], topk_log_k=stats[f"topk_log_k_{k[0]}"]
+                stats,
+                topk_entropy=stats[f"topk_entropy_{k[0]}"],
+                topk_log_k=stats[f"topk_log_k_{k[0]}"],
             )
         return self.row.function(stats, **self.parameters)
 
     def residual_plan(self, device: torch.device | str = "cpu") -> Coefficients:
-        """What is known before any statistic is: a, b, and whether there is a residual (the number 0: none).
+        """What is known before any statistic is: a, b, and whether there is a residual (the number
+        0: none).
 
-        The row is asked with NaN statistics, on the device of its parameters: what comes back finite depends on
-        parameters alone.
+        The row is asked with NaN statistics, on the device of its parameters: what comes back
+        finite depends on parameters alone.
         """
         nan = torch.full((), math.nan, device=device)
-        plan = self.row.function(Statistics({name: nan for name in ALWAYS + ON_DEMAND}), **self.parameters)
+        plan = self.row.function(
+            Statistics({name: nan for name in ALWAYS + ON_DEMAND}), **self.parameters
+        )
         for key in ("a", "b"):
             value = getattr(plan, key)
             on_host = not isinstance(value, Tensor) or value.device.type == "cpu"
             if on_host and not bool(torch.isfinite(torch.as_tensor(value)).all()):
-                raise ValueError(f"objective {self.name!r}: {key} must depend on parameters only, not on statistics")
+                raise ValueError(
+                    f"objective {self.name!r}: {key} must depend on parameters only, not on"
+                    " statistics"
+                )
         return plan
 
 
@@ -347,7 +412,8 @@ class Mixture(Objective):
     def flatten(self, shape: torch.Size) -> "Mixture":
         if self.index.shape != shape:
             raise ValueError(
-                f"mixture index has shape {tuple(self.index.shape)}: it must be the labels', {tuple(shape)}"
+                f"mixture index has shape {tuple(self.index.shape)}: it must be the labels',"
+                f" {tuple(shape)}"
             )
         return Mixture([member.flatten(shape) for member in self.members], self.index.reshape(-1))
 
@@ -373,7 +439,9 @@ class Mixture(Objective):
         return Coefficients(**{key: self._select(parts, key, dtype) for key in keys})
 
     def coefficients(self, stats: Statistics) -> Coefficients:
-        return self._merge([member.coefficients(stats) for member in self.members], stats.logp_y.dtype)
+        return self._merge(
+            [member.coefficients(stats) for member in self.members], stats.logp_y.dtype
+        )
 
     def residual_plan(self, device: torch.device | str = "cpu") -> Coefficients:
         # fp64 keeps fp64 parameters; the loss rounds a and b to its own working type
@@ -381,22 +449,30 @@ class Mixture(Objective):
 
 
 def get(name: str, **parameters: Scalar | Schedule) -> Objective:
-    """The objective `name` with its parameters: numbers, per-token tensors of the labels' shape, or schedules.
+    """The objective `name` with its parameters: numbers, per-token tensors of the labels' shape, or
+    schedules.
 
-    A scheduled parameter is a 0-dim tensor that `Objective.set_step` fills; until then it has its first value.
+    A scheduled parameter is a 0-dim tensor that `Objective.set_step` fills; until then it has its
+    first value.
 
     Raises:
-        ValueError: unknown name or parameter (the message lists the valid ones), or a value out of range.
-        TypeError: a value that is no number, no tensor and no schedule, or a schedule for an integer.
+        ValueError: unknown name or parameter (the message lists the valid ones), or a value out of
+            range.
+        TypeError: a value that is no number, no tensor and no schedule, or a schedule for an
+            integer.
     """
     entry, schedules = row(name), {k: v for k, v in parameters.items() if isinstance(v, Schedule)}
     if schedules:
-        first, last = ({k: getattr(v, end) for k, v in schedules.items()} for end in ("start", "stop"))
+        first, last = (
+            {k: getattr(v, end) for k, v in schedules.items()} for end in ("start", "stop")
+        )
         for ends in (first, last):  # a schedule stays between them
             get(name, **(parameters | ends))
         for key in schedules:
             if entry.parameters[key].integer:
-                raise TypeError(f"{name}: {key} decides shapes and cannot be scheduled: pass a number")
+                raise TypeError(
+                    f"{name}: {key} decides shapes and cannot be scheduled: pass a number"
+                )
         scheduled = {k: torch.tensor(v, dtype=torch.float64) for k, v in first.items()}
         return Objective(entry, get(name, **(parameters | scheduled)).parameters, schedules)
     for key, value in parameters.items():
@@ -439,7 +515,9 @@ def parse_parameters(pairs: Sequence[str]) -> dict[str, float | Schedule]:
                 f"objective parameter {pair!r} must be written name=number, such as eta=0.5, or"
                 " name=schedule, such as eta=linear:0:0.5:1000"
             )
-        parameters[key.strip()] = int(number) if number.is_integer() and "." not in value else number
+        parameters[key.strip()] = (
+            int(number) if number.is_integer() and "." not in value else number
+        )
     return parameters
 
 
@@ -454,21 +532,30 @@ def mixture(members: Sequence[Objective], index: Tensor) -> Mixture:
         raise ValueError("a mixture needs at least one objective")
     if index.dtype != torch.int64:
         raise TypeError(f"mixture index must be int64, not {index.dtype}")
-    if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(members):
-        raise ValueError(f"mixture index must lie in [0, {len(members)}), got {int(index.min())}..{int(index.max())}")
+    if (
+        index.device.type == "cpu"
+        and index.numel()
+        and not 0 <= int(index.min()) <= int(index.max()) < len(members)
+    ):
+        raise ValueError(
+            f"mixture index must lie in [0, {len(members)}), got"
+            f" {int(index.min())}..{int(index.max())}"
+        )
     return Mixture(members, index)
 
 
-# ---- what rows share ------------------------------------------------------------------------------------------------
+# ---- what rows share -----------------------------------------------------------------------------
 
 
 def as_like(value: Scalar, like: Tensor) -> Tensor:
-    """`value` as a tensor of `like`'s type and device; a number is added, not copied, for which the host would wait."""
+    """`value` as a tensor of `like`'s type and device; a number is added, not copied, for which the
+    host would wait."""
     return (torch.zeros((), dtype=like.dtype, device=like.device) + value).to(like.dtype)
 
 
 def keep(weight: Scalar) -> Scalar:
-    """A residual weight that stays a residual at 0: a schedule that starts at 0 must not change the program."""
+    """A residual weight that stays a residual at 0: a schedule that starts at 0 must not change the
+    program."""
     return weight if isinstance(weight, Tensor) else torch.tensor(weight, dtype=torch.float64)
 
 
@@ -477,7 +564,7 @@ def log_expm1(x: Tensor) -> Tensor:
     return x + torch.log(-torch.expm1(-x))
 
 
-# ---- the rows -------------------------------------------------------------------------------------------------------
+# ---- the rows ------------------------------------------------------------------------------------
 
 
 @register("sft", source="maximum likelihood")
@@ -506,15 +593,26 @@ def profit(s: Statistics, *, threshold: Unit = 0.1) -> Coefficients:
 
 @register("eaft", source="arXiv:2601.02151", needs=("topk_entropy", "topk_log_k"))
 def eaft(s: Statistics, *, top_k: Count = 20, power: NonNegative = 1.0) -> Coefficients:
-    """-(H_topk / log k)^power log p(y), H over the renormalised k most likely tokens: c_y = (H_topk / log k)^power"""
+    """-(H_topk / log k)^power log p(y), H over the renormalised k most likely tokens: c_y = (H_topk
+    / log k)^power"""
     return Coefficients(imitation=(s.topk_entropy / s.topk_log_k).clamp(0, 1) ** power)
 
 
-@register("iw-sft", source="arXiv:2507.12856", needs=("sequence_log_ratio",), ordered=[("clip_min", "clip_max")])
+@register(
+    "iw-sft",
+    source="arXiv:2507.12856",
+    needs=("sequence_log_ratio",),
+    ordered=[("clip_min", "clip_max")],
+)
 def iw_sft(
-    s: Statistics, *, temperature: NonNegative = 1.0, clip_min: NonNegative = 0.0, clip_max: NonNegative = 16.0
+    s: Statistics,
+    *,
+    temperature: NonNegative = 1.0,
+    clip_min: NonNegative = 0.0,
+    clip_max: NonNegative = 16.0,
 ) -> Coefficients:
-    """-w log p(y), w = clamp(exp(temperature * mean_sequence(log p(y) - log p_ref(y))), clip_min, clip_max): c_y = w"""
+    """-w log p(y), w = clamp(exp(temperature * mean_sequence(log p(y) - log p_ref(y))), clip_min,
+    clip_max): c_y = w"""
     w = torch.exp(temperature * s.sequence_log_ratio)
     return Coefficients(imitation=torch.clamp(w, as_like(clip_min, w), as_like(clip_max, w)))
 
@@ -531,7 +629,9 @@ def deft(s: Statistics) -> Coefficients:
     return Coefficients(imitation=torch.exp(s.collision * s.logp_y))
 
 
-@register("idft", source="arXiv:2602.12222", needs=("entropy",), ordered=[("weight_min", "weight_max")])
+@register(
+    "idft", source="arXiv:2602.12222", needs=("entropy",), ordered=[("weight_min", "weight_max")]
+)
 def idft(
     s: Statistics,
     *,
@@ -540,21 +640,24 @@ def idft(
     weight_min: NonNegative = 0.1,
     weight_max: NonNegative = 1.0,
 ) -> Coefficients:
-    """-w log p(y): c_y = w = weight_max - (weight_max-weight_min) sigmoid(-(log p(y) + H - threshold) / temperature)"""
+    """-w log p(y): c_y = w = weight_max - (weight_max-weight_min) sigmoid(-(log p(y) + H -
+    threshold) / temperature)"""
     gate = torch.sigmoid(-(s.logp_y + s.entropy - threshold) / temperature)
     return Coefficients(imitation=weight_max - (weight_max - weight_min) * gate)
 
 
 @register("proximal", source="arXiv:2508.17784", needs=("reference_logp_y",))
 def proximal(s: Statistics, *, clip_high: NonNegative = 0.28) -> Coefficients:
-    """-min(r, clip(r, ., 1 + clip_high)), r = p(y) / p_ref(y): c_y = r where r <= 1 + clip_high, else 0"""
+    """-min(r, clip(r, ., 1 + clip_high)), r = p(y) / p_ref(y): c_y = r where r <= 1 + clip_high,
+    else 0"""
     r = torch.exp(s.logp_y - s.reference_logp_y)
     return Coefficients(imitation=torch.where(r <= 1 + clip_high, r, torch.zeros_like(r)))
 
 
 @register("label-smoothing", source="arXiv:1512.00567")
 def label_smoothing(s: Statistics, *, smoothing: Unit = 0.1) -> Coefficients:
-    """(1 - smoothing) CE(onehot) + smoothing CE(uniform over the true vocabulary): c_y = 1 - c_r, c_r = smoothing"""
+    """(1 - smoothing) CE(onehot) + smoothing CE(uniform over the true vocabulary): c_y = 1 - c_r,
+    c_r = smoothing"""
     return Coefficients(imitation=1 - smoothing, residual=keep(smoothing), a=0.0, b=0.0)
 
 
@@ -572,7 +675,8 @@ def asft(s: Statistics, *, kl_weight: NonNegative = 0.05) -> Coefficients:
 
 @register("gem", source="arXiv:2408.16673")
 def gem(s: Statistics, *, beta: Positive = 0.7) -> Coefficients:
-    """CE(onehot) - CE(pi), pi = softmax(z / beta): c_y = 1, c_r = -1 (a signed target: no distribution)"""
+    """CE(onehot) - CE(pi), pi = softmax(z / beta): c_y = 1, c_r = -1 (a signed target: no
+    distribution)"""
     return Coefficients(imitation=1.0, residual=-1.0, a=1 / beta, b=0.0)
 
 
@@ -584,13 +688,15 @@ def kd(s: Statistics) -> Coefficients:
 
 @register("kd-hybrid", source="arXiv:1503.02531", teacher="required")
 def kd_hybrid(s: Statistics, *, teacher_weight: Unit = 0.5) -> Coefficients:
-    """(1 - teacher_weight) CE(onehot) + teacher_weight CE(T): c_y = 1 - c_r, c_r = teacher_weight, pi = T"""
+    """(1 - teacher_weight) CE(onehot) + teacher_weight CE(T): c_y = 1 - c_r, c_r = teacher_weight,
+    pi = T"""
     return Coefficients(imitation=1 - teacher_weight, residual=keep(teacher_weight), a=0.0, b=1.0)
 
 
 @register("gift", source="arXiv:2601.09233", needs=("teacher_logp_y",), teacher="required")
 def gift(s: Statistics, *, beta: NonNegative = 20.0) -> Coefficients:
-    """CE(softmax(log T + beta onehot(y))): c_y = 1 - c_r, c_r = 1 / (1 + T(y) expm1(beta)), pi = T"""
+    """CE(softmax(log T + beta onehot(y))): c_y = 1 - c_r, c_r = 1 / (1 + T(y) expm1(beta)), pi =
+    T"""
     # log(T(y) expm1(beta)) never overflows; c_r = sigmoid(-x) and c_y = sigmoid(x) never cancel
     x = s.teacher_logp_y + log_expm1(as_like(beta, s.logp_y))
     return Coefficients(imitation=torch.sigmoid(x), residual=torch.sigmoid(-x), a=0.0, b=1.0)
@@ -598,5 +704,6 @@ def gift(s: Statistics, *, beta: NonNegative = 20.0) -> Coefficients:
 
 @register("target-sft", source="arXiv:2606.11189", teacher="optional")
 def target_sft(s: Statistics, *, eta: Unit = 0.5) -> Coefficients:
-    """CE(Q), Q = p(y) onehot(y) + (1 - p(y)) softmax((1 - eta) log p + eta log T): c_y = p(y), c_r = 1 - p(y)"""
+    """CE(Q), Q = p(y) onehot(y) + (1 - p(y)) softmax((1 - eta) log p + eta log T): c_y = p(y), c_r
+    = 1 - p(y)"""
     return Coefficients(imitation=s.p_y, residual=-torch.expm1(s.logp_y), a=1 - eta, b=eta)

@@ -4,12 +4,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-KINDS: Mapping[str, Callable[[float], float]] = {  # share of the way from start to stop after a share of the steps
+KINDS: Mapping[
+    str, Callable[[float], float]
+] = {  # share of the way from start to stop after a share of the steps
     "constant": lambda share: float(share >= 1),
     "linear": lambda share: share,
     "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
 }
-SYNTAX = f"kind:from:to:steps with kind one of {', '.join(KINDS)}, such as linear:0:0.5:1000, or constant:VALUE"
+SYNTAX = (
+    f"kind:from:to:steps with kind one of {', '.join(KINDS)}, such as linear:0:0.5:1000, or"
+    " constant:VALUE"
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,9 @@ class Schedule:
     steps: int
 
     def __str__(self) -> str:
-        start, stop = (f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in (self.start, self.stop))
+        start, stop = (
+            f"{x:g}" if float(f"{x:g}") == x else repr(x) for x in (self.start, self.stop)
+        )
         return f"{self.kind}:{start}:{stop}:{self.steps}"
 
     def value(self, step: int) -> float:

@@ -1,4 +1,5 @@
-"""For every test: kernels run in Triton's interpreter where there is no GPU; decided before triton is imported."""
+"""For every test: kernels run in Triton's interpreter where there is no GPU; decided before triton
+is imported."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""A function of a test file in a new interpreter: for what depends on who imported Megatron first, or replaced what."""
+"""A function of a test file in a new interpreter: for what depends on who imported Megatron first,
+or replaced what."""
 
 import contextlib
 import inspect
@@ -23,18 +24,36 @@ with open(result, "w") as file:
 
 
 def fresh(function: Callable[..., Any], *args: Any, timeout: float = 300) -> Any:
-    """`function(*args)` in a new interpreter; arguments and result travel as JSON (tuples arrive as lists).
+    """`function(*args)` in a new interpreter; arguments and result travel as JSON (tuples arrive as
+    lists).
 
     Raises:
-        AssertionError: it raised, died or was not done in `timeout` seconds; the message holds what it printed.
+        AssertionError: it raised, died or was not done in `timeout` seconds; the message holds what
+            it printed.
     """
     module = ".".join(Path(inspect.getfile(function)).relative_to(REPOSITORY).with_suffix("").parts)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     with tempfile.TemporaryDirectory() as scratch:
         result, output = Path(scratch) / "result.json", Path(scratch) / "output"
-        line = [sys.executable, "-c", PROGRAM, module, function.__name__, json.dumps(args), str(result)]
-        with output.open("w") as file:  # a file: what the process leaves running would keep a pipe open
-            process = subprocess.Popen(line, stdout=file, stderr=file, env=environment, start_new_session=True)
+        line = [
+            sys.executable,
+            "-c",
+            PROGRAM,
+            module,
+            function.__name__,
+            json.dumps(args),
+            str(result),
+        ]
+        with output.open(
+            "w"
+        ) as file:  # a file: what the process leaves running would keep a pipe open
+            process = subprocess.Popen(
+                line, stdout=file, stderr=file, env=environment, start_new_session=True
+            )
             try:
                 code = process.wait(timeout)
             except subprocess.TimeoutExpired:

@@ -1,4 +1,5 @@
-"""The ranks of a test: forked from this process (it has imported everything), in one gloo group, each ended by id."""
+"""The ranks of a test: forked from this process (it has imported everything), in one gloo group,
+each ended by id."""
 
 import contextlib
 import multiprocessing
@@ -21,20 +22,28 @@ FORK = multiprocessing.get_context("fork")
 INHERITED: dict[str, Any] = {}
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, group: bool = True) -> list:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, group: bool = True
+) -> list:
     """`function(rank, *args)` in `world` forked processes; their results in rank order.
 
-    With `group` the ranks share torch's default gloo group. Tensors in `args` are inherited, results are pickled.
-    Forks cost milliseconds, so import the heavy modules before the first call.
+    With `group` the ranks share torch's default gloo group. Tensors in `args` are inherited,
+    results are pickled. Forks cost milliseconds, so import the heavy modules before the first call.
 
     Raises:
-        AssertionError: a rank raised, died or was not done in `timeout` seconds; the message holds its traceback.
+        AssertionError: a rank raised, died or was not done in `timeout` seconds; the message holds
+            its traceback.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        ranks = [FORK.Process(target=_rank, args=(folder, rank, world, group, function, args)) for rank in range(world)]
+        ranks = [
+            FORK.Process(target=_rank, args=(folder, rank, world, group, function, args))
+            for rank in range(world)
+        ]
         try:
-            with warnings.catch_warnings():  # Python warns that the parent has threads; the children use none of them
+            with (
+                warnings.catch_warnings()
+            ):  # Python warns that the parent has threads; the children use none of them
                 warnings.simplefilter("ignore", DeprecationWarning)
                 for rank in ranks:
                     rank.start()
@@ -51,14 +60,20 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
         return [torch.load(folder / f"result{i}", weights_only=False) for i in range(world)]
 
 
-def _rank(folder: Path, rank: int, world: int, group: bool, function: Callable[..., Any], args: tuple) -> None:
-    os.setsid()  # so that _end finds what this rank starts, such as the helpers of Megatron's checkpoint writer
-    # a group that the parent has left in Megatron's globals: its destructor would wait here for threads of the parent
+def _rank(
+    folder: Path, rank: int, world: int, group: bool, function: Callable[..., Any], args: tuple
+) -> None:
+    # so that _end finds what this rank starts, such as the helpers of Megatron's checkpoint writer
+    os.setsid()
+    # a group that the parent has left in Megatron's globals: its destructor would wait here for
+    # threads of the parent
     if "megatron.core.parallel_state" in sys.modules:
         INHERITED.update(vars(sys.modules["megatron.core.parallel_state"]))
     try:
         torch.set_num_threads(1)
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+        )
         if group:
             store = dist.FileStore(str(folder / "store"), world)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
@@ -83,11 +98,14 @@ def _end(rank: Any) -> None:
 
 
 def _wait(ranks: list[Any], timeout: float) -> list[int]:
-    """Until every rank has ended, or one has failed (its peers may wait for it for ever); who is still alive then."""
+    """Until every rank has ended, or one has failed (its peers may wait for it for ever); who is
+    still alive then."""
     deadline = time.monotonic() + timeout
     alive = dict(enumerate(ranks))
     while alive and time.monotonic() < deadline:
-        multiprocessing.connection.wait([r.sentinel for r in alive.values()], deadline - time.monotonic())
+        multiprocessing.connection.wait(
+            [r.sentinel for r in alive.values()], deadline - time.monotonic()
+        )
         ended = {i: r for i, r in alive.items() if not r.is_alive()}
         if any(r.exitcode for r in ended.values()):
             return []

@@ -33,7 +33,9 @@ def test_what_is_there_is_kept_unless_asked(tmp_path: Path) -> None:
     assert (target / "a").read_text() == "old"
     with new_directory(target, overwrite=True) as folder:
         (folder / "b").touch()
-    assert [path.name for path in target.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [target]
+    assert [path.name for path in target.iterdir()] == ["b"] and list(tmp_path.iterdir()) == [
+        target
+    ]
     with pytest.raises(UserError, match="is a file"), new_directory(target / "b", overwrite=True):
         raise AssertionError("not reached")
 

@@ -1,4 +1,5 @@
-"""The catalogue: what is in it, how parameters are checked, how a user adds a row, and that rows stay short."""
+"""The catalogue: what is in it, how parameters are checked, how a user adds a row, and that rows
+stay short."""
 
 import ast
 import gc
@@ -62,7 +63,9 @@ def test_every_row_is_documented_and_short(name: str) -> None:
     row = objectives.row(name)
     assert re.fullmatch(r"arXiv:\d{4}\.\d{5}|maximum likelihood", row.source)
     assert "c_y" in row.formula and "\n" not in row.formula
-    assert all(key in row.formula or key == "top_k" for key in row.parameters), "the formula leaves a parameter out"
+    assert all(key in row.formula or key == "top_k" for key in row.parameters), (
+        "the formula leaves a parameter out"
+    )
     [function] = ast.parse(textwrap.dedent(inspect.getsource(row.function))).body
     assert isinstance(function, ast.FunctionDef)
     body = function.body[1:]
@@ -78,19 +81,26 @@ def test_what_a_row_says_it_needs(name: str) -> None:
     parameters = {key: p.default for key, p in row.parameters.items()}
     assert isinstance(row.function(given, **parameters), Coefficients)
     for need in row.needs:
-        with pytest.raises(AttributeError, match=f"statistic '{need}' was not computed: declare it"):
+        with pytest.raises(
+            AttributeError, match=f"statistic '{need}' was not computed: declare it"
+        ):
             row.function(Statistics({k: v for k, v in given.items() if k != need}), **parameters)
 
 
 def test_parse() -> None:
     objective = objectives.parse("target-sft,eta=0.25")
     assert objective.name == "target-sft" and objective.parameters == {"eta": 0.25}
-    assert objectives.parse(" eaft , top_k = 7 , power=2e0 ").parameters == {"top_k": 7, "power": 2.0}
+    assert objectives.parse(" eaft , top_k = 7 , power=2e0 ").parameters == {
+        "top_k": 7,
+        "power": 2.0,
+    }
     assert objectives.parse("gem").parameters == {"beta": 0.7}
     assert objectives.parse_parameters([]) == {}
     for text in ("target-sft,eta", "target-sft,eta=", "target-sft,eta=high", "target-sft,0.5"):
         pair = text.split(",")[1]
-        with pytest.raises(ValueError, match=f"parameter '{pair}' must be written name=number, such as eta=0.5"):
+        with pytest.raises(
+            ValueError, match=f"parameter '{pair}' must be written name=number, such as eta=0.5"
+        ):
             objectives.parse(text)
 
 
@@ -100,7 +110,9 @@ def parsed_on_ranks(rank: int) -> tuple[Tensor, Tensor]:
     half = slice(rank * 5, (rank + 1) * 5)
     leaf = logits[..., half].clone().requires_grad_()
     objective = objectives.parse("target-sft,eta=0.5")
-    out = q_target_cross_entropy(leaf, labels, objective, teacher=teacher[..., half], tp_group=dist.group.WORLD)
+    out = q_target_cross_entropy(
+        leaf, labels, objective, teacher=teacher[..., half], tp_group=dist.group.WORLD
+    )
     out.loss.sum().backward()
     assert leaf.grad is not None
     return out.loss.detach(), leaf.grad
@@ -115,20 +127,30 @@ def parsed_problem() -> tuple[Tensor, Tensor, Tensor]:
 def test_parsed_objective_on_two_ranks() -> None:
     logits, teacher, labels = parsed_problem()
     leaf = logits.clone().requires_grad_()
-    out = q_target_cross_entropy(leaf, labels, objectives.get("target-sft", eta=0.5), teacher=teacher)
+    out = q_target_cross_entropy(
+        leaf, labels, objectives.get("target-sft", eta=0.5), teacher=teacher
+    )
     out.loss.sum().backward()
     per_rank = run_ranks(2, parsed_on_ranks)
     for loss, _ in per_rank:
         torch.testing.assert_close(loss, out.loss.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.cat([grad for _, grad in per_rank], -1), leaf.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.cat([grad for _, grad in per_rank], -1), leaf.grad, rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "key"),
-    [("kd-hybrid", "teacher_weight"), ("label-smoothing", "smoothing"), ("sft-kl", "kl_weight"), ("asft", "kl_weight")],
+    [
+        ("kd-hybrid", "teacher_weight"),
+        ("label-smoothing", "smoothing"),
+        ("sft-kl", "kl_weight"),
+        ("asft", "kl_weight"),
+    ],
 )
 def test_a_weight_of_zero_is_still_a_residual(name: str, key: str) -> None:
-    """A schedule that starts at 0 must not change the program: only the number 0 says that there is no residual."""
+    """A schedule that starts at 0 must not change the program: only the number 0 says that there is
+    no residual."""
     assert isinstance(objectives.get(name, **{key: 0.0}).residual_plan().residual, Tensor)
     assert objectives.get("sft").residual_plan().residual == 0.0
 
@@ -136,7 +158,9 @@ def test_a_weight_of_zero_is_still_a_residual(name: str, key: str) -> None:
 def test_how_an_objective_prints() -> None:
     assert repr(objectives.get("target-sft", eta=0.25)) == "target-sft, eta=0.25"
     assert repr(objectives.get("gem", beta=torch.ones(3))) == "gem, beta=tensor"
-    mixed = objectives.mixture([objectives.get("sft"), objectives.get("gem")], torch.zeros(2, dtype=torch.int64))
+    mixed = objectives.mixture(
+        [objectives.get("sft"), objectives.get("gem")], torch.zeros(2, dtype=torch.int64)
+    )
     assert repr(mixed) == "sft | gem, beta=0.7"
 
 
@@ -144,20 +168,30 @@ def test_how_an_objective_prints() -> None:
 
 
 def test_unknown_name_and_parameter() -> None:
-    with pytest.raises(ValueError, match="unknown objective 'sftt'; valid: sft, dft, .*, target-sft"):
+    with pytest.raises(
+        ValueError, match="unknown objective 'sftt'; valid: sft, dft, .*, target-sft"
+    ):
         objectives.get("sftt")
     with pytest.raises(ValueError, match="unknown objective ''; valid: sft"):
         objectives.parse("")
-    with pytest.raises(ValueError, match="objective 'idft' has no parameter 'tau'; valid: threshold, temperature, "):
+    with pytest.raises(
+        ValueError, match="objective 'idft' has no parameter 'tau'; valid: threshold, temperature, "
+    ):
         objectives.get("idft", tau=1)
-    with pytest.raises(ValueError, match="objective 'kd' has no parameter 'beta'; valid: it has none"):
+    with pytest.raises(
+        ValueError, match="objective 'kd' has no parameter 'beta'; valid: it has none"
+    ):
         objectives.get("kd", beta=1)
 
 
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("target-sft", {"eta": 1.01}, "target-sft: eta=1.01 is out of range: it must be from 0 to 1"),
+        (
+            "target-sft",
+            {"eta": 1.01},
+            "target-sft: eta=1.01 is out of range: it must be from 0 to 1",
+        ),
         ("target-sft", {"eta": -0.1}, "eta=-0.1 is out of range"),
         ("target-sft", {"eta": float("nan")}, "eta=nan is out of range"),
         ("gem", {"beta": 0.0}, "gem: beta=0 is out of range: it must be above 0"),
@@ -165,7 +199,11 @@ def test_unknown_name_and_parameter() -> None:
         ("gift", {"beta": -1}, "gift: beta=-1 is out of range: it must be at least 0"),
         ("eaft", {"top_k": 1}, "eaft: top_k=1 is out of range: it must be from 2 to 4096"),
         ("eaft", {"top_k": 5000}, "top_k=5000 is out of range"),
-        ("idft", {"threshold": float("inf")}, "idft: threshold=inf is out of range: it must be any finite number"),
+        (
+            "idft",
+            {"threshold": float("inf")},
+            "idft: threshold=inf is out of range: it must be any finite number",
+        ),
         ("idft", {"weight_min": 2.0}, "idft: weight_min=2 must not exceed weight_max=1"),
         ("iw-sft", {"clip_max": 1, "clip_min": 3}, "iw-sft: clip_min=3 must not exceed clip_max=1"),
         ("target-sft", {"eta": torch.tensor([0.5, 1.5])}, "eta=1.5 is out of range"),
@@ -181,13 +219,21 @@ def test_out_of_range(name: str, parameters: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("target-sft", {"eta": "0.5"}, "target-sft: eta must be a number or a per-token tensor, not '0.5'"),
+        (
+            "target-sft",
+            {"eta": "0.5"},
+            "target-sft: eta must be a number or a per-token tensor, not '0.5'",
+        ),
         ("target-sft", {"eta": None}, "eta must be a number or a per-token tensor, not None"),
         ("target-sft", {"eta": True}, "eta must be a number or a per-token tensor, not True"),
         ("eaft", {"top_k": 2.5}, "eaft: top_k must be an integer, not 2.5"),
         ("eaft", {"top_k": float("inf")}, "eaft: top_k must be an integer, not inf"),
         ("eaft", {"top_k": float("nan")}, "eaft: top_k must be an integer, not nan"),
-        ("eaft", {"top_k": torch.tensor(5)}, "top_k decides shapes and must be an int, not a tensor"),
+        (
+            "eaft",
+            {"top_k": torch.tensor(5)},
+            "top_k decides shapes and must be an int, not a tensor",
+        ),
     ],
 )
 def test_wrong_type(name: str, parameters: dict[str, Any], message: str) -> None:
@@ -199,7 +245,9 @@ def test_the_ends_of_a_range_are_allowed() -> None:
     for eta in (0, 1, 0.0, 1.0, torch.tensor([0.0, 1.0]), torch.zeros(0)):
         objectives.get("target-sft", eta=eta)
     objectives.get("eaft", top_k=20.0)
-    objectives.get("target-sft", eta=torch.zeros(3, device="meta"))  # not looked at: that would wait for the device
+    objectives.get(
+        "target-sft", eta=torch.zeros(3, device="meta")
+    )  # not looked at: that would wait for the device
     assert str(Range(0, 5, above=True)) == "above 0 up to 5" and str(Range(high=3)) == "at most 3"
 
 
@@ -227,11 +275,19 @@ def half_dft(stats: Statistics, *, strength: Annotated[float, Range(0, 1)] = 0.5
 
 def test_register_and_use() -> None:
     assert objectives.register("half-dft", source="us")(half_dft) is half_dft
-    assert objectives.names()[-1] == "half-dft" and objectives.row("half-dft").formula == "c_y = strength * p(y)"
+    assert (
+        objectives.names()[-1] == "half-dft"
+        and objectives.row("half-dft").formula == "c_y = strength * p(y)"
+    )
     logits, _, labels = parsed_problem()
-    half, whole = (q_target_cross_entropy(logits, labels, objectives.parse(x)).loss for x in ("half-dft", "dft"))
+    half, whole = (
+        q_target_cross_entropy(logits, labels, objectives.parse(x)).loss
+        for x in ("half-dft", "dft")
+    )
     torch.testing.assert_close(half, whole / 2)
-    with pytest.raises(ValueError, match="half-dft: strength=2 is out of range: it must be from 0 to 1"):
+    with pytest.raises(
+        ValueError, match="half-dft: strength=2 is out of range: it must be from 0 to 1"
+    ):
         objectives.get("half-dft", strength=2)
 
 
@@ -246,7 +302,12 @@ def test_a_row_of_everything() -> None:
 
     logits, teacher, labels = parsed_problem()
     out = q_target_cross_entropy(
-        logits, labels, objectives.get("all"), teacher=teacher, sequence_ids=torch.zeros_like(labels), num_sequences=1
+        logits,
+        labels,
+        objectives.get("all"),
+        teacher=teacher,
+        sequence_ids=torch.zeros_like(labels),
+        num_sequences=1,
     )
     for key in (*objectives.ALWAYS, *objectives.ON_DEMAND):
         assert seen[key].shape == labels.shape and torch.isfinite(seen[key]).all(), key
@@ -261,7 +322,8 @@ def test_a_row_of_everything() -> None:
 
 
 def test_a_row_is_asked_on_the_device_of_the_logits() -> None:
-    """Also for its plan, before there are statistics: a row that mixed devices would copy, and make the host wait."""
+    """Also for its plan, before there are statistics: a row that mixed devices would copy, and make
+    the host wait."""
     seen: list[str] = []
 
     @objectives.register("where", source="us")
@@ -271,18 +333,25 @@ def test_a_row_is_asked_on_the_device_of_the_logits() -> None:
 
     seen.clear()  # registering asks on the host
     logits, _, labels = (x.to("meta") for x in parsed_problem())
-    q_target_cross_entropy(logits, labels, objectives.mixture([objectives.get("where")] * 2, labels))
+    q_target_cross_entropy(
+        logits, labels, objectives.mixture([objectives.get("where")] * 2, labels)
+    )
     assert set(seen) == {"meta"}
 
 
 def test_register_refuses() -> None:
     with pytest.raises(
-        ValueError, match=r"objective 'sft' is registered already \(maximum likelihood\): choose another"
+        ValueError,
+        match=r"objective 'sft' is registered already \(maximum likelihood\): choose another",
     ):
         objectives.register("sft", source="us")
-    with pytest.raises(ValueError, match="'mine': unknown statistic 'entrpy'; known: entropy, collision, "):
+    with pytest.raises(
+        ValueError, match="'mine': unknown statistic 'entrpy'; known: entropy, collision, "
+    ):
         objectives.register("mine", source="us", needs=("entrpy",))
-    with pytest.raises(ValueError, match="'mine': teacher='maybe'; valid: none, optional, required"):
+    with pytest.raises(
+        ValueError, match="'mine': teacher='maybe'; valid: none, optional, required"
+    ):
         objectives.register("mine", source="us", teacher="maybe")  # type: ignore[arg-type]
 
     def no_default(stats: Statistics, *, strength: float) -> Coefficients:
@@ -294,7 +363,9 @@ def test_register_refuses() -> None:
     def guided_by_a_statistic(stats: Statistics) -> Coefficients:
         return Coefficients(imitation=0.0, residual=1.0, a=stats.p_y)
 
-    with pytest.raises(ValueError, match="'mine': a must depend on parameters only, not on statistics"):
+    with pytest.raises(
+        ValueError, match="'mine': a must depend on parameters only, not on statistics"
+    ):
         objectives.register("mine", source="us")(guided_by_a_statistic)
     assert "mine" not in objectives.names()
 
@@ -323,7 +394,10 @@ def test_load_plugin(tmp_path: Path, future: str) -> None:
     assert objectives.load_plugin(str(file)) == ["cosine"]
     gc.collect()
     logits, _, labels = parsed_problem()
-    quarter, sft = (q_target_cross_entropy(logits, labels, objectives.parse(x)) for x in ("cosine,turns=0.25", "sft"))
+    quarter, sft = (
+        q_target_cross_entropy(logits, labels, objectives.parse(x))
+        for x in ("cosine,turns=0.25", "sft")
+    )
     torch.testing.assert_close(quarter.loss, sft.loss / 2)
     with pytest.raises(ValueError, match="cosine: turns=3 is out of range: it must be from 0 to 2"):
         objectives.get("cosine", turns=3)
@@ -334,7 +408,9 @@ def test_load_plugin(tmp_path: Path, future: str) -> None:
 def test_load_plugin_refuses(tmp_path: Path) -> None:
     empty = tmp_path / "empty.py"
     empty.write_text("x = 1\n")
-    with pytest.raises(ValueError, match=r"plugin .*empty.py registered no objective: decorate a function"):
+    with pytest.raises(
+        ValueError, match=r"plugin .*empty.py registered no objective: decorate a function"
+    ):
         objectives.load_plugin(str(empty))
     with pytest.raises(FileNotFoundError):
         objectives.load_plugin(str(tmp_path / "missing.py"))

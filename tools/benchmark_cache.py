@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""What a teacher cache costs: writing it over the teacher's own forward pass, and reading it over a training step.
+"""What a teacher cache costs: writing it over the teacher's own forward pass, and reading it over a
+training step.
 
-Writing: the same batches through a Hugging Face teacher, alone (logits only), and with top-k, tail, Arrow and fsync, in
-turn; their ratio. Reading: cutting packs with the teacher's records and without; the difference, over the seconds of a
-training step that --metrics knows (metrics.jsonl of a run on the same data, or --step-seconds).
+Writing: the same batches through a Hugging Face teacher, alone (logits only), and with top-k, tail,
+Arrow and fsync, in turn; their ratio. Reading: cutting packs with the teacher's records and
+without; the difference, over the seconds of a training step that --metrics knows (metrics.jsonl of
+a run on the same data, or --step-seconds).
 """
 
 import argparse
@@ -40,12 +42,25 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--teacher", required=True, metavar="DIR", help="Hugging Face folder")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder made by prepare_data.py")
-    parser.add_argument("--top-k", type=int, nargs="+", default=[16, 64], metavar="K", help="(default: 16 64)")
-    parser.add_argument("--seq-length", type=int, default=4096, metavar="N", help="of packs to read (default: 4096)")
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="folder made by prepare_data.py"
+    )
+    parser.add_argument(
+        "--top-k", type=int, nargs="+", default=[16, 64], metavar="K", help="(default: 16 64)"
+    )
+    parser.add_argument(
+        "--seq-length", type=int, default=4096, metavar="N", help="of packs to read (default: 4096)"
+    )
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="(default: 3)")
-    parser.add_argument("--step-seconds", type=float, metavar="S", help="of a training step, to compare reading with")
-    parser.add_argument("--packs-per-step", type=int, default=1, metavar="N", help="a rank reads (default: 1)")
+    parser.add_argument(
+        "--step-seconds",
+        type=float,
+        metavar="S",
+        help="of a training step, to compare reading with",
+    )
+    parser.add_argument(
+        "--packs-per-step", type=int, default=1, metavar="N", help="a rank reads (default: 1)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
@@ -75,9 +90,18 @@ def seconds(work: Callable[[], object]) -> float:
 def writing(args: argparse.Namespace, data: PreparedData, top_k: int, folder: Path) -> str:
     """A line about writing; leaves the cache in `folder`."""
     vocab_size = json.loads((Path(args.teacher) / "config.json").read_text())["vocab_size"]
-    identity = CacheIdentity("teacher", "", data.card.tokenizer_fingerprint, vocab_size, top_k, 1.0, "fp32", [])
+    identity = CacheIdentity(
+        "teacher", "", data.card.tokenizer_fingerprint, vocab_size, top_k, 1.0, "fp32", []
+    )
     kind = torch.bfloat16 if args.device == "cuda" else torch.float32
-    options = dict(dtype=kind, device=args.device, top_k=top_k, temperature=1.0, vocab_size=vocab_size, token_map=None)
+    options = dict(
+        dtype=kind,
+        device=args.device,
+        top_k=top_k,
+        temperature=1.0,
+        vocab_size=vocab_size,
+        token_map=None,
+    )
     options |= dict(batch_tokens=8192 if args.device == "cuda" else 1024, share=(0, 1))
     whole = TransformersTeacher(Path(args.teacher), **options)  # type: ignore[arg-type]
     alone = Alone(Path(args.teacher), **options)  # type: ignore[arg-type]
@@ -107,25 +131,36 @@ def writing(args: argparse.Namespace, data: PreparedData, top_k: int, folder: Pa
     per = size / (plan.tokens * top_k)
     assert size >= expected_bytes(plan.conversations, plan.tokens, top_k) * 0.99
     return (
-        f"top-{top_k}: writing takes {ratio:.3f} x the teacher's forward alone ({pairs[0][1]:.2f} s for"
+        f"top-{top_k}: writing takes {ratio:.3f} x the teacher's forward alone ({pairs[0][1]:.2f}"
+        " s for"
         f" {plan.tokens} supervised of {data.card.tokens} tokens); {per:.2f} bytes an entry on disk"
     )
 
 
 def reading(args: argparse.Namespace, data: PreparedData, folder: Path) -> str:
     """A line about reading."""
-    plain = PackedDataset(data, seq_length=args.seq_length, global_batch_size=1, seed=0, truncate=True)
-    taught = plain.with_teacher(CachedTeacher([TeacherCache.load(folder)], data), data.card.weighted)
+    plain = PackedDataset(
+        data, seq_length=args.seq_length, global_batch_size=1, seed=0, truncate=True
+    )
+    taught = plain.with_teacher(
+        CachedTeacher([TeacherCache.load(folder)], data), data.card.weighted
+    )
     count = min(plain.packs, 50)
     pairs = []
     for _ in range(args.repeat):
         pairs.append(
-            [seconds(lambda packs=packs: [packs[i] for i in range(count)]) / count for packs in (taught, plain)]
+            [
+                seconds(lambda packs=packs: [packs[i] for i in range(count)]) / count
+                for packs in (taught, plain)
+            ]
         )
     more = statistics.median(a - b for a, b in pairs)
     share = ""
     if args.step_seconds:
-        share = f"; {100 * more * args.packs_per_step / args.step_seconds:.3f}% of a step of {args.step_seconds:g} s"
+        share = (
+            f"; {100 * more * args.packs_per_step / args.step_seconds:.3f}% of a step of"
+            f" {args.step_seconds:g} s"
+        )
     return f"reading: {1000 * more:.2f} ms more a pack of {args.seq_length}{share}"
 
 

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Time the ways to merge per-token statistics over tensor-parallel ranks: one all-gather, or MAX and SUM all-reduces.
+"""Time the ways to merge per-token statistics over tensor-parallel ranks: one all-gather, or MAX
+and SUM all-reduces.
 
-Also the whole forward pass of the loss's statistics in one piece and in two halves, the first half's all-gather under
-the second half's work. The losses use the all-gather in one piece (docs/performance.md says why).
+Also the whole forward pass of the loss's statistics in one piece and in two halves, the first
+half's all-gather under the second half's work. The losses use the all-gather in one piece
+(docs/performance.md says why).
 """
 
 import argparse
@@ -55,7 +57,8 @@ def max_and_sum(local: Table, a: float, b: float, group: Any) -> Table:
 
 
 def in_halves(problems: list[tuple[Problem, Tensor]], group: Any) -> list[Table]:
-    """Statistics and all-gather of each half of the tokens; the second half's work runs under the first's transfer."""
+    """Statistics and all-gather of each half of the tokens; the second half's work runs under the
+    first's transfer."""
     pending = []
     for problem, logits in problems:
         shard = problem.shard(logits)
@@ -71,13 +74,23 @@ def in_halves(problems: list[tuple[Problem, Tensor]], group: Any) -> list[Table]
     return merged
 
 
-def problem_of(name: str, tokens: int, columns: int, group: Any, device: torch.device) -> tuple[Problem, Tensor]:
+def problem_of(
+    name: str, tokens: int, columns: int, group: Any, device: torch.device
+) -> tuple[Problem, Tensor]:
     """A random problem of one rank's shard."""
     generator = torch.Generator(device).manual_seed(dist.get_rank())
     logits = torch.randn(tokens, columns, generator=generator, device=device, dtype=torch.bfloat16)
     labels = torch.arange(tokens, device=device) % columns
     nothing: dict[str, Any] = dict.fromkeys(
-        ("teacher", "reference_logprobs", "token_weights", "sequence_ids", "num_sequences", "cp_group", "vocab_size")
+        (
+            "teacher",
+            "reference_logprobs",
+            "token_weights",
+            "sequence_ids",
+            "num_sequences",
+            "cp_group",
+            "vocab_size",
+        )
     )
     arguments = Arguments(
         labels=labels,
@@ -122,10 +135,17 @@ def rank_main(rank: int, world: int, store: str, args: argparse.Namespace, resul
 
             def whole(problem: Problem = problem, logits: Tensor = logits) -> Table:
                 shard = problem.shard(logits)
-                return merge(implementation(logits).local_statistics(shard, problem.wanted()), shard.a, shard.b, group)
+                return merge(
+                    implementation(logits).local_statistics(shard, problem.wanted()),
+                    shard.a,
+                    shard.b,
+                    group,
+                )
 
             ways: dict[str, Callable[[], Any]] = {
-                "one all-gather": lambda local=local, shard=shard: merge(local, shard.a, shard.b, group),
+                "one all-gather": lambda local=local, shard=shard: merge(
+                    local, shard.a, shard.b, group
+                ),
                 # a copy, because it works in place
                 "MAX and SUM": lambda local=local, shard=shard: max_and_sum(
                     Table(local.names, local.data.clone()), float(shard.a), float(shard.b), group
@@ -147,20 +167,30 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLE
     )
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4], help="ranks (default: 2 4)")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="default: 512 2048 8192")
-    parser.add_argument("--columns", type=int, default=2048, help="of each rank's shard (default: 2048)")
-    parser.add_argument("--repeat", type=int, default=15, help="timings of each, of which the median counts")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="default: 512 2048 8192"
+    )
+    parser.add_argument(
+        "--columns", type=int, default=2048, help="of each rank's shard (default: 2048)"
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=15, help="timings of each, of which the median counts"
+    )
     parser.add_argument("--json", action="store_true", help="print every row as JSON")
     args = parser.parse_args(argv)
     if min(args.tp) < 2 or min(args.tokens) < 2 or args.columns < 1 or args.repeat < 1:
-        print("error: --tp and --tokens must be at least 2, --columns and --repeat at least 1", file=sys.stderr)
+        print(
+            "error: --tp and --tokens must be at least 2, --columns and --repeat at least 1",
+            file=sys.stderr,
+        )
         return 2
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows: list[dict[str, Any]] = []
     for world in args.tp:
         with tempfile.TemporaryDirectory() as scratch:
             results = os.path.join(scratch, "rows.json")
-            mp.spawn(rank_main, (world, os.path.join(scratch, "store"), args, results), nprocs=world)  # type: ignore
+            job = (world, os.path.join(scratch, "store"), args, results)
+            mp.spawn(rank_main, job, nprocs=world)  # type: ignore
             rows += json.loads(Path(results).read_text())
     if args.json:
         print(json.dumps(rows))

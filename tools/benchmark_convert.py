@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""How fast and in how much memory a model is converted, beside a plain copy of the same files in the same run."""
+"""How fast and in how much memory a model is converted, beside a plain copy of the same files in
+the same run."""
 
 import argparse
 import json
@@ -15,8 +16,8 @@ from typing import Any
 EXAMPLE = """example:
   tools/benchmark_convert.py --output /scratch/convert --gigabytes 8
 
-Makes a synthetic bf16 Llama under DIR (its embedding is an eighth of it), needs three times its size on the disk, and
-removes what it made.
+Makes a synthetic bf16 Llama under DIR (its embedding is an eighth of it), needs three times its
+size on the disk, and removes what it made.
 """
 VOCABULARY, SHARD = 131072, 2.5e9  # bytes of a safetensors file
 CONVERT = str(Path(__file__).with_name("convert_checkpoint.py"))
@@ -26,13 +27,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see EXAMPLE."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
-    parser.add_argument("--output", required=True, metavar="DIR", help="a folder that does not exist yet")
-    parser.add_argument("--gigabytes", type=float, default=8.0, help="size of the model (default: 8)")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="a folder that does not exist yet"
+    )
+    parser.add_argument(
+        "--gigabytes", type=float, default=8.0, help="size of the model (default: 8)"
+    )
     return parser.parse_args(argv)
 
 
 def write_model(folder: Path, gigabytes: float) -> tuple[int, int]:
-    """A bf16 Llama in several files, never in memory as a whole; (its bytes, those of its largest tensor)."""
+    """A bf16 Llama in several files, never in memory as a whole; (its bytes, those of its largest
+    tensor)."""
     import torch
     from transformers import LlamaConfig
 
@@ -69,7 +75,9 @@ def write_model(folder: Path, gigabytes: float) -> tuple[int, int]:
     where = {}
     for number, names in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        with SafetensorsStream(folder / file, {name: (shapes[name], torch.bfloat16) for name in names}) as stream:
+        with SafetensorsStream(
+            folder / file, {name: (shapes[name], torch.bfloat16) for name in names}
+        ) as stream:
             for name in names:
                 where[name] = file
                 rows, columns = shapes[name][0], torch.Size(shapes[name][1:])
@@ -92,7 +100,8 @@ def copy(source: Path, target: Path) -> None:
 
 
 def run(*arguments: object) -> int:
-    """Run tools/convert_checkpoint.py; the most memory (all but mapped files) that it had, in bytes."""
+    """Run tools/convert_checkpoint.py; the most memory (all but mapped files) that it had, in
+    bytes."""
     line = [sys.executable, CONVERT, *map(str, arguments), "--no-progress"]
     peak = 0
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
@@ -100,7 +109,10 @@ def run(*arguments: object) -> int:
         while process.poll() is None:
             if status.exists():
                 rows = [row.split() for row in status.read_text().splitlines()]
-                peak = max(peak, sum(int(row[1]) * 1024 for row in rows if row[0] in ("RssAnon:", "RssShmem:")))
+                peak = max(
+                    peak,
+                    sum(int(row[1]) * 1024 for row in rows if row[0] in ("RssAnon:", "RssShmem:")),
+                )
             time.sleep(0.005)
         if process.returncode:
             raise RuntimeError(f"{' '.join(line)} failed with {process.returncode}")
@@ -130,7 +142,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"model: {total / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
         print(f"copy     {seconds:7.1f} s  {total / seconds / 1e9:.2f} GB/s")
         rows = {"copy": seconds}
-        result: dict[str, Any] = {"bytes": total, "largest": largest, "seconds": rows, "anonymous": {}}
+        result: dict[str, Any] = {
+            "bytes": total,
+            "largest": largest,
+            "seconds": rows,
+            "anonymous": {},
+        }
         for name, line in (
             ("import", ("import", "--hf", hf, "--megatron", megatron)),
             ("export", ("export", "--megatron", megatron, "--hf", back)),
@@ -139,7 +156,8 @@ def main(argv: list[str] | None = None) -> int:
             rows[name], peak = timed(run, *line)
             result["anonymous"][name] = peak
             print(
-                f"{name:8s} {rows[name]:7.1f} s  {total / rows[name] / 1e9:.2f} GB/s  {seconds / rows[name]:.0%} of the"
+                f"{name:8s} {rows[name]:7.1f} s  {total / rows[name] / 1e9:.2f} GB/s "
+                f" {seconds / rows[name]:.0%} of the"
                 f" copy's, anonymous memory at most {peak / 1e9:.2f} GB"
             )
         print(json.dumps(result))

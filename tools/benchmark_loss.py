@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Time the losses, and measure their memory, against what else computes them: torch, Megatron-Core, Liger and others.
+"""Time the losses, and measure their memory, against what else computes them: torch, Megatron-Core,
+Liger and others.
 
-Each implementation runs in a process of its own, forward and backward, and is first compared with ours on a few tokens.
-Writes benchmark_loss.json (every raw time), .md and .png into the output folder. What cannot run here is named with its
-reason. A shape TOKENSxVOCABULARY/TP is one shard of the vocabulary, timed alone unless --tp starts all shards.
+Each implementation runs in a process of its own, forward and backward, and is first compared with
+ours on a few tokens. Writes benchmark_loss.json (every raw time), .md and .png into the output
+folder. What cannot run here is named with its reason. A shape TOKENSxVOCABULARY/TP is one shard of
+the vocabulary, timed alone unless --tp starts all shards.
 """
 
 import argparse
@@ -28,15 +30,25 @@ if TYPE_CHECKING:
 
 EXAMPLE = """examples:
   tools/benchmark_loss.py --output runs/benchmark
-  tools/benchmark_loss.py --output runs/benchmark --objectives sft dft --implementations ours-torch F.cross_entropy
-  tools/benchmark_loss.py --output runs/benchmark --device cuda --shapes 8192x131072 8192x151936/8 --dtypes bf16
+  tools/benchmark_loss.py --output runs/benchmark --objectives sft dft \\
+      --implementations ours-torch F.cross_entropy
+  tools/benchmark_loss.py --output runs/benchmark --device cuda \\
+      --shapes 8192x131072 8192x151936/8 --dtypes bf16
   tools/benchmark_loss.py --output runs/benchmark --device cpu --shapes 2048x49152 --tp 2
 """
 DEFAULT_SHAPES = {"cpu": ["2048x49152"], "cuda": ["8192x131072", "8192x151936/8", "4096x49152"]}
 SHAPES_HELP = f"{' '.join(DEFAULT_SHAPES['cpu'])}, on CUDA {' '.join(DEFAULT_SHAPES['cuda'])}"
 QUICK_SHAPES = ["64x4096"]
 DEFAULT_HIDDEN = {"cpu": 576, "cuda": 4096}
-VERSIONS = ("torch", "triton", "megatron-core", "liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn")
+VERSIONS = (
+    "torch",
+    "triton",
+    "megatron-core",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "flash-attn",
+)
 VERSIONS += ("transformer-engine",)
 COUNT_TIMEOUT = 900  # seconds for counting memory traffic in the interpreter
 
@@ -46,18 +58,44 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the three files")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
+    )
     parser.add_argument("--shapes", nargs="+", metavar="NxV[/TP]", help=f"default: {SHAPES_HELP}")
-    parser.add_argument("--quick", action="store_true", help=f"a small shape, {' '.join(QUICK_SHAPES)}, and one type")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a small shape, {' '.join(QUICK_SHAPES)}, and one type",
+    )
     parser.add_argument("--dtypes", nargs="+", metavar="T", help="bf16, fp32 (default: both)")
-    parser.add_argument("--objectives", nargs="+", metavar="O", help="default: all; a wrong name lists them")
-    parser.add_argument("--implementations", nargs="+", metavar="I", help="default: all; a wrong name lists them")
-    parser.add_argument("--hidden", type=int, metavar="H", help="of the output head (default: 576, on CUDA 4096)")
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="processes, a shard each (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of a process (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=600, metavar="S", help="of one row (default: %(default)g)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the inputs (default: %(default)s)")
+    parser.add_argument(
+        "--objectives", nargs="+", metavar="O", help="default: all; a wrong name lists them"
+    )
+    parser.add_argument(
+        "--implementations", nargs="+", metavar="I", help="default: all; a wrong name lists them"
+    )
+    parser.add_argument(
+        "--hidden", type=int, metavar="H", help="of the output head (default: 576, on CUDA 4096)"
+    )
+    parser.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes, a shard each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="of a process (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=5, metavar="N", help="timed steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=600, metavar="S", help="of one row (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the inputs (default: %(default)s)"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
 
@@ -78,8 +116,13 @@ def planned_shapes(args: argparse.Namespace, device: str) -> "list[Shape]":
     for text in args.shapes or (QUICK_SHAPES if args.quick else DEFAULT_SHAPES[device]):
         shape = Shape.parse(text)
         if args.tp > 1 and shape.tp not in (1, args.tp):
-            raise UserError(f"--shapes {text} is cut into {shape.tp} shards but --tp is {args.tp}: make them the same")
-        shapes.append(Shape.parse(f"{shape.tokens}x{shape.vocabulary}/{args.tp}") if args.tp > 1 else shape)
+            raise UserError(
+                f"--shapes {text} is cut into {shape.tp} shards but --tp is {args.tp}: make them"
+                " the same"
+            )
+        shapes.append(
+            Shape.parse(f"{shape.tokens}x{shape.vocabulary}/{args.tp}") if args.tp > 1 else shape
+        )
     return shapes
 
 
@@ -93,7 +136,9 @@ def plan(args: argparse.Namespace, device: str) -> "list[tuple[Section, list[str
             raise UserError(f"--{flag} {getattr(args, flag)}: it must be at least 1")
     keys = tuple(chosen("--objectives", args.objectives, list(CHOICES)))
     names = chosen("--implementations", args.implementations, list(PEERS))
-    dtypes = chosen("--dtypes", args.dtypes, list(DTYPES))[: 1 if args.quick and not args.dtypes else None]
+    dtypes = chosen("--dtypes", args.dtypes, list(DTYPES))[
+        : 1 if args.quick and not args.dtypes else None
+    ]
     hidden = args.hidden or DEFAULT_HIDDEN[device]
     sections = []
     for shape in planned_shapes(args, device):
@@ -104,11 +149,13 @@ def plan(args: argparse.Namespace, device: str) -> "list[tuple[Section, list[str
                     section = Section(shape, dtype, part, hidden, args.tp, args.seed, device, keys)
                     sections.append((section, of_part))
     if not sections:
-        raise UserError("none of --implementations computes any of --objectives: nothing to measure")
+        raise UserError(
+            "none of --implementations computes any of --objectives: nothing to measure"
+        )
     return sections
 
 
-# ---- what is recorded about the machine ------------------------------------------------------------------------------
+# ---- what is recorded about the machine ----------------------------------------------------------
 
 
 def device_name(device: str) -> str:
@@ -116,7 +163,9 @@ def device_name(device: str) -> str:
     if device == "cuda":
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         try:
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+            lines = subprocess.run(
+                command, capture_output=True, text=True, check=True
+            ).stdout.splitlines()
             return "{}, driver {}".format(*lines[0].split(", "))
         except (OSError, subprocess.CalledProcessError, IndexError):
             import torch
@@ -135,27 +184,37 @@ def environment(args: argparse.Namespace, device: str) -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    return {"device": device, "device_name": device_name(device), "threads": args.threads, "versions": versions}
+    return {
+        "device": device,
+        "device_name": device_name(device),
+        "threads": args.threads,
+        "versions": versions,
+    }
 
 
 def count_traffic() -> dict[str, Any]:
-    """Bytes that our Triton kernels move per logit, by objective, from tools/count_traffic.py; or why not."""
+    """Bytes that our Triton kernels move per logit, by objective, from tools/count_traffic.py; or
+    why not."""
     tool = Path(__file__).with_name("count_traffic.py")
     if not tool.exists():
         return {"reason": "there is no tools/count_traffic.py"}
     variables = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(tool), "--json"]
     try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=COUNT_TIMEOUT)
+        done = subprocess.run(
+            command, env=variables, capture_output=True, text=True, timeout=COUNT_TIMEOUT
+        )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
-            return {"reason": f"tools/count_traffic.py ended with {done.returncode}: {lines[-1][:160]}"}
+            return {
+                "reason": f"tools/count_traffic.py ended with {done.returncode}: {lines[-1][:160]}"
+            }
         return {"bytes": {key: float(value) for key, value in json.loads(done.stdout).items()}}
     except (subprocess.TimeoutExpired, ValueError, AttributeError, TypeError) as error:
         return {"reason": f"tools/count_traffic.py gave no numbers: {type(error).__name__}"}
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def row_tasks(section: "Section", names: list[str]) -> list[tuple[str, str, str | None]]:
@@ -169,7 +228,9 @@ def row_tasks(section: "Section", names: list[str]) -> list[tuple[str, str, str 
     return rows
 
 
-def measure_section(section: "Section", names: list[str], settings: "Settings", counted: dict, bar: Any) -> dict:
+def measure_section(
+    section: "Section", names: list[str], settings: "Settings", counted: dict, bar: Any
+) -> dict:
     """One section's result; a Ctrl-C ends it with what it has, under "interrupted"."""
     from benchmarks.inputs import CHOICES, make_case
     from benchmarks.measure import Task, run
@@ -188,13 +249,19 @@ def measure_section(section: "Section", names: list[str], settings: "Settings", 
         "logits_bytes": section.logits_bytes,
         "rows": [],
     }
-    copy: dict[str, Any] = {"failed": "products of matrices are not bound by memory" if head else "nothing was run"}
+    copy: dict[str, Any] = {
+        "failed": "products of matrices are not bound by memory" if head else "nothing was run"
+    }
     measured: dict[tuple[str, str], dict[str, Any]] = {}
     rows = row_tasks(section, names)
     runnable = [(key, name) for key, name, reason in rows if reason is None]
     try:
         # forks inherit the inputs; more than one process, or a GPU's, make their own
-        case = make_case(section) if section.device == "cpu" and section.world == 1 and runnable else None
+        case = (
+            make_case(section)
+            if section.device == "cpu" and section.world == 1 and runnable
+            else None
+        )
         if runnable and not head:
             copy = next(run([Task("", "")], section, settings, case))
         for tasks in batches(runnable, section.device):
@@ -212,14 +279,16 @@ def measure_section(section: "Section", names: list[str], settings: "Settings", 
         for key in section.keys
     }
     result["rows"] = [
-        record(key, name, reason, measured.get((key, name)), result, counted) for key, name, reason in rows
+        record(key, name, reason, measured.get((key, name)), result, counted)
+        for key, name, reason in rows
     ]
     add_ratios(result)
     return result
 
 
 def batches(runnable: list[tuple[str, str]], device: str) -> list[list[Any]]:
-    """What one process measures: on a CPU a single number, on a GPU every row of an implementation."""
+    """What one process measures: on a CPU a single number, on a GPU every row of an
+    implementation."""
     from benchmarks.measure import Task
 
     if device == "cpu":
@@ -233,10 +302,20 @@ def batches(runnable: list[tuple[str, str]], device: str) -> list[list[Any]]:
 
 
 def record(
-    key: str, name: str, reason: str | None, numbers: dict[str, Any] | None, section: dict[str, Any], counted: dict
+    key: str,
+    name: str,
+    reason: str | None,
+    numbers: dict[str, Any] | None,
+    section: dict[str, Any],
+    counted: dict,
 ) -> dict[str, Any]:
     """A row as it is written: its numbers, or why there are none."""
-    row: dict[str, Any] = {"objective": key, "implementation": name, "status": "measured", "reason": None}
+    row: dict[str, Any] = {
+        "objective": key,
+        "implementation": name,
+        "status": "measured",
+        "reason": None,
+    }
     ours_triton = name.startswith("ours-triton") and section["part"] == "logits"
     row["bytes_per_logit"] = counted.get("bytes", {}).get(key) if ours_triton else None
     row["logits_bytes"] = section["logits_bytes"]
@@ -254,15 +333,20 @@ def record(
         "min_ms": min(numbers["times_ms"]),
         "peak_bytes": peak,
         "gradient_bytes": gradients,
-        "extra_bytes": None if peak is None else max(0, peak - gradients),  # beyond the gradients' buffers
+        "extra_bytes": None
+        if peak is None
+        else max(0, peak - gradients),  # beyond the gradients' buffers
         "difference": numbers["difference"],
     }
 
 
 def add_ratios(section: dict[str, Any]) -> None:
-    """Each measured row's time by the floor, by a cross entropy, and by the plain way to compute the same loss."""
+    """Each measured row's time by the floor, by a cross entropy, and by the plain way to compute
+    the same loss."""
     times = {
-        (r["objective"], r["implementation"]): r["median_ms"] for r in section["rows"] if r["status"] == "measured"
+        (r["objective"], r["implementation"]): r["median_ms"]
+        for r in section["rows"]
+        if r["status"] == "measured"
     }
     cross_entropy = "F.cross_entropy" if section["part"] == "logits" else "matmul+F.cross_entropy"
     for row in section["rows"]:
@@ -276,7 +360,9 @@ def add_ratios(section: dict[str, Any]) -> None:
             "cross_entropy": times.get(("sft", cross_entropy)),
             "same_loss": times.get((key, same)),
         }
-        row["ratios"] = {base: None if not ms else row["median_ms"] / ms for base, ms in bases.items()}
+        row["ratios"] = {
+            base: None if not ms else row["median_ms"] / ms for base, ms in bases.items()
+        }
 
 
 def write(result: dict[str, Any], folder: Path) -> None:
@@ -288,7 +374,8 @@ def write(result: dict[str, Any], folder: Path) -> None:
 
 
 def benchmark(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """The whole run: measure, print and write after each section, then judge the targets and draw."""
+    """The whole run: measure, print and write after each section, then judge the targets and
+    draw."""
     from benchmarks import plot, report
     from benchmarks.measure import Settings
     from benchmarks.targets import judge
@@ -310,12 +397,21 @@ def benchmark(args: argparse.Namespace, device: str) -> dict[str, Any]:
     }
     if any("ours-triton" in names for _, names in sections):
         result["counted"] = count_traffic()
-    print(*report.environment_lines(result), report.EXPLANATION, report.counted_line(result["counted"]), sep="\n")
+    print(
+        *report.environment_lines(result),
+        report.EXPLANATION,
+        report.counted_line(result["counted"]),
+        sep="\n",
+    )
     settings = Settings(args.threads, args.repeat, args.timeout)
-    total = sum(reason is None for section, names in sections for *_, reason in row_tasks(section, names))
+    total = sum(
+        reason is None for section, names in sections for *_, reason in row_tasks(section, names)
+    )
     tqdm.monitor_interval = 0  # no thread: the measuring processes are forks
     layout = "{percentage:3.0f}% {elapsed}<{remaining} {postfix}"
-    with tqdm(total=total, disable=args.no_progress, bar_format=layout, mininterval=1, file=sys.stderr) as bar:
+    with tqdm(
+        total=total, disable=args.no_progress, bar_format=layout, mininterval=1, file=sys.stderr
+    ) as bar:
         for section, names in sections:
             found = measure_section(section, names, settings, result["counted"], bar)
             result["sections"].append(found)
@@ -323,7 +419,9 @@ def benchmark(args: argparse.Namespace, device: str) -> dict[str, Any]:
             result["targets"] = judge(result["sections"], device, args.threads)
             write(result, folder)
             bar.clear()
-            print(f"\n== {found['name']}", report.text_table(*report.section_table(found)), sep="\n")
+            print(
+                f"\n== {found['name']}", report.text_table(*report.section_table(found)), sep="\n"
+            )
             print(*report.section_notes(found), sep="\n", flush=True)
             if result["interrupted"]:
                 break
@@ -337,14 +435,18 @@ def benchmark(args: argparse.Namespace, device: str) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Benchmark; the exit status is 0, 2 for a user's error, 130 after Ctrl-C."""
     args = parse(argv)
-    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(args.threads)  # before torch is imported
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(
+        args.threads
+    )  # before torch is imported
     import torch
 
     torch.set_num_threads(1)  # of this process: a fork has none of its parent's threads
     try:
         there = torch.cuda.is_available()
         if args.device == "cuda" and not there:
-            raise UserError("--device cuda: this machine has no GPU that torch can use: leave --device out")
+            raise UserError(
+                "--device cuda: this machine has no GPU that torch can use: leave --device out"
+            )
         result = benchmark(args, args.device or ("cuda" if there else "cpu"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""How the losses grow with vocabulary, tensor and context parallelism: CPU time measured, messages counted.
+"""How the losses grow with vocabulary, tensor and context parallelism: CPU time measured, messages
+counted.
 
-CPU time of one thread, forward and backward, medians; what is compared runs in turn in the same process: read the
-ratios. Messages are counted by wrapping torch.distributed and torch's operations by a dispatch mode, around what
-training runs for a micro-batch: output hook, the loss's reduction, backward. Writes scaling.json, .md and .png.
+CPU time of one thread, forward and backward, medians; what is compared runs in turn in the same
+process: read the ratios. Messages are counted by wrapping torch.distributed and torch's operations
+by a dispatch mode, around what training runs for a micro-batch: output hook, the loss's reduction,
+backward. Writes scaling.json, .md and .png.
 """
 
 import argparse
@@ -41,18 +43,28 @@ EXAMPLE = """example:
   tools/benchmark_scaling.py --output docs/benchmark
 """
 KEYS = ("sft", "target-sft-eta0", "gem", "target-sft-dense", "target-sft-topk")
-PEERS_OVER_V = {**{key: (key, "ours-torch") for key in KEYS}, "F.cross_entropy": ("sft", "F.cross_entropy")}
+PEERS_OVER_V = {
+    **{key: (key, "ours-torch") for key in KEYS},
+    "F.cross_entropy": ("sft", "F.cross_entropy"),
+}
 PEERS_OVER_V["megatron"] = ("sft", "megatron")
-MOVERS = ("all_reduce", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor")
+MOVERS = (
+    "all_reduce",
+    "all_gather_single",
+    "all_gather_into_tensor",
+    "reduce_scatter_single",
+    "reduce_scatter_tensor",
+)
 SEQUENCES = 16  # of iw-sft's micro-batch
 
 
-# ---- counting ------------------------------------------------------------------------------------------------------
+# ---- counting ------------------------------------------------------------------------------------
 
 
 @contextmanager
 def messages() -> Iterator[list[tuple[str, int]]]:
-    """(collective, bytes of this rank's part) of every collective on tensors that is called meanwhile."""
+    """(collective, bytes of this rank's part) of every collective on tensors that is called
+    meanwhile."""
     seen: list[tuple[str, int]] = []
     inside = False
 
@@ -62,7 +74,12 @@ def messages() -> Iterator[list[tuple[str, int]]]:
             if inside:  # one may be made of another
                 return call(*args, **keywords)
             part: torch.Tensor = args[0 if name == "all_reduce" else 1]
-            seen.append((name.removesuffix("_single").removesuffix("_into_tensor"), part.numel() * part.element_size()))
+            seen.append(
+                (
+                    name.removesuffix("_single").removesuffix("_into_tensor"),
+                    part.numel() * part.element_size(),
+                )
+            )
             inside = True
             try:
                 return call(*args, **keywords)
@@ -71,21 +88,31 @@ def messages() -> Iterator[list[tuple[str, int]]]:
 
         return wrapped
 
-    there: dict[str, Any] = {name: counted(name, getattr(dist, name)) for name in MOVERS if hasattr(dist, name)}
+    there: dict[str, Any] = {
+        name: counted(name, getattr(dist, name)) for name in MOVERS if hasattr(dist, name)
+    }
     with patch.multiple(dist, **there):
         yield seen
 
 
 class Operations(TorchDispatchMode):
-    """Counts what a GPU would launch: every torch operation that is no view, no allocation and no collective."""
+    """Counts what a GPU would launch: every torch operation that is no view, no allocation and no
+    collective."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         name = str(func)
-        if not (func.is_view or name.startswith(("aten.empty", "aten.new_empty", "aten.detach", "aten.lift", "c10d."))):
+        if not (
+            func.is_view
+            or name.startswith(
+                ("aten.empty", "aten.new_empty", "aten.detach", "aten.lift", "c10d.")
+            )
+        ):
             self.count += 1
         return func(*args, **(kwargs or {}))
 
@@ -104,7 +131,8 @@ class Launch:
 
 
 def training_loss(case: Case) -> list[str]:
-    """What training does with a micro-batch's logits: the output hook, the loss's reduction, backward. What it logs."""
+    """What training does with a micro-batch's logits: the output hook, the loss's reduction,
+    backward. What it logs."""
     from megatron_tsft.cpu import install
 
     install()  # before Megatron is imported
@@ -116,7 +144,9 @@ def training_loss(case: Case) -> list[str]:
     zeros, topk = torch.zeros_like(labels), None
     if kind == "topk" and case.topk is not None:  # as a cache's records come
         known = {"label_logprobs": zeros - 2.0, "tail_logmass": zeros - 3.0}
-        topk = replace(case.topk, ids=case.topk.ids[None], logprobs=case.topk.logprobs[None], **known)
+        topk = replace(
+            case.topk, ids=case.topk.ids[None], logprobs=case.topk.logprobs[None], **known
+        )
     batch = MicroBatch(labels, labels, zeros, None, zeros, [labels.shape[1]], [0], teacher=topk)
     vocabulary = leaf.shape[1] * (1 if case.group is None else case.group.size())
     context = LossContext(CHOICES[case.key].objective(), batch, vocabulary, True, case.group, None)
@@ -135,14 +165,19 @@ def training_loss(case: Case) -> list[str]:
 
 
 def counts(key: str, case: Case) -> dict[str, Any]:
-    """Messages, operations and logged values of one micro-batch; `key`: one of CHOICES, or "megatron" (its loss alone).
+    """Messages, operations and logged values of one micro-batch; `key`: one of CHOICES, or
+    "megatron" (its loss alone).
 
-    Two operations stand for the head and are not counted; a few of ours work on a number of the host.
+    Two operations stand for the head and are not counted; a few of ours work on a number of the
+    host.
     """
     from megatron_tsft.loss.triton import launch
 
     operations, logged = Operations(), ["lm loss"]
-    fakes: dict[str, Any] = {"forward_kernel": Launch(operations), "backward_kernel": Launch(operations)}
+    fakes: dict[str, Any] = {
+        "forward_kernel": Launch(operations),
+        "backward_kernel": Launch(operations),
+    }
     use_backend("triton")
     with messages() as sent, patch.multiple(launch, **fakes), operations:
         if key == "megatron":
@@ -154,12 +189,12 @@ def counts(key: str, case: Case) -> dict[str, Any]:
     return {"loss": key, "messages": sent, "operations": operations.count, "logged": len(logged)}
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def in_turn(steps: dict[str, Step], repeat: int) -> dict[str, float]:
-    """Median CPU milliseconds of each step, all of them in each round; each runs once before, so none pays for the
-    memory that another has given back."""
+    """Median CPU milliseconds of each step, all of them in each round; each runs once before, so
+    none pays for the memory that another has given back."""
     spent: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeat):
         for name, step in steps.items():
@@ -191,8 +226,14 @@ def sequence_step(case: Case, cp_group: Any) -> Step:
 
     def step() -> tuple[torch.Tensor, ...]:
         use_backend("torch")
-        keywords: dict[str, Any] = {"reference_logprobs": reference, "sequence_ids": ids, "num_sequences": SEQUENCES}
-        out = q_target_cross_entropy(case.leaves[0], case.labels, objective, cp_group=cp_group, **keywords)
+        keywords: dict[str, Any] = {
+            "reference_logprobs": reference,
+            "sequence_ids": ids,
+            "num_sequences": SEQUENCES,
+        }
+        out = q_target_cross_entropy(
+            case.leaves[0], case.labels, objective, cp_group=cp_group, **keywords
+        )
         return gradients(out.loss, case)
 
     return step
@@ -203,15 +244,22 @@ def rank_main(rank: int, world: int, store: str, args: argparse.Namespace, resul
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     group = dist.group.WORLD if world > 1 else None
-    whole, shard = (make_case(section(args.tokens, args.columns, n), rank if n > 1 else 0) for n in (1, world))
+    whole, shard = (
+        make_case(section(args.tokens, args.columns, n), rank if n > 1 else 0) for n in (1, world)
+    )
     part = make_case(section(args.tokens // world, args.columns))
     ours, steps = PEERS["ours-torch"].build, {}
     for key in KEYS:
         steps[f"whole {key}"] = ours(replace(whole, key=key))
         steps[f"TP {key}"] = ours(replace(shard, key=key, group=group))
         steps[f"CP {key}"] = ours(replace(part, key=key))
-    steps["whole iw-sft"], steps["CP iw-sft"] = sequence_step(whole, None), sequence_step(part, group)
-    steps["TP megatron"] = PEERS["megatron"].build(replace(shard, key="sft", group=dist.group.WORLD))
+    steps["whole iw-sft"], steps["CP iw-sft"] = (
+        sequence_step(whole, None),
+        sequence_step(part, group),
+    )
+    steps["TP megatron"] = PEERS["megatron"].build(
+        replace(shard, key="sft", group=dist.group.WORLD)
+    )
     mine = in_turn(steps, args.repeat)
     every: list[Any] = [None] * world
     dist.all_gather_object(every, mine)
@@ -234,15 +282,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "command": args.command,
-        "environment": environment(argparse.Namespace(threads=1), "cpu") | {"cores": os.cpu_count()},
+        "environment": environment(argparse.Namespace(threads=1), "cpu")
+        | {"cores": os.cpu_count()},
         "over_ranks": [],
     }
     for world in args.ranks:
         with tempfile.TemporaryDirectory() as scratch:
             results = os.path.join(scratch, "rows.json")
-            mp.spawn(rank_main, (world, os.path.join(scratch, "store"), args, results), nprocs=world)  # type: ignore
+            job = (world, os.path.join(scratch, "store"), args, results)
+            mp.spawn(rank_main, job, nprocs=world)  # type: ignore
             result["over_ranks"].append(json.loads(Path(results).read_text()))
-    result["over_vocabulary"] = [over_vocabulary(args.vocabulary_tokens, v, args.repeat) for v in args.vocabulary]
+    result["over_vocabulary"] = [
+        over_vocabulary(args.vocabulary_tokens, v, args.repeat) for v in args.vocabulary
+    ]
     return result
 
 
@@ -262,21 +314,53 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         ratios = [ratio(ms[name] / ms["F.cross_entropy"]) for name in (*KEYS, "megatron")]
         rows.append([str(row["columns"]), f"{ms['F.cross_entropy']:.1f}", per_logit, *ratios])
     found = {"vocabulary": markdown_table(head, rows)}
-    head, rows = ["ranks", "loss", "TP: ms a rank", "TP: of one rank's", "CP: ms a rank", "CP: of one rank's"], []
+    head, rows = (
+        [
+            "ranks",
+            "loss",
+            "TP: ms a rank",
+            "TP: of one rank's",
+            "CP: ms a rank",
+            "CP: of one rank's",
+        ],
+        [],
+    )
     for run in result["over_ranks"]:
         for name in (*KEYS, "iw-sft", "megatron"):
             ms = [run["cpu_ms"].get(f"{kind} {name}") for kind in ("TP", "CP", "whole")]
-            cells = [c for x in ms[:2] for c in (f"{x:.1f}" if x else "-", ratio(x / ms[2]) if x and ms[2] else "-")]
+            cells = [
+                c
+                for x in ms[:2]
+                for c in (f"{x:.1f}" if x else "-", ratio(x / ms[2]) if x and ms[2] else "-")
+            ]
             rows.append([str(run["ranks"]), name, *cells])
     found["ranks"] = markdown_table(head, rows)
-    head = ["ranks", "loss", "messages", "bytes of one rank, a token", "torch operations", "values logged"]
+    head = [
+        "ranks",
+        "loss",
+        "messages",
+        "bytes of one rank, a token",
+        "torch operations",
+        "values logged",
+    ]
     same: dict[tuple[str, ...], list[str]] = {}
     for run in result["over_ranks"]:
         for row in run["counts"] if run["ranks"] > 1 else ():
-            sent, size = [name for name, _ in row["messages"]], sum(size for _, size in row["messages"])
+            sent, size = (
+                [name for name, _ in row["messages"]],
+                sum(size for _, size in row["messages"]),
+            )
             kinds = ", ".join(f"{sent.count(name)} {name}" for name in dict.fromkeys(sent))
-            bytes_ = f"{size} a micro-batch" if "over CP" in row["loss"] else f"{size / row['tokens']:g}"
-            cells = row["loss"], kinds, bytes_, str(row.get("operations", "-")), str(row.get("logged", "-"))
+            bytes_ = (
+                f"{size} a micro-batch" if "over CP" in row["loss"] else f"{size / row['tokens']:g}"
+            )
+            cells = (
+                row["loss"],
+                kinds,
+                bytes_,
+                str(row.get("operations", "-")),
+                str(row.get("logged", "-")),
+            )
             same.setdefault(cells, []).append(str(run["ranks"]))
     rows = [[", ".join(ranks), *cells] for cells, ranks in same.items()]
     return found | {"counts": markdown_table(head, rows)}
@@ -293,17 +377,34 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = result["over_vocabulary"]
     for name in PEERS_OVER_V:
         times = [1e6 * row["cpu_ms"][name] / row["tokens"] / row["columns"] for row in rows]
-        left.semilogx([row["columns"] for row in rows], times, "-o" if name in KEYS else "--s", base=2, label=name)
-    left.set(xlabel="columns", ylabel="CPU ns a logit", title="time a logit over the vocabulary", ylim=(0, None))
+        left.semilogx(
+            [row["columns"] for row in rows],
+            times,
+            "-o" if name in KEYS else "--s",
+            base=2,
+            label=name,
+        )
+    left.set(
+        xlabel="columns",
+        ylabel="CPU ns a logit",
+        title="time a logit over the vocabulary",
+        ylim=(0, None),
+    )
     left.legend(fontsize=7, ncols=2, loc="lower left")
     runs = result["over_ranks"]
     ranks = [run["ranks"] for run in runs]
     for number, name in enumerate(KEYS):
         for kind, style in (("TP", "-o"), ("CP", ":s")):
-            of_whole = [run["cpu_ms"][f"{kind} {name}"] / run["cpu_ms"][f"whole {name}"] for run in runs]
-            right.loglog(ranks, of_whole, style, base=2, color=f"C{number}", label=f"{name}, {kind}")
+            of_whole = [
+                run["cpu_ms"][f"{kind} {name}"] / run["cpu_ms"][f"whole {name}"] for run in runs
+            ]
+            right.loglog(
+                ranks, of_whole, style, base=2, color=f"C{number}", label=f"{name}, {kind}"
+            )
     right.loglog(ranks, [1 / n for n in ranks], "k-", base=2, linewidth=0.8, label="1 / ranks")
-    right.set(xlabel="ranks", ylabel="CPU time of a rank / of one rank alone", title="time over TP and CP")
+    right.set(
+        xlabel="ranks", ylabel="CPU time of a rank / of one rank alone", title="time over TP and CP"
+    )
     right.legend(fontsize=7, ncols=2)
     for axes in (left, right):
         axes.grid(True, which="both", alpha=0.3)
@@ -317,21 +418,37 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
     many: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the three files")
-    parser.add_argument("--vocabulary", **many, default=[2**n for n in range(13, 19)], help="default: 8192 to 262144")
-    parser.add_argument("--vocabulary-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--vocabulary",
+        **many,
+        default=[2**n for n in range(13, 19)],
+        help="default: 8192 to 262144",
+    )
+    parser.add_argument(
+        "--vocabulary-tokens", type=int, default=512, metavar="N", help="default: %(default)s"
+    )
     parser.add_argument("--ranks", **many, default=[1, 2, 4], help="default: 1 2 4")
-    parser.add_argument("--tokens", type=int, default=512, metavar="N", help="over the ranks (default: %(default)s)")
-    parser.add_argument("--columns", type=int, default=131072, metavar="N", help="the same (default: %(default)s)")
-    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed rounds (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=512, metavar="N", help="over the ranks (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--columns", type=int, default=131072, metavar="N", help="the same (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeat", type=int, default=5, metavar="N", help="timed rounds (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
-    args.command = command_line("tools/benchmark_scaling.py", sys.argv[1:] if argv is None else argv)
+    args.command = command_line(
+        "tools/benchmark_scaling.py", sys.argv[1:] if argv is None else argv
+    )
     if (
         min(args.vocabulary) < 64
         or any(r < 1 or args.tokens % r or args.columns % r for r in args.ranks)
         or args.repeat < 1
     ):
         print(
-            "error: --vocabulary at least 64, --ranks must divide --tokens and --columns, --repeat >= 1",
+            "error: --vocabulary at least 64, --ranks must divide --tokens and --columns, --repeat"
+            " >= 1",
             file=sys.stderr,
         )
         return 2
@@ -342,7 +459,8 @@ def main(argv: list[str] | None = None) -> int:
     shown = tables(result)
     write_text(folder / "scaling.json", json.dumps(result, indent=1) + "\n")
     write_text(
-        folder / "scaling.md", "\n\n".join([f"{result['date']}\n\n    {result['command']}", *shown.values()]) + "\n"
+        folder / "scaling.md",
+        "\n\n".join([f"{result['date']}\n\n    {result['command']}", *shown.values()]) + "\n",
     )
     draw(result, folder / "scaling.png")
     print(*shown.values(), f"wrote {folder}/scaling.json, .md and .png", sep="\n\n")

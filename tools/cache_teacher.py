@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Ask a teacher once and keep what it says: the most likely tokens of every supervised position, for any training run.
+"""Ask a teacher once and keep what it says: the most likely tokens of every supervised position,
+for any training run.
 
-The teacher is a Megatron folder (under torchrun, with any tensor, pipeline and data parallelism; flags of Megatron's
-own are passed on) or a Hugging Face folder (transformers; under torchrun one copy a rank). The cache is keyed by
-conversation: it serves any sequence length, batch size, layout, order, number of epochs and objective. A killed job
-goes on where it stopped when it is started again.
+The teacher is a Megatron folder (under torchrun, with any tensor, pipeline and data parallelism;
+flags of Megatron's own are passed on) or a Hugging Face folder (transformers; under torchrun one
+copy a rank). The cache is keyed by conversation: it serves any sequence length, batch size, layout,
+order, number of epochs and objective. A killed job goes on where it stopped when it is started
+again.
 """
 
 import argparse
@@ -28,12 +30,19 @@ from megatron_tsft.teacher.writer import CacheWriter
 
 EXAMPLE = """examples:
   tools/cache_teacher.py --teacher Qwen3-8B --data data/train data/heldout --output cache --top-k 64
-  torchrun --nproc-per-node 8 tools/cache_teacher.py --teacher base70b --data data/train --output cache --top-k 64 \\
-      --tensor-model-parallel-size 8
-  torchrun --nproc-per-node 2 tools/cache_teacher.py --teacher base --data data/train --output cache --top-k 16 \\
-      --device cpu --pipeline-model-parallel-size 2
+  torchrun --nproc-per-node 8 tools/cache_teacher.py --teacher base70b --data data/train \\
+      --output cache --top-k 64 --tensor-model-parallel-size 8
+  torchrun --nproc-per-node 2 tools/cache_teacher.py --teacher base --data data/train \\
+      --output cache --top-k 16 --device cpu --pipeline-model-parallel-size 2
 """
-OURS = ("--micro-batch-size", "--global-batch-size", "--seq-length", "--train-iters", "--load", "--save")
+OURS = (
+    "--micro-batch-size",
+    "--global-batch-size",
+    "--seq-length",
+    "--train-iters",
+    "--load",
+    "--save",
+)
 PATIENCE = timedelta(days=7)  # a rank that is done waits for the others' last shards
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -41,18 +50,37 @@ DTYPES = ("fp32", "bf16", "fp16")
 def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """(our arguments, Megatron's flags)."""
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--teacher", required=True, metavar="DIR", help="Megatron folder (imported or trained) or HF folder"
+        "--teacher",
+        required=True,
+        metavar="DIR",
+        help="Megatron folder (imported or trained) or HF folder",
     )
-    parser.add_argument("--data", required=True, nargs="+", metavar="DIR", help="folders made by prepare_data.py")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the cache; an unfinished one is continued")
-    parser.add_argument("--top-k", required=True, type=int, metavar="K", help="tokens to keep a position")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the teacher (default: 1)")
-    parser.add_argument("--dtype", choices=DTYPES, help="the teacher's (default: bf16, on CPU fp32)")
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="leave ids from N on out (default: the teacher's own)"
+        "--data", required=True, nargs="+", metavar="DIR", help="folders made by prepare_data.py"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="the cache; an unfinished one is continued"
+    )
+    parser.add_argument(
+        "--top-k", required=True, type=int, metavar="K", help="tokens to keep a position"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="of the teacher (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="the teacher's (default: bf16, on CPU fp32)"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="leave ids from N on out (default: the teacher's own)",
     )
     parser.add_argument(
         "--token-map",
@@ -65,8 +93,12 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         metavar="N",
         help="positions that go through the teacher at once (8192, on CPU 1024)",
     )
-    parser.add_argument("--shard-bytes", type=int, metavar="N", help="of a file (default: by the size of the data)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument(
+        "--shard-bytes", type=int, metavar="N", help="of a file (default: by the size of the data)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: cuda where there is one"
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser.parse_known_args(argv)
 
@@ -86,23 +118,32 @@ def choose_device(wanted: str | None) -> str:
 
 
 def check_arguments(args: argparse.Namespace, flags: list[str]) -> bool:
-    """Whether the teacher is a Megatron folder; refuses what can be refused by looking at the command line alone."""
+    """Whether the teacher is a Megatron folder; refuses what can be refused by looking at the
+    command line alone."""
     for name in ("top_k", "batch_tokens", "shard_bytes", "vocab_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: pass a positive number")
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: pass a positive number"
+            )
     if not 0 < args.temperature < math.inf:
         raise UserError(f"--temperature {args.temperature}: pass a positive number")
     folder = Path(args.teacher)
     megatron = (folder / CARD_FILE).is_file()
     if not megatron and not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no teacher: it has neither {CARD_FILE} (imported) nor config.json (Hugging Face)")
+        raise UserError(
+            f"{folder} is no teacher: it has neither {CARD_FILE} (imported) nor config.json"
+            " (Hugging Face)"
+        )
     for name in OURS:
         if name in flags:
             raise UserError(
-                f"{name} has no meaning when a teacher is cached: leave it out (--batch-tokens sets the batch)"
+                f"{name} has no meaning when a teacher is cached: leave it out (--batch-tokens"
+                " sets the batch)"
             )
     if flags and not megatron:
-        raise UserError(f"{' '.join(flags)}: a Hugging Face teacher takes no Megatron flags; --help lists ours")
+        raise UserError(
+            f"{' '.join(flags)}: a Hugging Face teacher takes no Megatron flags; --help lists ours"
+        )
     return megatron
 
 
@@ -126,9 +167,12 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     )
     plan = plan_cache(data, identity.top_k, args.shard_bytes)
     longest = int(plan.lengths.max())
-    if facts["positions"] is not None and longest > facts["positions"] + 1:  # the last token is only a label
+    if (
+        facts["positions"] is not None and longest > facts["positions"] + 1
+    ):  # the last token is only a label
         raise UserError(
-            f"a conversation has {longest} tokens, the teacher knows {facts['positions']} positions: prepare the data"
+            f"a conversation has {longest} tokens, the teacher knows {facts['positions']}"
+            " positions: prepare the data"
             f" with --max-tokens {facts['positions']}"
         )
     writer = CacheWriter(args.output, identity, plan)
@@ -148,9 +192,14 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         if rank == 0:
             card, seconds = writer.finish(), time.monotonic() - started
             size = sum(shard["bytes"] for shard in card.shards.values())
-            speed = f"; {tokens * teacher.share[1] / seconds:.0f} supervised tokens/s with start-up" if tokens else ""
+            speed = (
+                f"; {tokens * teacher.share[1] / seconds:.0f} supervised tokens/s with start-up"
+                if tokens
+                else ""
+            )
             print(
-                f"wrote {args.output}: {card.conversations} conversations, {card.tokens} supervised tokens,"
+                f"wrote {args.output}: {card.conversations} conversations, {card.tokens}"
+                " supervised tokens,"
                 f" {size / 2**20:.1f} MiB in {len(card.shards)} shards{speed}"
             )
     return 0
@@ -167,8 +216,15 @@ def load_teacher(
 ) -> Any:
     """The teacher on all ranks of this job; `stack` gets what leaves them."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    options = {"top_k": identity.top_k, "temperature": identity.temperature, "vocab_size": identity.vocab_size}
-    options |= {"token_map": token_map, "batch_tokens": args.batch_tokens or (8192 if device == "cuda" else 1024)}
+    options = {
+        "top_k": identity.top_k,
+        "temperature": identity.temperature,
+        "vocab_size": identity.vocab_size,
+    }
+    options |= {
+        "token_map": token_map,
+        "batch_tokens": args.batch_tokens or (8192 if device == "cuda" else 1024),
+    }
     if "card" not in facts:
         stack.callback(start_ranks(world))
         return hf_teacher(Path(args.teacher), identity.dtype, device, (rank, world), options)
@@ -207,29 +263,37 @@ def fill(writer: CacheWriter, teacher: Any, *, progress: bool) -> int:
     return tokens
 
 
-def vocabulary(args: argparse.Namespace, facts: dict[str, Any], data: list[PreparedData]) -> tuple[Any, int]:
-    """(token map or None, the vocabulary of the records); refuses a teacher of another tokenizer."""
+def vocabulary(
+    args: argparse.Namespace, facts: dict[str, Any], data: list[PreparedData]
+) -> tuple[Any, int]:
+    """(token map or None, the vocabulary of the records); refuses a teacher of another
+    tokenizer."""
     from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map
 
     for part in data[1:]:
         if part.card.tokenizer_fingerprint != data[0].card.tokenizer_fingerprint:
             raise UserError(
-                f"{part.directory} and {data[0].directory} were prepared with different tokenizers: cache each"
+                f"{part.directory} and {data[0].directory} were prepared with different"
+                " tokenizers: cache each"
             )
     if args.token_map:
         if args.vocab_size is None:
             raise UserError("--token-map needs --vocab-size N, the student's vocabulary")
-        return read_token_map(args.token_map, args.vocab_size, facts["vocab_size"], data), args.vocab_size
+        return read_token_map(
+            args.token_map, args.vocab_size, facts["vocab_size"], data
+        ), args.vocab_size
     check_same_tokenizer(args.teacher, facts["tokenizer"], data, "pass a --token-map")
     largest = max(part.card.vocab_size for part in data)
     vocab_size = args.vocab_size or facts["vocab_size"]
     if vocab_size > facts["vocab_size"]:
         raise UserError(
-            f"--vocab-size {vocab_size}: the teacher's vocabulary is {facts['vocab_size']}, pass at most that"
+            f"--vocab-size {vocab_size}: the teacher's vocabulary is {facts['vocab_size']}, pass"
+            " at most that"
         )
     if largest > vocab_size:
         raise UserError(
-            f"the data holds token id {largest - 1}, beyond a vocabulary of {vocab_size}: pass a larger one"
+            f"the data holds token id {largest - 1}, beyond a vocabulary of {vocab_size}: pass a"
+            " larger one"
         )
     return None, vocab_size
 
@@ -251,7 +315,9 @@ def megatron_facts(folder: Path, device: str) -> dict[str, Any]:
     return {
         "card": card,
         "checkpoint": checkpoint,
-        "hash": weights_fingerprint(checkpoint, "*", architecture=sorted(card.megatron_arguments.items())),
+        "hash": weights_fingerprint(
+            checkpoint, "*", architecture=sorted(card.megatron_arguments.items())
+        ),
         "positions": card.megatron_arguments["max_position_embeddings"],
         "tokenizer": card.tokenizer_fingerprint,
         "vocab_size": card.vocab_size,
@@ -275,7 +341,9 @@ def hf_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def hf_teacher(folder: Path, dtype: str, device: str, share: tuple[int, int], options: dict[str, Any]) -> Any:
+def hf_teacher(
+    folder: Path, dtype: str, device: str, share: tuple[int, int], options: dict[str, Any]
+) -> Any:
     """The loaded Hugging Face teacher."""
     import torch
 
@@ -291,7 +359,12 @@ def alone() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1", "RANK": "0"}
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": "1",
+            "RANK": "0",
+        }
         os.environ["LOCAL_RANK"] = "0"
 
 
@@ -312,7 +385,8 @@ def announce(args: argparse.Namespace, facts: dict[str, Any], writer: CacheWrite
     done = plan.shards - len(writer.missing())
     resumed = f", {done} of them are there already" if done else ""
     print(
-        f"teacher {args.teacher} ({facts['what']}): top-{k} of {plan.tokens} supervised tokens in {plan.conversations}"
+        f"teacher {args.teacher} ({facts['what']}): top-{k} of {plan.tokens} supervised tokens in"
+        f" {plan.conversations}"
         f" distinct conversations, about {size / 2**20:.1f} MiB in {plan.shards} shards{resumed}",
         flush=True,
     )

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Convert a model between a Hugging Face folder and a Megatron checkpoint folder, or check that both are the same."""
+"""Convert a model between a Hugging Face folder and a Megatron checkpoint folder, or check that
+both are the same."""
 
 import argparse
 import sys
@@ -23,31 +24,56 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, epilog=EXAMPLE, formatter_class=raw)
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=EXAMPLE, formatter_class=raw
+        )
         sub.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
-        sub.add_argument("--megatron", required=True, metavar="DIR", help="Megatron checkpoint folder")
+        sub.add_argument(
+            "--megatron", required=True, metavar="DIR", help="Megatron checkpoint folder"
+        )
         sub.add_argument("--no-progress", action="store_true", help="no progress bar")
         return sub
 
-    importer = command("import", "Hugging Face safetensors -> Megatron torch_dist, with its model card")
-    importer.add_argument("--overwrite", action="store_true", help="replace a folder that an import made")
-    importer.add_argument("--verify", action="store_true", help="read it back and compare as `verify` does")
-    exporter = command("export", "Megatron torch_dist (imported, or saved by a training run) -> Hugging Face")
-    exporter.add_argument("--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)")
-    exporter.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the original weights")
-    exporter.add_argument(
-        "--overwrite", action="store_true", help="replace a Hugging Face folder, with everything in it"
+    importer = command(
+        "import", "Hugging Face safetensors -> Megatron torch_dist, with its model card"
     )
-    checker = command("verify", "compare every tensor bit by bit, the logits of both models and their tokenizers")
-    checker.add_argument("--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)")
+    importer.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that an import made"
+    )
+    importer.add_argument(
+        "--verify", action="store_true", help="read it back and compare as `verify` does"
+    )
+    exporter = command(
+        "export", "Megatron torch_dist (imported, or saved by a training run) -> Hugging Face"
+    )
+    exporter.add_argument(
+        "--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)"
+    )
+    exporter.add_argument(
+        "--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the original weights"
+    )
+    exporter.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a Hugging Face folder, with everything in it",
+    )
+    checker = command(
+        "verify", "compare every tensor bit by bit, the logits of both models and their tokenizers"
+    )
+    checker.add_argument(
+        "--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)"
+    )
     for sub, when in ((importer, "with --verify: "), (checker, "")):
         sub.add_argument(
             "--text",
             metavar="FILE",
-            help=f"{when}compare logits on its first 1024 tokens, fp32 on CPU (default: a short text of our own)",
+            help=f"{when}compare logits on its first 1024 tokens, fp32 on CPU (default: a short"
+            " text of our own)",
         )
         sub.add_argument(
-            "--weights-only", action="store_true", help=f"{when}compare no logits, only weights, config and tokenizer"
+            "--weights-only",
+            action="store_true",
+            help=f"{when}compare no logits, only weights, config and tokenizer",
         )
     args = parser.parse_args(argv)
     text, only = getattr(args, "text", None), getattr(args, "weights_only", False)
@@ -72,9 +98,11 @@ def report(result: "Verification") -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 where a verification finds a difference, or 2 for a user's error."""
+    """Run one command; the exit status is 0, 1 where a verification finds a difference, or 2 for a
+    user's error."""
     args = parse(argv)
-    # after parsing: torch and what it brings take seconds, which --help and a wrong flag need not wait for
+    # after parsing: torch and what it brings take seconds, which --help and a wrong flag need not
+    # wait for
     from megatron_tsft.checkpoint.convert import export_hf, import_hf
     from megatron_tsft.checkpoint.verify import verify
     from megatron_tsft.errors import UserError
@@ -84,14 +112,17 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "import":
             card = import_hf(args.hf, args.megatron, overwrite=args.overwrite, progress=bar)
             print(
-                f"wrote {args.megatron}: {card.architecture}, {card.megatron_arguments['num_layers']} layers,"
+                f"wrote {args.megatron}: {card.architecture},"
+                f" {card.megatron_arguments['num_layers']} layers,"
                 f" {card.dtype}, vocabulary {card.vocab_size} padded to {card.padded_vocab_size},"
                 f" weights {card.source_hash}"
             )
             if not args.verify:
                 return 0
             only = args.weights_only
-            return report(verify(args.hf, args.megatron, args.text, weights_only=only, progress=bar))
+            return report(
+                verify(args.hf, args.megatron, args.text, weights_only=only, progress=bar)
+            )
         if args.command == "export":
             done = export_hf(
                 args.megatron,
@@ -120,7 +151,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (OSError, KeyboardInterrupt) as error:  # no space, no permission, Ctrl-C
         left = "" if args.command == "verify" else "; nothing is left half-written"
-        print(f"error: {args.command} stopped: {str(error) or 'interrupted'}{left}", file=sys.stderr)
+        print(
+            f"error: {args.command} stopped: {str(error) or 'interrupted'}{left}", file=sys.stderr
+        )
         return 2 if isinstance(error, OSError) else 130
 
 

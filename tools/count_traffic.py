@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Count the bytes that the Triton kernels load and store per local logit, forward and backward.
 
-Triton's interpreter runs the kernels' own program on the CPU, block by block, so the count is exact: it is what the
-program asks of memory.
+Triton's interpreter runs the kernels' own program on the CPU, block by block, so the count is
+exact: it is what the program asks of memory.
 """
 
 import argparse
@@ -28,7 +28,11 @@ EXAMPLE = """example:
   tools/count_traffic.py --dtype fp32 --columns 18992 --objectives sft target-sft-dense
   tools/count_traffic.py --json        {"sft": 6.0, ...}, for other programs
 """
-FLOOR = {"none": 3, "dense": 5, "topk": 3}  # reads and writes of a whole tensor that no implementation can avoid
+FLOOR = {
+    "none": 3,
+    "dense": 5,
+    "topk": 3,
+}  # reads and writes of a whole tensor that no implementation can avoid
 
 
 @dataclass
@@ -55,7 +59,8 @@ class Count:
 
 @contextmanager
 def counting() -> Iterator[Traffic]:
-    """Every load and store of every kernel that the interpreter runs meanwhile; masked lanes move nothing."""
+    """Every load and store of every kernel that the interpreter runs meanwhile; masked lanes move
+    nothing."""
     builder: Any = interpreter.InterpreterBuilder
     seen = Traffic()
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -94,7 +99,9 @@ def count(key: str, columns: int, tokens: int, dtype: str, inplace: bool = False
     logits = case.leaves[0] * 1  # no leaf, so that it may be written over
     teacher = {"none": None, "dense": case.dense, "topk": case.topk}[choice.teacher]
     with counting() as forward:
-        out = q_target_cross_entropy(logits, case.labels, choice.objective(), teacher=teacher, inplace=inplace)
+        out = q_target_cross_entropy(
+            logits, case.labels, choice.objective(), teacher=teacher, inplace=inplace
+        )
     with counting() as backward:
         out.loss.backward(case.upstream)
     parts = (forward.loaded, forward.stored, backward.loaded, backward.stored)
@@ -111,10 +118,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLE
     )
-    parser.add_argument("--objectives", nargs="+", default=list(CHOICES), metavar="NAME", help=", ".join(CHOICES))
-    parser.add_argument("--columns", type=int, default=131072, help="of the vocabulary shard (default: 131072)")
-    parser.add_argument("--tokens", type=int, default=2, help="how many are run (default: 2; each moves the same)")
-    parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="of logits, teacher and gradient")
+    parser.add_argument(
+        "--objectives", nargs="+", default=list(CHOICES), metavar="NAME", help=", ".join(CHOICES)
+    )
+    parser.add_argument(
+        "--columns", type=int, default=131072, help="of the vocabulary shard (default: 131072)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=2, help="how many are run (default: 2; each moves the same)"
+    )
+    parser.add_argument(
+        "--dtype", default="bf16", choices=DTYPES, help="of logits, teacher and gradient"
+    )
     parser.add_argument("--inplace", action="store_true", help="write the gradient over the logits")
     parser.add_argument("--json", action="store_true", help="print the totals as JSON")
     args = parser.parse_args(argv)
@@ -123,8 +138,13 @@ def main(argv: list[str] | None = None) -> int:
         if unknown:
             raise UserError(f"--objectives {' '.join(unknown)}: valid: {', '.join(CHOICES)}")
         if args.columns < 1 or args.tokens < 1:
-            raise UserError(f"--columns {args.columns} --tokens {args.tokens}: both must be at least 1")
-        counts = {key: count(key, args.columns, args.tokens, args.dtype, args.inplace) for key in args.objectives}
+            raise UserError(
+                f"--columns {args.columns} --tokens {args.tokens}: both must be at least 1"
+            )
+        counts = {
+            key: count(key, args.columns, args.tokens, args.dtype, args.inplace)
+            for key in args.objectives
+        }
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -132,11 +152,20 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({key: round(value.total, 4) for key, value in counts.items()}))
         return 0
     item = DTYPES[args.dtype].itemsize
-    print(f"bytes per local logit, {args.dtype}, {args.columns} columns; floor: what no implementation can avoid")
+    print(
+        f"bytes per local logit, {args.dtype}, {args.columns} columns; floor: what no"
+        " implementation can avoid"
+    )
     titles = " ".join(f"{title:>9}" for title in ("fwd load", "fwd store", "bwd load", "bwd store"))
     print(f"{'objective':18} {titles} {'total':>8} {'floor':>6}")
     for key, value in counts.items():
-        parts = (value.forward_loads, value.forward_stores, value.backward_loads, value.backward_stores, value.total)
+        parts = (
+            value.forward_loads,
+            value.forward_stores,
+            value.backward_loads,
+            value.backward_stores,
+            value.total,
+        )
         numbers = " ".join(f"{part:9.4f}" for part in parts[:4])
         print(f"{key:18} {numbers} {value.total:8.4f} {FLOOR[CHOICES[key].teacher] * item:6}")
     return 0

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""What is in a teacher cache: whose words, how many tokens, how much mass its top-k leaves out, which data it covers.
+"""What is in a teacher cache: whose words, how many tokens, how much mass its top-k leaves out,
+which data it covers.
 
 Reads all of it, so it also says whether a copy is whole.
 """
@@ -32,7 +33,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("cache", metavar="CACHE_DIR", help="folder made by cache_teacher.py")
-    parser.add_argument("--data", nargs="+", default=[], metavar="DIR", help="prepared folders to look up in it")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="DIR", help="prepared folders to look up in it"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser.parse_args(argv)
@@ -76,27 +79,37 @@ def coverage(cache: TeacherCache, data: PreparedData) -> dict:
         "data": str(data.directory),
         "fingerprint": data.card.fingerprint,
         "made_for_it": data.card.fingerprint in cache.card.identity.data,
-        "same_tokenizer": data.card.tokenizer_fingerprint == cache.card.identity.tokenizer_fingerprint,
+        "same_tokenizer": data.card.tokenizer_fingerprint
+        == cache.card.identity.tokenizer_fingerprint,
         "conversations": len(data),
         "found": int(found.sum()),
-        "first_missing": None if found.all() else data.sample_ids[int(np.flatnonzero(~found)[0])].as_py(),
+        "first_missing": None
+        if found.all()
+        else data.sample_ids[int(np.flatnonzero(~found)[0])].as_py(),
     }
 
 
 def show(facts: dict) -> None:
     """Print it for people."""
     print(
-        f"teacher: {facts['teacher']} (weights {facts['teacher_hash']}, {facts['dtype']}), temperature"
-        f" {facts['temperature']:g}, top-{facts['top_k']} of {facts['vocab_size']} tokens, tokenizer"
+        f"teacher: {facts['teacher']} (weights {facts['teacher_hash']}, {facts['dtype']}),"
+        " temperature"
+        f" {facts['temperature']:g}, top-{facts['top_k']} of {facts['vocab_size']} tokens,"
+        " tokenizer"
         f" {facts['tokenizer_fingerprint']}{', by a token map' if facts['token_map'] else ''}"
     )
     print(
-        f"records: {facts['conversations']} conversations, {facts['tokens']} supervised tokens; {facts['bytes']} bytes"
-        f" in {facts['shards']} shards, {facts['bytes_per_token']:.1f} a token, {facts['bytes_per_entry']:.2f} an"
+        f"records: {facts['conversations']} conversations, {facts['tokens']} supervised tokens;"
+        f" {facts['bytes']} bytes"
+        f" in {facts['shards']} shards, {facts['bytes_per_token']:.1f} a token,"
+        f" {facts['bytes_per_entry']:.2f} an"
         " entry; every checksum is right"
     )
     tail = facts["tail_mass"]
-    print(f"mass outside the top-k: mean {tail['mean']:.2e}, median {tail['median']:.2e}, 99% below {tail['p99']:.2e}")
+    print(
+        f"mass outside the top-k: mean {tail['mean']:.2e}, median {tail['median']:.2e}, 99% below"
+        f" {tail['p99']:.2e}"
+    )
     counts, edges = tail["histogram"]["counts"], tail["histogram"]["edges"]
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         bar = "#" * round(BAR * count / max(counts)) if count else ""
@@ -105,7 +118,10 @@ def show(facts: dict) -> None:
         made = "made for it" if part["made_for_it"] else "not made for it"
         missing = f"; the first without: {part['first_missing']}" if part["first_missing"] else ""
         other = "" if part["same_tokenizer"] else "; ANOTHER TOKENIZER"
-        print(f"{part['data']}: {part['found']} of {part['conversations']} conversations ({made}){missing}{other}")
+        print(
+            f"{part['data']}: {part['found']} of {part['conversations']} conversations"
+            f" ({made}){missing}{other}"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,7 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cache = TeacherCache.load(args.cache)
         total = sum(facts["bytes"] for facts in cache.card.shards.values())
-        with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=args.no_progress) as bar:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="reading", disable=args.no_progress
+        ) as bar:
             cache.verify(bar.update)
         facts = inspect(cache, [PreparedData.load(directory) for directory in args.data])
         show(facts)
@@ -125,7 +143,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if all(p["found"] == p["conversations"] and p["same_tokenizer"] for p in facts["coverage"]) else 1
+    return (
+        0
+        if all(p["found"] == p["conversations"] and p["same_tokenizer"] for p in facts["coverage"])
+        else 1
+    )
 
 
 if __name__ == "__main__":

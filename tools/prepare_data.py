@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Tokenise conversations into the folder that training reads: chat template, supervised tokens, weights.
+"""Tokenise conversations into the folder that training reads: chat template, supervised tokens,
+weights.
 
 A line of the JSONL file (or row of a data set that `Dataset.save_to_disk` wrote) is an object with
-  messages              [{"role": ..., "content": ...}, ...]: the assistant's turns are supervised, or
-  prompt, completion    two strings (raw text, no template), or two lists of messages: the completion is supervised
-and optionally tools, weight (a number >= 0), critical ([[start, end), ...] characters of a string completion, or inside
-an assistant message). Rows that cannot be used are counted and named at the end.
+  messages              [{"role": ..., "content": ...}, ...]: the assistant's turns are supervised,
+  or prompt, completion    two strings (raw text, no template), or two lists of messages: the
+  completion is supervised
+and optionally tools, weight (a number >= 0), critical ([[start, end), ...] characters of a string
+completion, or inside an assistant message). Rows that cannot be used are counted and named at the
+end.
 """
 
 import argparse
@@ -18,8 +21,10 @@ from megatron_tsft.data.prepared import DataCard, PreparedData
 from megatron_tsft.errors import UserError
 
 EXAMPLE = """examples:
-  tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train --max-tokens 4096
-  tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train --workers 8 --show 3
+  tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train \\
+      --max-tokens 4096
+  tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train \\
+      --workers 8 --show 3
 """
 
 
@@ -28,18 +33,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", required=True, metavar="FILE", help="JSONL, also .jsonl.gz, or a saved data set")
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="JSONL, also .jsonl.gz, or a saved data set"
+    )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument("--output", required=True, metavar="DIR", help="the prepared folder")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest conversation (default: any)")
     parser.add_argument(
-        "--too-long", choices=TOO_LONG, default="truncate", help="what happens to longer ones (default: %(default)s)"
+        "--max-tokens", type=int, metavar="N", help="longest conversation (default: any)"
     )
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a prepared folder")
-    parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     parser.add_argument(
-        "--show", type=int, default=0, metavar="N", help="print the first N conversations, [[supervised]] parts marked"
+        "--too-long",
+        choices=TOO_LONG,
+        default="truncate",
+        help="what happens to longer ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a prepared folder")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first row that cannot be used"
+    )
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the first N conversations, [[supervised]] parts marked",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     return parser.parse_args(argv)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Write the generated parts of docs/ again: objectives, flags, model families and layouts, each from its one source."""
+"""Write the generated parts of docs/ again: objectives, flags, model families and layouts, each
+from its one source."""
 
 import argparse
 import json
@@ -47,7 +48,9 @@ def objectives_table() -> str:
     ]
     for name in objectives.names():
         row = objectives.row(name)
-        parameters = "<br>".join(f"`{p.name}` ({p.default:g}; {p.range})" for p in row.parameters.values())
+        parameters = "<br>".join(
+            f"`{p.name}` ({p.default:g}; {p.range})" for p in row.parameters.values()
+        )
         formula = row.formula.replace("|", "\\|")
         lines.append(f"| `{name}` | {formula} | {parameters} | {needs(row)} | {source_link(row)} |")
     return "\n".join(lines) + "\n"
@@ -57,7 +60,9 @@ def families_table() -> str:
     """One line a family, served or refused."""
     lines = ["| `architectures` in config.json | which models |", "|---|---|"]
     for family in families().values():
-        lines.append(f"| {', '.join(f'`{name}`' for name in family.architectures)} | {family.models} |")
+        lines.append(
+            f"| {', '.join(f'`{name}`' for name in family.architectures)} | {family.models} |"
+        )
     lines += [f"| `{name}` | refused: {reason} |" for name, reason in REFUSED.items()]
     return "\n".join(lines) + "\n"
 
@@ -68,20 +73,26 @@ def family_file() -> str:
 
 
 def matrix_table() -> str:
-    """One line a cell of the parallelism matrix, from the figures that tests/training/test_parity.py wrote."""
+    """One line a cell of the parallelism matrix, from the figures that
+    tests/training/test_parity.py wrote."""
     rows = {row["cell"]: row for row in json.loads(MATRIX.read_text(encoding="utf-8"))}
     lines = [
-        "| layout | processes | flags | loss, steps 1 to 4 | gradient norm, steps 1 to 4 | farthest | fused head |",
+        "| layout | processes | flags | loss, steps 1 to 4 | gradient norm, steps 1 to 4 |"
+        " farthest | fused head |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         if name.endswith(FUSED):
             continue
-        loss, norm = (" ".join(f"{step[key]:.5g}" for step in row["steps"]) for key in ("loss", "grad_norm"))
+        loss, norm = (
+            " ".join(f"{step[key]:.5g}" for step in row["steps"]) for key in ("loss", "grad_norm")
+        )
         fused = rows.get(name + FUSED)
         farthest, head = (f"{cell['difference']:.0e}" if cell else "" for cell in (row, fused))
         flags = f"`{row['flags']}`" if row["flags"] else ""
-        lines.append(f"| {name} | {row['ranks']} | {flags} | {loss} | {norm} | {farthest} | {head} |")
+        lines.append(
+            f"| {name} | {row['ranks']} | {flags} | {loss} | {norm} | {farthest} | {head} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -115,7 +126,10 @@ def main(argv: list[str] | None = None) -> int:
         stale += old != new
         if old != new and not args.check:
             write_text(path, new)
-        print(f"{path.name}: {'up to date' if old == new else 'out of date' if args.check else 'written'}")
+        print(
+            f"{path.name}:"
+            f" {'up to date' if old == new else 'out of date' if args.check else 'written'}"
+        )
     return 1 if args.check and stale else 0
 
 

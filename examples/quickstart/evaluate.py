@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Score a Hugging Face model on held-out conversations: nll a token, teacher-forced exact match, one greedy answer.
+"""Score a Hugging Face model on held-out conversations: nll a token, teacher-forced exact match,
+one greedy answer.
 
 Plain transformers, nothing of the training code: an independent look at what the run left.
 """
@@ -20,14 +21,16 @@ from megatron_tsft.atomic import write_text
 from megatron_tsft.errors import UserError
 
 EXAMPLE = """example:
-  examples/quickstart/evaluate.py --model runs/quickstart/hf --data runs/quickstart/data/heldout.jsonl \\
+  examples/quickstart/evaluate.py --model runs/quickstart/hf \\
+      --data runs/quickstart/data/heldout.jsonl \\
       --output runs/quickstart/after.json
 """
 
 
 @dataclass(frozen=True)
 class Item:
-    """One conversation as token ids: `ids[:prompt]` is read, `ids[prompt:]` (the answer and its end) is predicted."""
+    """One conversation as token ids: `ids[:prompt]` is read, `ids[prompt:]` (the answer and its
+    end) is predicted."""
 
     question: str
     answer: str
@@ -37,7 +40,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Scores:
-    """nll: nats a supervised token; exact: problems whose every answer token, end included, is the argmax."""
+    """nll: nats a supervised token; exact: problems whose every answer token, end included, is the
+    argmax."""
 
     problems: int
     tokens: int
@@ -59,14 +63,26 @@ def read(path: Path, tokenizer: Any) -> list[Item]:
             messages = json.loads(line)["messages"]
             question, answer = (message["content"] for message in messages)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: not a row of one user and one assistant message ({error})") from error
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            raise UserError(
+                f"{path}:{number}: not a row of one user and one assistant message ({error})"
+            ) from error
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True
+        )
         text = prompt + answer + tokenizer.eos_token
         if not tokenizer.apply_chat_template(messages, tokenize=False).startswith(text):
-            raise UserError(f"{path}:{number}: this chat template does not end an answer with {tokenizer.eos_token}")
-        ids, start = (tokenizer(part, add_special_tokens=False).input_ids for part in (text, prompt))
+            raise UserError(
+                f"{path}:{number}: this chat template does not end an answer with"
+                f" {tokenizer.eos_token}"
+            )
+        ids, start = (
+            tokenizer(part, add_special_tokens=False).input_ids for part in (text, prompt)
+        )
         if ids[: len(start)] != start:
-            raise UserError(f"{path}:{number}: the prompt's tokens change when the answer follows; cannot score it")
+            raise UserError(
+                f"{path}:{number}: the prompt's tokens change when the answer follows; cannot"
+                " score it"
+            )
         items.append(Item(question, answer, ids, len(start)))
     if not items:
         raise UserError(f"{path} has no conversations")
@@ -81,7 +97,9 @@ def score(model: Any, items: list[Item], batch_size: int) -> Scores:
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
         width = len(batch[0].ids)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)  # [b, s], padded on the right: causal, so never seen
+        ids = torch.zeros(
+            len(batch), width, dtype=torch.long
+        )  # [b, s], padded on the right: causal, so never seen
         answer = torch.zeros(len(batch), width, dtype=torch.bool)  # [b, s]
         for row, item in enumerate(batch):
             ids[row, : len(item.ids)] = torch.tensor(item.ids)
@@ -111,7 +129,9 @@ def greedy(model: Any, tokenizer: Any, item: Item, max_new_tokens: int) -> str:
     return tokenizer.decode(out[0, item.prompt :], skip_special_tokens=True).strip()
 
 
-def evaluate(directory: Path, data: Path, batch_size: int, show: int, max_new_tokens: int) -> dict[str, Any]:
+def evaluate(
+    directory: Path, data: Path, batch_size: int, show: int, max_new_tokens: int
+) -> dict[str, Any]:
     """Everything that goes into the JSON file.
 
     Raises:
@@ -125,7 +145,9 @@ def evaluate(directory: Path, data: Path, batch_size: int, show: int, max_new_to
     items = read(data, tokenizer)
     if not 0 <= show < len(items):
         raise UserError(f"--show {show}: {data} has rows 0 to {len(items) - 1}")
-    model: Any = AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32, local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(directory), dtype=torch.float32, local_files_only=True
+    ).eval()
     scores = score(model, items, batch_size)
     shown = items[show]
     print("  generating one answer", flush=True)
@@ -145,12 +167,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder")
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSONL of user/assistant messages")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
-    parser.add_argument("--batch-size", type=int, default=8, help="conversations at a time (default: 8)")
-    parser.add_argument("--show", type=int, default=0, metavar="ROW", help="the row to generate for (default: 0)")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="of that answer (default: 96)")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="JSONL of user/assistant messages"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="JSON file to write"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="conversations at a time (default: 8)"
+    )
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="ROW", help="the row to generate for (default: 0)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=96, help="of that answer (default: 96)"
+    )
     args = parser.parse_args(argv)
     try:
         result = evaluate(args.model, args.data, args.batch_size, args.show, args.max_new_tokens)
@@ -159,7 +193,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {args.output}: nll {result['nll']:.4f}, exact {result['exact']} of {result['problems']}")
+    print(
+        f"wrote {args.output}: nll {result['nll']:.4f}, exact {result['exact']} of"
+        f" {result['problems']}"
+    )
     return 0
 
 

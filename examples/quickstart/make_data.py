@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Make a chat data set whose answers can be checked: sums of three to five digits, worked line by line.
+"""Make a chat data set whose answers can be checked: sums of three to five digits, worked line by
+line.
 
-The problems come from reasoning-gym's `chain_sum`; the worked answer, which the generator does not give, is written
-here in the wording that the model itself tends to use, and its last line is scored by the generator's own check.
+The problems come from reasoning-gym's `chain_sum`; the worked answer, which the generator does not
+give, is written here in the wording that the model itself tends to use, and its last line is scored
+by the generator's own check.
 """
 
 import argparse
@@ -39,14 +41,19 @@ def problems(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
     Raises:
         UserError: reasoning-gym is missing.
-        RuntimeError: the worked answer does not score full marks with the generator (a bug, never skipped).
+        RuntimeError: the worked answer does not score full marks with the generator (a bug, never
+            skipped).
     """
     try:
         import reasoning_gym
     except ImportError:
-        raise UserError("reasoning-gym is missing: pip install 'megatron-tsft[quickstart]' or `make setup`") from None
+        raise UserError(
+            "reasoning-gym is missing: pip install 'megatron-tsft[quickstart]' or `make setup`"
+        ) from None
     # item i depends on seed + i alone; one problem in a thousand or so repeats an earlier one
-    generator: Any = reasoning_gym.create_dataset("chain_sum", seed=seed, size=2 * count + 100, **PROBLEM)
+    generator: Any = reasoning_gym.create_dataset(
+        "chain_sum", seed=seed, size=2 * count + 100, **PROBLEM
+    )
     seen: set[str] = set()
     for item in generator:
         if item["question"] in seen:
@@ -78,14 +85,28 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets train.jsonl and heldout.jsonl")
-    parser.add_argument("--train", type=int, default=256, metavar="N", help="problems to train on (default: 256)")
-    parser.add_argument("--heldout", type=int, default=64, metavar="N", help="problems to test on (default: 64)")
-    parser.add_argument("--seed", type=int, default=1234, help="the same seed makes the same files (default: 1234)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="gets train.jsonl and heldout.jsonl",
+    )
+    parser.add_argument(
+        "--train", type=int, default=256, metavar="N", help="problems to train on (default: 256)"
+    )
+    parser.add_argument(
+        "--heldout", type=int, default=64, metavar="N", help="problems to test on (default: 64)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=1234, help="the same seed makes the same files (default: 1234)"
+    )
     args = parser.parse_args(argv)
     try:
         if args.train < 1 or args.heldout < 1:
-            raise UserError(f"--train {args.train} --heldout {args.heldout}: both must be at least 1")
+            raise UserError(
+                f"--train {args.train} --heldout {args.heldout}: both must be at least 1"
+            )
         splits = make(args.train, args.heldout, args.seed)
         args.output.mkdir(parents=True, exist_ok=True)
         for name, rows in splits.items():

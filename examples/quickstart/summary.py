@@ -15,7 +15,8 @@ WIDTH = 46  # of one side of the comparison
 MIN_PROBLEMS = 32
 
 EXAMPLE = """example:
-  examples/quickstart/summary.py --before runs/quickstart/before.json --after runs/quickstart/after.json
+  examples/quickstart/summary.py --before runs/quickstart/before.json \\
+      --after runs/quickstart/after.json
 """
 
 
@@ -27,9 +28,14 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return {key: result[key] for key in ("data_sha256", "problems", "nll", "exact", "question", "generated")}
+        return {
+            key: result[key]
+            for key in ("data_sha256", "problems", "nll", "exact", "question", "generated")
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a result of evaluate.py ({error!r}): run it again") from error
+        raise UserError(
+            f"{path} is not a result of evaluate.py ({error!r}): run it again"
+        ) from error
 
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -50,10 +56,16 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> str:
         f"{'-- before ':-<{WIDTH}} | {'-- after ':-<{WIDTH}}",
     ]
     sides = [
-        [part for line in result["generated"].splitlines() for part in textwrap.wrap(line, WIDTH) or [""]]
+        [
+            part
+            for line in result["generated"].splitlines()
+            for part in textwrap.wrap(line, WIDTH) or [""]
+        ]
         for result in (before, after)
     ]
-    return "\n".join(lines + [f"{a:<{WIDTH}} | {b}".rstrip() for a, b in zip_longest(*sides, fillvalue="")])
+    return "\n".join(
+        lines + [f"{a:<{WIDTH}} | {b}".rstrip() for a, b in zip_longest(*sides, fillvalue="")]
+    )
 
 
 def shortcomings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -62,9 +74,13 @@ def shortcomings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     if before["data_sha256"] != after["data_sha256"]:
         found.append("the two results come from different data")
     if before["problems"] < MIN_PROBLEMS:
-        found.append(f"{before['problems']} problems are too few to tell, {MIN_PROBLEMS} are needed")
+        found.append(
+            f"{before['problems']} problems are too few to tell, {MIN_PROBLEMS} are needed"
+        )
     if not after["nll"] <= before["nll"] / 2:  # also true where nll is NaN
-        found.append(f"held-out nll did not fall by half: {before['nll']:.3f} -> {after['nll']:.3f}")
+        found.append(
+            f"held-out nll did not fall by half: {before['nll']:.3f} -> {after['nll']:.3f}"
+        )
     if not after["exact"] > before["exact"]:
         found.append(f"exact match did not rise: {before['exact']} -> {after['exact']}")
     return found
@@ -75,8 +91,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--before", type=Path, required=True, metavar="FILE", help="evaluate.py's JSON of the base")
-    parser.add_argument("--after", type=Path, required=True, metavar="FILE", help="evaluate.py's JSON of the new model")
+    parser.add_argument(
+        "--before", type=Path, required=True, metavar="FILE", help="evaluate.py's JSON of the base"
+    )
+    parser.add_argument(
+        "--after",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="evaluate.py's JSON of the new model",
+    )
     args = parser.parse_args(argv)
     try:
         before, after = load(args.before), load(args.after)

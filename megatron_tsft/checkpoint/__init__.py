@@ -1,1 +1,2 @@
-"""Hugging Face <-> Megatron: one mapping table per family, a streaming converter, the model card."""
+"""Hugging Face <-> Megatron: one mapping table per family, a streaming converter, the model
+card."""

@@ -1,4 +1,5 @@
-"""The model card: everything that builds a model, saved as JSON beside its checkpoint (Megatron's own loses some)."""
+"""The model card: everything that builds a model, saved as JSON beside its checkpoint (Megatron's
+own loses some)."""
 
 import shutil
 from dataclasses import dataclass, field
@@ -18,11 +19,12 @@ FORMAT_VERSION = 2
 class ModelCard:
     """One model: its family, its architecture and where it came from.
 
-    family: name of the mapping table. architecture: Hugging Face class name. megatron_arguments: argparse destination
-    -> value, for Megatron's own flags. vocab_size: of the Hugging Face config, which may exceed len(tokenizer).
-    padded_vocab_size: rows of the imported checkpoint. dtype: of the Hugging Face weights ("bfloat16"); other_dtypes:
-    tensor name -> dtype of those that differ. source_hash: 16 hex digits over the weights. tokenizer_fingerprint: None
-    where the Hugging Face folder had no tokenizer.
+    family: name of the mapping table. architecture: Hugging Face class name. megatron_arguments:
+    argparse destination -> value, for Megatron's own flags. vocab_size: of the Hugging Face config,
+    which may exceed len(tokenizer). padded_vocab_size: rows of the imported checkpoint. dtype: of
+    the Hugging Face weights ("bfloat16"); other_dtypes: tensor name -> dtype of those that differ.
+    source_hash: 16 hex digits over the weights. tokenizer_fingerprint: None where the Hugging Face
+        folder had no tokenizer.
     """
 
     family: str
@@ -51,11 +53,17 @@ class ModelCard:
         path = Path(directory) / CARD_FILE
         found = f"has no {CARD_FILE}" if Path(directory).is_dir() else "does not exist"
         missing = (
-            f"{directory} {found}: name a Megatron checkpoint folder; `tools/convert_checkpoint.py import --hf DIR"
+            f"{directory} {found}: name a Megatron checkpoint folder; `tools/convert_checkpoint.py"
+            " import --hf DIR"
             " --megatron DIR` makes one"
         )
         return load_card(
-            ModelCard, path, FORMAT_VERSION, what="model card", missing=missing, again="import the model again"
+            ModelCard,
+            path,
+            FORMAT_VERSION,
+            what="model card",
+            missing=missing,
+            again="import the model again",
         )
 
     def save(self, directory: Path | str) -> None:
@@ -64,7 +72,8 @@ class ModelCard:
 
 
 def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:
-    """Copy `tsft_model.json` and `hf/` of an imported folder into a training save folder, so that export works from it.
+    """Copy `tsft_model.json` and `hf/` of an imported folder into a training save folder, so that
+    export works from it.
 
     Call it on one rank. A target that already has the same card is left as it is.
 
@@ -77,7 +86,8 @@ def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:
         other = ModelCard.load(target)
         if other != card:
             raise UserError(
-                f"{target} belongs to another model (weights {other.source_hash}, {source} is {card.source_hash}):"
+                f"{target} belongs to another model (weights {other.source_hash}, {source} is"
+                f" {card.source_hash}):"
                 " save into another folder"
             )
         if (target / HF_FOLDER).is_dir():

@@ -1,4 +1,5 @@
-"""Hugging Face folder -> Megatron folder and back, in a stream: a few buffers of 32 MB in memory, whatever the size."""
+"""Hugging Face folder -> Megatron folder and back, in a stream: a few buffers of 32 MB in memory,
+whatever the size."""
 
 import dataclasses
 import json
@@ -15,14 +16,28 @@ from megatron_tsft.checkpoint.ahead import ahead
 from megatron_tsft.checkpoint.card import CARD_FILE, HF_FOLDER, ModelCard
 from megatron_tsft.checkpoint.families import family_of
 from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
-from megatron_tsft.checkpoint.hf_folder import ContentHash, HfWeights, check_tensors, copy_side_files, load_config
+from megatron_tsft.checkpoint.hf_folder import (
+    ContentHash,
+    HfWeights,
+    check_tensors,
+    copy_side_files,
+    load_config,
+)
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.mapping import padded_vocab_size
 from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist import COMMON_STATE_KEY, common_state, write_checkpoint
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
-from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys, extra_states, hf_shapes, pieces_of, units
+from megatron_tsft.checkpoint.units import (
+    Unit,
+    boxes_of,
+    expected_keys,
+    extra_states,
+    hf_shapes,
+    pieces_of,
+    units,
+)
 from megatron_tsft.errors import UserError
 
 VOCABULARY_MULTIPLE = 128  # Megatron's default of --make-vocab-size-divisible-by
@@ -32,15 +47,20 @@ SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def import_hf(
     hf_dir: Path | str, megatron_dir: Path | str, *, overwrite: bool = False, progress: bool = True
 ) -> ModelCard:
-    """Write a Megatron folder (`release/`, tracker, model card, `hf/`) from a Hugging Face folder; its model card.
+    """Write a Megatron folder (`release/`, tracker, model card, `hf/`) from a Hugging Face folder;
+    its model card.
 
-    Weights keep their dtype; Megatron casts when it loads. Nothing appears under `megatron_dir` before all is written.
+    Weights keep their dtype; Megatron casts when it loads. Nothing appears under `megatron_dir`
+    before all is written.
 
     Raises:
-        UserError: the folder is incomplete or its model is one that Megatron cannot express; nothing is written then.
+        UserError: the folder is incomplete or its model is one that Megatron cannot express;
+            nothing is written then.
     """
     hf_dir, megatron_dir = Path(hf_dir), Path(megatron_dir)
-    _check_target(megatron_dir, hf_dir, overwrite, (CARD_FILE, "release"))  # a run's own folder has no release
+    _check_target(
+        megatron_dir, hf_dir, overwrite, (CARD_FILE, "release")
+    )  # a run's own folder has no release
     config = load_config(hf_dir)
     family = family_of(config)
     arguments = family.arguments(config)
@@ -78,9 +98,13 @@ def import_hf(
         stored = _stored_dtypes(weights, steps)
         boxes = [box for unit in steps for box in boxes_of(unit, stored[unit.row.megatron], read)]
         objects = dict.fromkeys(extra_states(card))
-        write_checkpoint(folder / "release", boxes, objects | {COMMON_STATE_KEY: common_state(card)})
+        write_checkpoint(
+            folder / "release", boxes, objects | {COMMON_STATE_KEY: common_state(card)}
+        )
         copy_side_files(hf_dir, folder / HF_FOLDER)
-        card = dataclasses.replace(card, dtype=dtype, other_dtypes=others, source_hash=content.digest())
+        card = dataclasses.replace(
+            card, dtype=dtype, other_dtypes=others, source_hash=content.digest()
+        )
         card.save(folder)
         (folder / TRACKER).write_text("release")
     return card
@@ -88,7 +112,8 @@ def import_hf(
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_hf` wrote: from which checkpoint, how many tensors, bytes and files, in which dtype."""
+    """What `export_hf` wrote: from which checkpoint, how many tensors, bytes and files, in which
+    dtype."""
 
     checkpoint: Path
     tensors: int
@@ -107,20 +132,24 @@ def export_hf(
     progress: bool = True,
     max_shard_bytes: float = 5e9,
 ) -> Export:
-    """Write a Hugging Face folder from an imported or trained Megatron folder (any TP and PP, optimizer state or not).
+    """Write a Hugging Face folder from an imported or trained Megatron folder (any TP and PP,
+    optimizer state or not).
 
-    iteration: None takes the latest. dtype: bf16, fp16 or fp32; None takes the dtypes of the original weights, so an
-    untouched model comes back bit by bit. Nothing appears under `hf_dir` before all is written.
+    iteration: None takes the latest. dtype: bf16, fp16 or fp32; None takes the dtypes of the
+    original weights, so an untouched model comes back bit by bit. Nothing appears under `hf_dir`
+    before all is written.
 
     Raises:
-        UserError: no card, no complete checkpoint, one that does not fit the card, or an unknown dtype.
+        UserError: no card, no complete checkpoint, one that does not fit the card, or an unknown
+            dtype.
     """
     megatron_dir, hf_dir = Path(megatron_dir), Path(hf_dir)
     _check_target(hf_dir, megatron_dir, overwrite, ("config.json", "*.safetensors"))
     card = ModelCard.load(megatron_dir)
     if not (megatron_dir / HF_FOLDER / "config.json").is_file():
         raise UserError(
-            f"{megatron_dir} has no {HF_FOLDER}/config.json: copy the folder {HF_FOLDER} from the imported checkpoint"
+            f"{megatron_dir} has no {HF_FOLDER}/config.json: copy the folder {HF_FOLDER} from the"
+            " imported checkpoint"
         )
     one_dtype = None if dtype is None else _dtype_name(dtype)
     checkpoint = latest_checkpoint(megatron_dir, iteration)
@@ -130,13 +159,21 @@ def export_hf(
         name: (shape, getattr(torch, one_dtype or card.other_dtypes.get(name, card.dtype)))
         for name, shape in hf_shapes(steps).items()
     }
-    nbytes = {name: torch.Size(shape).numel() * kind.itemsize for name, (shape, kind) in tensors.items()}
+    nbytes = {
+        name: torch.Size(shape).numel() * kind.itemsize for name, (shape, kind) in tensors.items()
+    }
     _check_space(hf_dir, sum(nbytes.values()))
     dtypes = {name: kind for name, (_, kind) in tensors.items()}
     files = _shard_files(steps, nbytes, max_shard_bytes)
     with (
         new_directory(hf_dir, overwrite=overwrite) as folder,
-        tqdm(total=sum(nbytes.values()), desc="export", unit="B", unit_scale=True, disable=not progress) as bar,
+        tqdm(
+            total=sum(nbytes.values()),
+            desc="export",
+            unit="B",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar,
     ):
         for file, shard in files.items():
             announced = {name: tensors[name] for unit in shard for name in unit.names}
@@ -145,16 +182,23 @@ def export_hf(
                     stream.write(piece.name, piece.rows)
                     bar.update(piece.rows.nbytes)
         if len(files) > 1:
-            where = {name: file for file, shard in files.items() for unit in shard for name in unit.names}
+            where = {
+                name: file for file, shard in files.items() for unit in shard for name in unit.names
+            }
             index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": where}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         copy_side_files(megatron_dir / HF_FOLDER, folder)
         _write_config(folder / "config.json", one_dtype or card.dtype, card.vocab_size)
-    return Export(checkpoint, len(tensors), sum(nbytes.values()), len(files), one_dtype or card.dtype)
+    return Export(
+        checkpoint, len(tensors), sum(nbytes.values()), len(files), one_dtype or card.dtype
+    )
 
 
-def _shard_files(steps: list[Unit], nbytes: dict[str, int], max_shard_bytes: float) -> dict[str, list[Unit]]:
-    """File name -> its units, in order; a file is full before `max_shard_bytes` unless one unit alone is larger."""
+def _shard_files(
+    steps: list[Unit], nbytes: dict[str, int], max_shard_bytes: float
+) -> dict[str, list[Unit]]:
+    """File name -> its units, in order; a file is full before `max_shard_bytes` unless one unit
+    alone is larger."""
     shards: list[list[Unit]] = [[]]
     used = 0
     for unit in steps:
@@ -166,13 +210,19 @@ def _shard_files(steps: list[Unit], nbytes: dict[str, int], max_shard_bytes: flo
         used += size
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
-    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+    return {
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards)
+    }
 
 
 def _write_config(path: Path, dtype: str, vocab_size: int) -> None:
-    """Set what may have changed; `torch_dtype` for servers and older transformers, `dtype` where it was used before."""
+    """Set what may have changed; `torch_dtype` for servers and older transformers, `dtype` where it
+    was used before."""
     config = json.loads(path.read_text())
-    config |= {"torch_dtype": dtype, "vocab_size": vocab_size} | ({"dtype": dtype} if "dtype" in config else {})
+    config |= {"torch_dtype": dtype, "vocab_size": vocab_size} | (
+        {"dtype": dtype} if "dtype" in config else {}
+    )
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -194,12 +244,15 @@ def _dtypes(weights: HfWeights, names: list[str]) -> tuple[str, dict[str, str]]:
 
 
 def _stored_dtypes(weights: HfWeights, steps: list[Unit]) -> dict[str, torch.dtype]:
-    """Megatron key -> the dtype that holds all its Hugging Face tensors exactly (all layers of a key share one)."""
+    """Megatron key -> the dtype that holds all its Hugging Face tensors exactly (all layers of a
+    key share one)."""
     result: dict[str, torch.dtype] = {}
     for unit in steps:
         for name in unit.names:
             kind = weights.tensors[name].dtype
-            result[unit.row.megatron] = torch.promote_types(result.get(unit.row.megatron, kind), kind)
+            result[unit.row.megatron] = torch.promote_types(
+                result.get(unit.row.megatron, kind), kind
+            )
     return result
 
 
@@ -208,7 +261,8 @@ def _fingerprint(hf_dir: Path) -> str | None:
 
 
 def _check_target(target: Path, source: Path, overwrite: bool, markers: tuple[str, ...]) -> None:
-    """Refuse a target that would destroy something: `markers` match files that only such a folder has all of."""
+    """Refuse a target that would destroy something: `markers` match files that only such a folder
+    has all of."""
     new, old = target.resolve(), source.resolve()
     if new == old or new in old.parents or old in new.parents:
         raise UserError(f"{target} and {source} lie in one another: write to a folder of its own")
@@ -217,18 +271,23 @@ def _check_target(target: Path, source: Path, overwrite: bool, markers: tuple[st
     if target.is_dir() and any(target.iterdir()):
         missing = [marker for marker in markers if not any(target.glob(marker))]
         if missing:
-            raise UserError(f"{target} holds other files and no {missing[0]}, so it is kept: name another folder")
+            raise UserError(
+                f"{target} holds other files and no {missing[0]}, so it is kept: name another"
+                " folder"
+            )
         if not overwrite:
             raise UserError(f"{target} exists already: name another folder, or pass --overwrite")
 
 
 def _check_space(target: Path, needed: int) -> None:
-    """Refuse to start what cannot end: `needed` bytes of weights and a margin for headers and side files."""
+    """Refuse to start what cannot end: `needed` bytes of weights and a margin for headers and side
+    files."""
     place = next(folder for folder in target.resolve().parents if folder.exists())
     free = shutil.disk_usage(place).free
     wanted = needed * 1.01 + 2**26
     if free < wanted:
         raise UserError(
-            f"{place} has {free / 1e9:.2f} GB free, {target.name} needs {wanted / 1e9:.2f} GB: free some space or"
+            f"{place} has {free / 1e9:.2f} GB free, {target.name} needs {wanted / 1e9:.2f} GB:"
+            " free some space or"
             " choose another disk"
         )

@@ -1,4 +1,5 @@
-"""Whether two folders hold the same weights, without reading all of them: names, sizes and samples of every file."""
+"""Whether two folders hold the same weights, without reading all of them: names, sizes and samples
+of every file."""
 
 import hashlib
 from pathlib import Path
@@ -7,10 +8,12 @@ SAMPLE = 1 << 20  # bytes at the beginning, in the middle and at the end of each
 
 
 def weights_fingerprint(folder: Path, *patterns: str, architecture: object = None) -> str:
-    """16 hex digits over the files of `folder` that match any pattern; another training run of the same model gives
-    others. `architecture` counts too, by its repr."""
+    """16 hex digits over the files of `folder` that match any pattern; another training run of the
+    same model gives others. `architecture` counts too, by its repr."""
     digest = hashlib.sha256(repr(architecture).encode())
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+    for path in sorted(
+        {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    ):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

@@ -1,4 +1,5 @@
-"""Megatron's checkpoint folder: the tracker file, `release/` or `iter_0000123/`, and whether one of them is whole."""
+"""Megatron's checkpoint folder: the tracker file, `release/` or `iter_0000123/`, and whether one of
+them is whole."""
 
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ def latest_checkpoint(directory: Path | str, iteration: int | None = None) -> Pa
     """The folder of the checkpoint that the tracker file names, or of `iteration`; it is whole.
 
     Raises:
-        UserError: no folder, no tracker, a tracker that says neither a number nor "release", or a checkpoint that is
-            missing or was cut short.
+        UserError: no folder, no tracker, a tracker that says neither a number nor "release", or a
+            checkpoint that is missing or was cut short.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -24,24 +25,35 @@ def latest_checkpoint(directory: Path | str, iteration: int | None = None) -> Pa
     if iteration is None:
         tracker = directory / TRACKER
         if not tracker.is_file():
-            raise UserError(f"{directory} has no {TRACKER}: no checkpoint was completed there, name another folder")
+            raise UserError(
+                f"{directory} has no {TRACKER}: no checkpoint was completed there, name another"
+                " folder"
+            )
         text = tracker.read_text().strip()
         if text != "release" and not text.isdecimal():
-            raise UserError(f"{tracker} says {text!r}: it must say 'release' or an iteration, correct it")
+            raise UserError(
+                f"{tracker} says {text!r}: it must say 'release' or an iteration, correct it"
+            )
         path = directory / (text if text == "release" else f"iter_{int(text):07d}")
     else:
         path = directory / f"iter_{iteration:07d}"
     if not path.is_dir():
-        present = sorted(p.name for p in directory.iterdir() if p.name == "release" or p.name.startswith("iter_"))
-        raise UserError(f"{path} does not exist: {directory} holds {', '.join(present) or 'no checkpoint'}")
+        present = sorted(
+            p.name for p in directory.iterdir() if p.name == "release" or p.name.startswith("iter_")
+        )
+        raise UserError(
+            f"{path} does not exist: {directory} holds {', '.join(present) or 'no checkpoint'}"
+        )
     read_metadata(path)
     return path
 
 
 def read_metadata(checkpoint: Path | str) -> Metadata:
-    """The `.metadata` of one torch_dist checkpoint folder; every data file is there and long enough.
+    """The `.metadata` of one torch_dist checkpoint folder; every data file is there and long
+    enough.
 
-    The file is a pickle, which Megatron itself reads the same way: open only checkpoints that you trust.
+    The file is a pickle, which Megatron itself reads the same way: open only checkpoints that you
+    trust.
 
     Raises:
         UserError: the folder is no torch_dist checkpoint, or saving it was interrupted.

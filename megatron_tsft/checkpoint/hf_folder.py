@@ -1,4 +1,5 @@
-"""A Hugging Face folder on disk: its config, its memory-mapped safetensors and the other files that belong to it."""
+"""A Hugging Face folder on disk: its config, its memory-mapped safetensors and the other files that
+belong to it."""
 
 import hashlib
 import json
@@ -15,7 +16,18 @@ from megatron_tsft.errors import UserError
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NO_WEIGHT = "rotary_emb.inv_freq"  # the end of the name of a buffer that old transformers saved
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt", ".distcp"}
+WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".gguf",
+    ".pt",
+    ".pth",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+    ".distcp",
+}
 
 
 @dataclass(frozen=True)
@@ -32,45 +44,63 @@ class HfTensor:
 
 
 class HfWeights:
-    """The tensors of a folder with `model.safetensors` or shards and their index, read slice by slice.
+    """The tensors of a folder with `model.safetensors` or shards and their index, read slice by
+    slice.
 
-    The files are memory-mapped, so reading makes no anonymous memory beyond the slice that is returned.
+    The files are memory-mapped, so reading makes no anonymous memory beyond the slice that is
+    returned.
     """
 
     def __init__(self, directory: Path) -> None:
         """Open every shard and read its header.
 
         Raises:
-            UserError: no safetensors, a missing or damaged shard, an index that its shards contradict, or a dtype
-                other than fp32, fp16, bf16.
+            UserError: no safetensors, a missing or damaged shard, an index that its shards
+                contradict, or a dtype other than fp32, fp16, bf16.
         """
         self.directory = directory
         self.tensors: dict[str, HfTensor] = {}
         self._open: dict[Path, Any] = {}
         index = self._index()
-        for file in sorted({directory / name for name in index.values()} or {directory / "model.safetensors"}):
+        for file in sorted(
+            {directory / name for name in index.values()} or {directory / "model.safetensors"}
+        ):
             if not file.is_file():
-                raise UserError(f"{file} is missing: the folder is incomplete, download or copy it again")
+                raise UserError(
+                    f"{file} is missing: the folder is incomplete, download or copy it again"
+                )
             try:
                 handle = safe_open(str(file), framework="pt")  # pyright: ignore[reportCallIssue]
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is damaged ({error}): download or copy it again") from error
+                raise UserError(
+                    f"{file} is damaged ({error}): download or copy it again"
+                ) from error
             self._open[file] = handle
             for name in handle.keys():
                 view = handle.get_slice(name)
                 if view.get_dtype() not in DTYPES:
-                    raise UserError(f"{name} in {file} is {view.get_dtype()}: save the model as F32, F16 or BF16 first")
+                    raise UserError(
+                        f"{name} in {file} is {view.get_dtype()}: save the model as F32, F16 or"
+                        " BF16 first"
+                    )
                 if name in self.tensors:
-                    raise UserError(f"{name} is in {self.tensors[name].file} and in {file}: copy the folder again")
-                self.tensors[name] = HfTensor(file, tuple(view.get_shape()), DTYPES[view.get_dtype()])
+                    raise UserError(
+                        f"{name} is in {self.tensors[name].file} and in {file}: copy the folder"
+                        " again"
+                    )
+                self.tensors[name] = HfTensor(
+                    file, tuple(view.get_shape()), DTYPES[view.get_dtype()]
+                )
         for name, file_name in index.items():
             if name not in self.tensors or self.tensors[name].file.name != file_name:
                 raise UserError(
-                    f"{name} is not in {directory / file_name}, where the index says: copy the folder again"
+                    f"{name} is not in {directory / file_name}, where the index says: copy the"
+                    " folder again"
                 )
 
     def _index(self) -> dict[str, str]:
-        """Tensor name -> file name; empty for a single `model.safetensors`, which wins as in transformers."""
+        """Tensor name -> file name; empty for a single `model.safetensors`, which wins as in
+        transformers."""
         if (self.directory / "model.safetensors").is_file():
             return {}
         index = self.directory / "model.safetensors.index.json"
@@ -81,15 +111,25 @@ class HfWeights:
                     raise TypeError("a file name is no text")
                 return names
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{index} is damaged ({error!r}): download or copy it again") from error
+                raise UserError(
+                    f"{index} is damaged ({error!r}): download or copy it again"
+                ) from error
         suffixes = {path.suffix for path in self.directory.iterdir()}
         load = "load it once with AutoModelForCausalLM.from_pretrained(DIR"
         if ".gguf" in suffixes:
-            hint = f"only .gguf files: {load}, gguf_file=NAME) and .save_pretrained(NEW_DIR), then import NEW_DIR"
+            hint = (
+                f"only .gguf files: {load}, gguf_file=NAME) and .save_pretrained(NEW_DIR),"
+                " then import NEW_DIR"
+            )
         elif suffixes & {".bin", ".pt", ".pth"}:
-            hint = f"only .bin files: {load}) and .save_pretrained(NEW_DIR), which writes safetensors"
+            hint = (
+                f"only .bin files: {load}) and .save_pretrained(NEW_DIR), which writes safetensors"
+            )
         else:
-            hint = "no model.safetensors and no model.safetensors.index.json: name the folder that holds them"
+            hint = (
+                "no model.safetensors and no model.safetensors.index.json: name the folder"
+                " that holds them"
+            )
         raise UserError(f"{self.directory} holds {hint}")
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -98,13 +138,15 @@ class HfWeights:
 
 
 class ContentHash:
-    """A hash of tensors' names and contents that does not depend on how they are sharded into files."""
+    """A hash of tensors' names and contents that does not depend on how they are sharded into
+    files."""
 
     def __init__(self) -> None:
         self._hashers: dict[str, Any] = {}
 
     def update(self, name: str, rows: torch.Tensor) -> None:
-        """Add the next rows of one tensor; a tensor's rows must come in order, the tensors need not."""
+        """Add the next rows of one tensor; a tensor's rows must come in order, the tensors need
+        not."""
         hasher = self._hashers.setdefault(name, hashlib.sha256())
         hasher.update(rows.contiguous().view(torch.uint8).numpy())
 
@@ -120,26 +162,32 @@ def check_tensors(weights: HfWeights, expected: dict[str, tuple[int, ...]], *, t
     tied: the model's head is its embedding; a copy that was saved, too, is left out.
 
     Raises:
-        UserError: names the missing tensors, those that the table does not know, one of another shape, or a head that
-            is no copy of the embedding (transformers then ties nothing).
+        UserError: names the missing tensors, those that the table does not know, one of another
+            shape, or a head that is no copy of the embedding (transformers then ties nothing).
     """
     found = {name for name in weights.tensors if not name.endswith(NO_WEIGHT)}
     if tied:
         found.discard(HEAD)
-    for what, names in (("missing", expected.keys() - found), ("unexpected", found - expected.keys())):
+    for what, names in (
+        ("missing", expected.keys() - found),
+        ("unexpected", found - expected.keys()),
+    ):
         if names:
             some = ", ".join(sorted(names)[:5])
             raise UserError(
-                f"{weights.directory}: {len(names)} {what} tensors, e.g. {some}: its config.json and weights disagree"
+                f"{weights.directory}: {len(names)} {what} tensors, e.g. {some}: its config.json"
+                " and weights disagree"
             )
     for name, shape in expected.items():
         if weights.tensors[name].shape != shape:
             raise UserError(
-                f"{weights.directory}: {name} is {weights.tensors[name].shape}, config.json says {shape}: correct one"
+                f"{weights.directory}: {name} is {weights.tensors[name].shape}, config.json says"
+                f" {shape}: correct one"
             )
     if tied and HEAD in weights.tensors and not _same(weights, HEAD, EMBEDDING):
         raise UserError(
-            f"{weights.directory}: config.json says tie_word_embeddings=true, but {HEAD} is not {EMBEDDING}: say false"
+            f"{weights.directory}: config.json says tie_word_embeddings=true, but {HEAD} is not"
+            f" {EMBEDDING}: say false"
             f" there, or save the model without {HEAD}"
         )
 
@@ -148,7 +196,12 @@ def _same(weights: HfWeights, one: str, other: str, rows: int = 4096) -> bool:
     """Whether two tensors are equal, bit by bit and a few rows at a time."""
     left, right = weights.tensors[one], weights.tensors[other]
     return (left.shape, left.dtype) == (right.shape, right.dtype) and all(
-        torch.equal(*(weights.read(name, start, start + rows).contiguous().view(torch.uint8) for name in (one, other)))
+        torch.equal(
+            *(
+                weights.read(name, start, start + rows).contiguous().view(torch.uint8)
+                for name in (one, other)
+            )
+        )
         for start in range(0, left.shape[0], rows)
     )
 
@@ -164,17 +217,27 @@ def load_config(directory: Path) -> Any:
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: name a local Hugging Face folder")
     if (directory / "adapter_config.json").is_file():
-        raise UserError(f"{directory} holds a LoRA adapter: merge it into its model first (merge_and_unload of peft)")
+        raise UserError(
+            f"{directory} holds a LoRA adapter: merge it into its model first (merge_and_unload of"
+            " peft)"
+        )
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json: name a Hugging Face model folder")
     try:
-        return AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises its own, huggingface_hub's and json's errors for a bad config
-        raise UserError(f"{directory / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
+        return AutoConfig.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
+    except (
+        Exception
+    ) as error:  # transformers raises its own, huggingface_hub's and json's errors for a bad config
+        raise UserError(
+            f"{directory / 'config.json'} cannot be read: {' '.join(str(error).split())}"
+        ) from error
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy what is not weights (config, tokenizer, chat template, generation config, licence); the files' names."""
+    """Copy what is not weights (config, tokenizer, chat template, generation config, licence); the
+    files' names."""
     target.mkdir(parents=True, exist_ok=True)
     copied = []
     for path in sorted(source.iterdir()):
@@ -189,6 +252,12 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 
 
 def is_weight_file(path: Path) -> bool:
-    """Whether a file of a model folder holds weights, their index, or nothing of the model (hidden files)."""
+    """Whether a file of a model folder holds weights, their index, or nothing of the model (hidden
+    files)."""
     index = path.name.endswith(".index.json")
-    return index or path.suffix in WEIGHT_SUFFIXES or path.name.startswith(".") or path.name == "training_args.bin"
+    return (
+        index
+        or path.suffix in WEIGHT_SUFFIXES
+        or path.name.startswith(".")
+        or path.name == "training_args.bin"
+    )

@@ -1,4 +1,5 @@
-"""Do Megatron and transformers compute the same from their folders? Layer by layer and at the logits, fp32 on CPU."""
+"""Do Megatron and transformers compute the same from their folders? Layer by layer and at the
+logits, fp32 on CPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,14 @@ import torch
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.keys import compare_keys
-from megatron_tsft.checkpoint.megatron_model import ONE_RANK, Layout, build_model, cpu_ranks, forward, load_weights
+from megatron_tsft.checkpoint.megatron_model import (
+    ONE_RANK,
+    Layout,
+    build_model,
+    cpu_ranks,
+    forward,
+    load_weights,
+)
 from megatron_tsft.checkpoint.units import expected_keys
 
 Observe = Callable[[int, torch.Tensor], None]  # (layer from 0, its output [b, s, h])
@@ -18,9 +26,10 @@ Observe = Callable[[int, torch.Tensor], None]  # (layer from 0, its output [b, s
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """max_difference: largest |Megatron - Hugging Face|. max_logit: largest |logit|, for scale. argmax_agreement: share
-    of positions with the same most probable token. positions: how many were compared. layers: the largest difference of
-    each layer's output, divided by max(1, its largest number); empty where only logits were compared."""
+    """max_difference: largest |Megatron - Hugging Face|. max_logit: largest |logit|, for scale.
+    argmax_agreement: share of positions with the same most probable token. positions: how many were
+    compared. layers: the largest difference of each layer's output, divided by max(1, its largest
+    number); empty where only logits were compared."""
 
     max_difference: float
     max_logit: float
@@ -37,7 +46,8 @@ def compare_logits(
     iteration: int | None = None,
     rounded_to: torch.dtype | None = None,
 ) -> LogitDifference:
-    """Compare a checkpoint of `megatron_dir` with `hf_dir` at input_ids [b, s] int64, one model after the other.
+    """Compare a checkpoint of `megatron_dir` with `hf_dir` at input_ids [b, s] int64, one model
+    after the other.
 
     iteration: None takes the latest. rounded_to: what Megatron's weights are rounded to first.
     """
@@ -49,11 +59,15 @@ def compare_logits(
         layers.append((ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item()))
 
     theirs = hf_logits(hf_dir, input_ids, observe=lambda _, output: outputs.append(output))
-    ours = megatron_logits(megatron_dir, input_ids, iteration=iteration, rounded_to=rounded_to, observe=compare)
+    ours = megatron_logits(
+        megatron_dir, input_ids, iteration=iteration, rounded_to=rounded_to, observe=compare
+    )
     return difference(ours, theirs, tuple(layers))
 
 
-def difference(ours: torch.Tensor, theirs: torch.Tensor, layers: tuple[float, ...] = ()) -> LogitDifference:
+def difference(
+    ours: torch.Tensor, theirs: torch.Tensor, layers: tuple[float, ...] = ()
+) -> LogitDifference:
     """Of Megatron's and Hugging Face's logits, both [b, s, vocab_size]."""
     return LogitDifference(
         max_difference=(ours - theirs).abs().max().item(),
@@ -64,12 +78,16 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor, layers: tuple[float, ..
     )
 
 
-def hf_logits(hf_dir: Path | str, input_ids: torch.Tensor, *, observe: Observe | None = None) -> torch.Tensor:
-    """Logits [b, s, vocab_size] of transformers in fp32; `observe` sees the output of every layer."""
+def hf_logits(
+    hf_dir: Path | str, input_ids: torch.Tensor, *, observe: Observe | None = None
+) -> torch.Tensor:
+    """Logits [b, s, vocab_size] of transformers in fp32; `observe` sees the output of every
+    layer."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    # eager: the attention that Megatron's local layers compute, so that no kernel's rounding hides a difference
+    # eager: the attention that Megatron's local layers compute, so that no kernel's rounding hides
+    # a difference
     load = AutoModelForCausalLM.from_pretrained
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     logging.disable_progress_bar()  # of seconds, among ours
@@ -96,8 +114,9 @@ def megatron_logits(
 ) -> torch.Tensor:
     """Logits [b, s, vocab_size] of a checkpoint, computed in `dtype`.
 
-    In a process group every rank calls this with the layout of all ranks and gets all logits. rope_scaling False leaves
-    the card's scaling out. `observe` sees the output of every layer on this rank.
+    In a process group every rank calls this with the layout of all ranks and gets all logits.
+    rope_scaling False leaves the card's scaling out. `observe` sees the output of every layer on
+    this rank.
 
     Raises:
         UserError: no card, no complete checkpoint, or one that does not fit the card.
@@ -111,7 +130,9 @@ def megatron_logits(
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(rounded_to))
         if observe:
-            _watch(model.decoder.layers, lambda layer, output: observe(layer, output.transpose(0, 1)))
+            _watch(
+                model.decoder.layers, lambda layer, output: observe(layer, output.transpose(0, 1))
+            )
         return forward(model, input_ids)[..., : card.vocab_size]
 
 

@@ -1,9 +1,11 @@
-"""The mapping table: a family is data (which Hugging Face tensors lie where in which Megatron tensor), never code.
+"""The mapping table: a family is data (which Hugging Face tensors lie where in which Megatron
+tensor), never code.
 
-A Megatron `torch_dist` checkpoint stacks layers: `decoder.layers.mlp.linear_fc2.weight` is [num_layers, hidden, ffn].
-One `Row` of a table is one such key with the Hugging Face tensors of ONE layer, whose placeholders ({layer}, {expert})
-become the leading dimensions in the order of their appearance. Below them every kind of row is a permutation of rows
-(dimension 0), so a layout is a list of `Segment`s that import and export read in opposite directions.
+A Megatron `torch_dist` checkpoint stacks layers: `decoder.layers.mlp.linear_fc2.weight` is
+[num_layers, hidden, ffn]. One `Row` of a table is one such key with the Hugging Face tensors of ONE
+layer, whose placeholders ({layer}, {expert}) become the leading dimensions in the order of their
+appearance. Below them every kind of row is a permutation of rows (dimension 0), so a layout is a
+list of `Segment`s that import and export read in opposite directions.
 """
 
 import itertools
@@ -19,12 +21,16 @@ Kind = Literal["plain", "vocab", "qkv", "gate_up"]
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-LEADING = {"layer": "num_layers", "expert": "num_experts"}  # placeholder -> the Megatron argument that counts it
+LEADING = {
+    "layer": "num_layers",
+    "expert": "num_experts",
+}  # placeholder -> the Megatron argument that counts it
 
 
 @dataclass(frozen=True)
 class Source:
-    """One Hugging Face tensor of a row: its name, with placeholders, and its dimensions by name (see `sizes`)."""
+    """One Hugging Face tensor of a row: its name, with placeholders, and its dimensions by name
+    (see `sizes`)."""
 
     name: str
     dims: tuple[str, ...]
@@ -34,9 +40,9 @@ class Source:
 class Row:
     """One Megatron key and the Hugging Face tensors that fill it.
 
-    kind: plain (one tensor as it is), vocab (one tensor, rows padded with zeros), qkv (query, key, value: per KV group
-    its query heads, its key head, its value head), gate_up (gate above up). when: the Megatron argument that must be
-    true for the key to exist; None means always.
+    kind: plain (one tensor as it is), vocab (one tensor, rows padded with zeros), qkv (query, key,
+    value: per KV group its query heads, its key head, its value head), gate_up (gate above up).
+    when: the Megatron argument that must be true for the key to exist; None means always.
     """
 
     megatron: str
@@ -45,7 +51,8 @@ class Row:
     when: str | None = None
 
     def indices(self, arguments: Mapping[str, Any]) -> Iterator[Index]:
-        """Every value of the leading dimensions, in order; one empty index for a key that is not stacked."""
+        """Every value of the leading dimensions, in order; one empty index for a key that is not
+        stacked."""
         return itertools.product(*(range(count) for count in self.leading(arguments)))
 
     def leading(self, arguments: Mapping[str, Any]) -> Shape:
@@ -67,8 +74,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` consecutive rows of Hugging Face tensor number `source` (None: zeros), from row `start`, which lie at
-    the Megatron tensor's rows from `target`."""
+    """`length` consecutive rows of Hugging Face tensor number `source` (None: zeros), from row
+    `start`, which lie at the Megatron tensor's rows from `target`."""
 
     source: int | None
     start: int
@@ -80,10 +87,10 @@ class Segment:
 class Family:
     """Everything that the converter knows about one family of models.
 
-    architectures: the names of `config.architectures` that it serves. models: which those are, for the docs. arguments:
-    Hugging Face config -> Megatron arguments by argparse destination; raises UserError for what Megatron cannot
-    express. rows: the table. extra_states: Megatron modules whose `_extra_state` object a model asks for, each with its
-    leading placeholders.
+    architectures: the names of `config.architectures` that it serves. models: which those are, for
+    the docs. arguments: Hugging Face config -> Megatron arguments by argparse destination; raises
+    UserError for what Megatron cannot express. rows: the table. extra_states: Megatron modules
+    whose `_extra_state` object a model asks for, each with its leading placeholders.
     """
 
     name: str
@@ -99,9 +106,12 @@ class Family:
 
 
 def sizes(arguments: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
-    """Dimension name -> size: every integer Megatron argument by its own name, and the derived ones."""
+    """Dimension name -> size: every integer Megatron argument by its own name, and the derived
+    ones."""
     named = {name: value for name, value in arguments.items() if type(value) is int}
-    heads, groups, channels = (arguments[n] for n in ("num_attention_heads", "num_query_groups", "kv_channels"))
+    heads, groups, channels = (
+        arguments[n] for n in ("num_attention_heads", "num_query_groups", "kv_channels")
+    )
     return named | {
         "vocab_size": vocab_size,
         "query_size": heads * channels,
@@ -114,8 +124,11 @@ def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
     return math.ceil(vocab_size / divisible_by) * divisible_by
 
 
-def segments(row: Row, shapes: tuple[Shape, ...], arguments: Mapping[str, Any], padded_vocab: int) -> list[Segment]:
-    """Where the rows of the Hugging Face tensors lie in one layer of the Megatron tensor, in Megatron's row order."""
+def segments(
+    row: Row, shapes: tuple[Shape, ...], arguments: Mapping[str, Any], padded_vocab: int
+) -> list[Segment]:
+    """Where the rows of the Hugging Face tensors lie in one layer of the Megatron tensor, in
+    Megatron's row order."""
     counts = [shape[0] for shape in shapes]
     if row.kind == "plain":
         blocks: list[tuple[int | None, int, int]] = [(0, 0, counts[0])]
@@ -126,7 +139,11 @@ def segments(row: Row, shapes: tuple[Shape, ...], arguments: Mapping[str, Any], 
     else:
         groups = arguments["num_query_groups"]
         per_group = [count // groups for count in counts]  # rows of one group's queries, key, value
-        blocks = [(part, group * per_group[part], per_group[part]) for group in range(groups) for part in range(3)]
+        blocks = [
+            (part, group * per_group[part], per_group[part])
+            for group in range(groups)
+            for part in range(3)
+        ]
     result, target = [], 0
     for source, start, length in blocks:
         if length:
@@ -135,22 +152,28 @@ def segments(row: Row, shapes: tuple[Shape, ...], arguments: Mapping[str, Any], 
     return result
 
 
-def megatron_shape(row: Row, arguments: Mapping[str, Any], vocab_size: int, padded_vocab: int) -> Shape:
+def megatron_shape(
+    row: Row, arguments: Mapping[str, Any], vocab_size: int, padded_vocab: int
+) -> Shape:
     """The global shape of a row's Megatron tensor, e.g. [num_layers, rows, columns]."""
     shapes = row.shapes(sizes(arguments, vocab_size))
     last = segments(row, shapes, arguments, padded_vocab)[-1]
     return (*row.leading(arguments), last.target + last.length, *shapes[0][1:])
 
 
-def model_shapes(family: Family, arguments: Mapping[str, Any], vocab_size: int, padded_vocab: int) -> dict[str, Shape]:
+def model_shapes(
+    family: Family, arguments: Mapping[str, Any], vocab_size: int, padded_vocab: int
+) -> dict[str, Shape]:
     """Megatron key -> global shape of every weight of the model."""
     return {
-        row.megatron: megatron_shape(row, arguments, vocab_size, padded_vocab) for row in family.active_rows(arguments)
+        row.megatron: megatron_shape(row, arguments, vocab_size, padded_vocab)
+        for row in family.active_rows(arguments)
     }
 
 
 def extra_state_keys(family: Family, arguments: Mapping[str, Any]) -> list[str]:
-    """The keys of the `_extra_state` objects, named as Megatron does: `<module>._extra_state/shard_<at>_<of>`."""
+    """The keys of the `_extra_state` objects, named as Megatron does:
+    `<module>._extra_state/shard_<at>_<of>`."""
     keys = []
     for module, placeholders in family.extra_states:
         counts = [arguments[LEADING[name]] for name in placeholders] or [1]
@@ -164,15 +187,25 @@ def check_table(family: Family) -> None:
     """Refuse a table that contradicts itself.
 
     Raises:
-        UserError: a key twice, a wrong number of tensors for a kind, or tensors of a row with different placeholders.
+        UserError: a key twice, a wrong number of tensors for a kind, or tensors of a row with
+            different placeholders.
     """
     wanted = {"plain": 1, "vocab": 1, "qkv": 3, "gate_up": 2}
     seen: set[str] = set()
     for row in family.rows:
         placeholders = {
-            tuple(field for _, field, _, _ in string.Formatter().parse(source.name) if field) for source in row.sources
+            tuple(field for _, field, _, _ in string.Formatter().parse(source.name) if field)
+            for source in row.sources
         }
         unknown = {name for names in placeholders for name in names} - set(LEADING)
-        if row.megatron in seen or len(row.sources) != wanted[row.kind] or len(placeholders) != 1 or unknown:
-            raise UserError(f"family {family.name}: the table's row {row.megatron} is wrong ({row.kind}): correct it")
+        if (
+            row.megatron in seen
+            or len(row.sources) != wanted[row.kind]
+            or len(placeholders) != 1
+            or unknown
+        ):
+            raise UserError(
+                f"family {family.name}: the table's row {row.megatron} is wrong ({row.kind}):"
+                " correct it"
+            )
         seen.add(row.megatron)

@@ -1,8 +1,10 @@
-"""Megatron's own GPTModel of a model card on CPU, in any layout: built, loaded by Megatron's own loader, run forward.
+"""Megatron's own GPTModel of a model card on CPU, in any layout: built, loaded by Megatron's own
+loader, run forward.
 
-Local layer spec, alone in this process or in every rank of a gloo group. Three names of Megatron and torch are
-replaced while it runs: RotaryEmbedding asks for the current CUDA device, attention forks a CUDA random state for a
-dropout of 0, and embeddings that two pipeline stages share are sent to CUDA first.
+Local layer spec, alone in this process or in every rank of a gloo group. Three names of Megatron
+and torch are replaced while it runs: RotaryEmbedding asks for the current CUDA device, attention
+forks a CUDA random state for a dropout of 0, and embeddings that two pipeline stages share are sent
+to CUDA first.
 """
 
 import contextlib
@@ -26,7 +28,8 @@ from megatron_tsft.upstream import moe_norm_key
 FIELDS = {
     name: name
     for name in (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels layernorm_epsilon"
+        "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels"
+        " layernorm_epsilon"
         " normalization add_bias_linear add_qkv_bias qk_layernorm rotary_interleaved"
     ).split()
 }
@@ -53,7 +56,8 @@ GIVEN_DIRECTLY = {  # to GPTModel, or implied by what build_model builds
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share the tensors, the layers and the experts; the default process group has all of them."""
+    """How many ranks share the tensors, the layers and the experts; the default process group has
+    all of them."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -64,9 +68,14 @@ ONE_RANK = Layout()
 
 
 def build_model(
-    card: ModelCard, layout: Layout = ONE_RANK, *, rope_scaling: bool = True, dtype: torch.dtype = torch.float32
+    card: ModelCard,
+    layout: Layout = ONE_RANK,
+    *,
+    rope_scaling: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """This rank's part of the model: no dropout, weights not initialised; rope_scaling False leaves it out.
+    """This rank's part of the model: no dropout, weights not initialised; rope_scaling False leaves
+    it out.
 
     Raises:
         UserError: the card has an argument, or a value, that is not built here.
@@ -83,14 +92,18 @@ def build_model(
         known = name in FIELDS or name in EXPERT_FIELDS or name in GIVEN_DIRECTLY
         if not known or GIVEN_DIRECTLY.get(name) not in (None, value):
             raise UserError(
-                f"logits of family {card.family!r} cannot be compared: {name}={value!r} is not built for that (FIELDS"
+                f"logits of family {card.family!r} cannot be compared: {name}={value!r} is not"
+                " built for that (FIELDS"
                 " in checkpoint/megatron_model.py): pass --weights-only"
             )
     fields: dict[str, Any] = {field: arguments[name] for name, field in FIELDS.items()}
     experts = arguments.get("num_experts")
     if experts:
         fields |= {field: arguments[name] for name, field in EXPERT_FIELDS.items()}
-        fields |= {"moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "none"}
+        fields |= {
+            "moe_token_dispatcher_type": "allgather",
+            "moe_router_load_balancing_type": "none",
+        }
     config = TransformerConfig(
         **fields,
         gated_linear_unit=True,
@@ -118,7 +131,9 @@ def build_model(
     model = GPTModel(
         config=config,
         transformer_layer_spec=spec,
-        vocab_size=padded_vocab_size(card.vocab_size, card.make_vocab_size_divisible_by * layout.tensor),
+        vocab_size=padded_vocab_size(
+            card.vocab_size, card.make_vocab_size_divisible_by * layout.tensor
+        ),
         max_sequence_length=arguments["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -134,7 +149,8 @@ def build_model(
 
 
 def load_weights(model: Any, checkpoint: Path) -> None:
-    """Fill a built model from one torch_dist checkpoint by Megatron's own `dist_checkpointing.load`."""
+    """Fill a built model from one torch_dist checkpoint by Megatron's own
+    `dist_checkpointing.load`."""
     from megatron.core import dist_checkpointing, parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -144,16 +160,20 @@ def load_weights(model: Any, checkpoint: Path) -> None:
 
 
 def forward(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits [b, s, padded vocabulary] of input_ids [b, s] int64, on every rank: hidden states go down the pipeline,
-    the logits come back from its last stage."""
+    """Logits [b, s, padded vocabulary] of input_ids [b, s] int64, on every rank: hidden states go
+    down the pipeline, the logits come back from its last stage."""
     from megatron.core import parallel_state
 
     batch, length = input_ids.shape
-    mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[None, None]  # True: not attended
+    mask = torch.triu(torch.ones(length, length, dtype=torch.bool), 1)[
+        None, None
+    ]  # True: not attended
     positions = torch.arange(length).expand_as(input_ids)
     first, last = parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
     if not first:
-        hidden = torch.empty(length, batch, model.config.hidden_size, dtype=model.config.params_dtype)
+        hidden = torch.empty(
+            length, batch, model.config.hidden_size, dtype=model.config.params_dtype
+        )
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(hidden)
     output = model(input_ids, positions, mask)
@@ -161,7 +181,11 @@ def forward(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
         dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
     if first and last:
         return output
-    logits = output if last else torch.empty(batch, length, model.vocab_size, dtype=model.config.params_dtype)
+    logits = (
+        output
+        if last
+        else torch.empty(batch, length, model.vocab_size, dtype=model.config.params_dtype)
+    )
     group: Any = parallel_state.get_pipeline_model_parallel_group()
     dist.broadcast(logits, parallel_state.get_pipeline_model_parallel_last_rank(), group)
     return logits
@@ -186,7 +210,8 @@ def cpu_ranks(layout: Layout = ONE_RANK) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings: Megatron's are about CUDA devices and fused kernels, which are missing here on purpose."""
+    """No warnings: Megatron's are about CUDA devices and fused kernels, which are missing here on
+    purpose."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -204,7 +229,11 @@ def _groups(layout: Layout) -> Iterator[None]:
     alone = not dist.is_initialized()
     if alone:
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    device, tracker, cuda = torch.cuda.current_device, tensor_parallel.get_cuda_rng_tracker, torch.Tensor.cuda
+    device, tracker, cuda = (
+        torch.cuda.current_device,
+        tensor_parallel.get_cuda_rng_tracker,
+        torch.Tensor.cuda,
+    )
     torch.cuda.current_device = lambda: "cpu"  # pyright: ignore[reportAttributeAccessIssue]
     tensor_parallel.get_cuda_rng_tracker = _NoRandomState  # pyright: ignore[reportAttributeAccessIssue]
     torch.Tensor.cuda = lambda self, *_, **__: self  # pyright: ignore[reportAttributeAccessIssue]
@@ -214,7 +243,11 @@ def _groups(layout: Layout) -> Iterator[None]:
         )
         yield
     finally:
-        torch.cuda.current_device, tensor_parallel.get_cuda_rng_tracker, torch.Tensor.cuda = device, tracker, cuda
+        torch.cuda.current_device, tensor_parallel.get_cuda_rng_tracker, torch.Tensor.cuda = (
+            device,
+            tracker,
+            cuda,
+        )
         parallel_state.destroy_model_parallel()
         for name, value in list(vars(parallel_state).items()):
             if isinstance(value, dist.ProcessGroup):  # it forgets some, whose threads would live on

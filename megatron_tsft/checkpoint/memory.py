@@ -1,4 +1,5 @@
-"""A few large buffers, used in turn: fresh memory for each box costs more than the copy, and malloc keeps it."""
+"""A few large buffers, used in turn: fresh memory for each box costs more than the copy, and malloc
+keeps it."""
 
 import itertools
 import math

@@ -1,8 +1,15 @@
-"""The rows that decoders share: a family's table is put together from these and from what is its own."""
+"""The rows that decoders share: a family's table is put together from these and from what is its
+own."""
 
 from megatron_tsft.checkpoint.mapping import Row, Source
 
-HIDDEN, FFN, QUERY, KEY_VALUE, VOCAB = "hidden_size", "ffn_hidden_size", "query_size", "key_value_size", "vocab_size"
+HIDDEN, FFN, QUERY, KEY_VALUE, VOCAB = (
+    "hidden_size",
+    "ffn_hidden_size",
+    "query_size",
+    "key_value_size",
+    "vocab_size",
+)
 HEAD_SIZE, EXPERT_FFN, EXPERTS = "kv_channels", "moe_ffn_hidden_size", "num_experts"
 LAYER = "model.layers.{layer}."
 ATTENTION = "decoder.layers.self_attention."
@@ -17,11 +24,17 @@ def plain(megatron: str, name: str, *dims: str) -> Row:
 def _qkv(suffix: str, *columns: str, when: str | None = None) -> Row:
     """Query, key and value (weights or biases), which Megatron keeps in one tensor."""
     dims = {"q": QUERY, "k": KEY_VALUE, "v": KEY_VALUE}
-    sources = tuple(Source(f"{LAYER}self_attn.{x}_proj.{suffix}", (dims[x], *columns)) for x in "qkv")
+    sources = tuple(
+        Source(f"{LAYER}self_attn.{x}_proj.{suffix}", (dims[x], *columns)) for x in "qkv"
+    )
     return Row(f"{ATTENTION}linear_qkv.{suffix}", "qkv", sources, when=when)
 
 
-EMBEDDING = Row("embedding.word_embeddings.weight", "vocab", (Source("model.embed_tokens.weight", (VOCAB, HIDDEN)),))
+EMBEDDING = Row(
+    "embedding.word_embeddings.weight",
+    "vocab",
+    (Source("model.embed_tokens.weight", (VOCAB, HIDDEN)),),
+)
 HEAD = (
     plain("decoder.final_layernorm.weight", "model.norm.weight", HIDDEN),
     Row(
@@ -38,7 +51,8 @@ SELF_ATTENTION = (
 )
 QKV_BIAS = (_qkv("bias"),)
 QK_NORMS = tuple(
-    plain(f"{ATTENTION}{x}_layernorm.weight", f"{LAYER}self_attn.{x}_norm.weight", HEAD_SIZE) for x in ("q", "k")
+    plain(f"{ATTENTION}{x}_layernorm.weight", f"{LAYER}self_attn.{x}_norm.weight", HEAD_SIZE)
+    for x in ("q", "k")
 )
 DENSE_MLP = (
     plain(f"{MLP}linear_fc1.layer_norm_weight", f"{LAYER}post_attention_layernorm.weight", HIDDEN),
@@ -52,11 +66,16 @@ DENSE_MLP = (
 
 
 def expert_mlp(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
-    """A router and experts in every layer; `block` is the module that holds both, the others are an expert's names."""
+    """A router and experts in every layer; `block` is the module that holds both, the others are an
+    expert's names."""
     router, expert = f"{LAYER}{block}.gate.weight", f"{LAYER}{block}.experts.{{expert}}."
     experts = f"{MLP}experts.experts."
     return (
-        plain("decoder.layers.pre_mlp_layernorm.weight", f"{LAYER}post_attention_layernorm.weight", HIDDEN),
+        plain(
+            "decoder.layers.pre_mlp_layernorm.weight",
+            f"{LAYER}post_attention_layernorm.weight",
+            HIDDEN,
+        ),
         plain(f"{MLP}router.weight", router, EXPERTS, HIDDEN),
         Row(
             f"{experts}linear_fc1.weight",
@@ -72,8 +91,11 @@ def decoder(*layer: tuple[Row, ...]) -> tuple[Row, ...]:
     return (EMBEDDING, *(row for rows in layer for row in rows), *HEAD)
 
 
-# modules whose `_extra_state` object a model asks for (local and Transformer Engine specs), with their placeholders
-ATTENTION_STATES = tuple((f"{ATTENTION}{name}", ("layer",)) for name in ("linear_qkv", "linear_proj"))
+# modules whose `_extra_state` object a model asks for (local and Transformer Engine specs), with
+# their placeholders
+ATTENTION_STATES = tuple(
+    (f"{ATTENTION}{name}", ("layer",)) for name in ("linear_qkv", "linear_proj")
+)
 FINAL_STATES = (("decoder.final_layernorm", ()),)
 DENSE_STATES = (
     *ATTENTION_STATES,
@@ -83,7 +105,10 @@ DENSE_STATES = (
 EXPERT_STATES = (
     *ATTENTION_STATES,
     ("decoder.layers.pre_mlp_layernorm", ("layer",)),
-    *((f"{MLP}experts.experts.{name}", ("layer", "expert")) for name in ("linear_fc1", "linear_fc2")),
+    *(
+        (f"{MLP}experts.experts.{name}", ("layer", "expert"))
+        for name in ("linear_fc1", "linear_fc2")
+    ),
     *FINAL_STATES,
 )
 QK_NORM_STATES = tuple((f"{ATTENTION}{x}_layernorm", ("layer",)) for x in ("q", "k"))

@@ -1,4 +1,5 @@
-"""What makes two tokenizers the same: one fingerprint, shared by prepared data, model cards and teacher caches."""
+"""What makes two tokenizers the same: one fingerprint, shared by prepared data, model cards and
+teacher caches."""
 
 import hashlib
 import json
@@ -24,15 +25,20 @@ def load_tokenizer(directory: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     if not Path(directory).is_dir():
-        raise UserError(f"tokenizer folder {directory} does not exist: pass a local Hugging Face folder")
+        raise UserError(
+            f"tokenizer folder {directory} does not exist: pass a local Hugging Face folder"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise UserError(f"no tokenizer could be loaded from {directory}: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"no tokenizer could be loaded from {directory}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """16 hex digits over what decides ids: every (token, id), the merges where known, the special ids.
+    """16 hex digits over what decides ids: every (token, id), the merges where known, the special
+    ids.
 
     The chat template is left out on purpose: it decides text, not ids, and users edit it.
     """

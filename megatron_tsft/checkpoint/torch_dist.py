@@ -1,8 +1,10 @@
-"""Writing Megatron's `torch_dist` format in a stream, box by box from a plan; torch_dist_reader.py reads it.
+"""Writing Megatron's `torch_dist` format in a stream, box by box from a plan; torch_dist_reader.py
+reads it.
 
-torch's checkpoint writer asks its planner for the data of one item at a time, just before it writes it
-(torch/distributed/checkpoint/filesystem.py, `_SerialCpuLoader`), so a planner that makes a box only then needs no
-model in memory. Only public names of torch.distributed.checkpoint are used; Megatron is not imported.
+torch's checkpoint writer asks its planner for the data of one item at a time, just before it writes
+it (torch/distributed/checkpoint/filesystem.py, `_SerialCpuLoader`), so a planner that makes a box
+only then needs no model in memory. Only public names of torch.distributed.checkpoint are used;
+Megatron is not imported.
 """
 
 import contextlib
@@ -17,7 +19,10 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -33,13 +38,19 @@ from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.mapping import Shape
 from megatron_tsft.checkpoint.memory import Ring
 
-COMMON_STATE_KEY = "common_state/shard_0_1"  # where Megatron 0.19 keeps what older versions wrote to common.pt
-BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}  # Megatron's metadata.json
+COMMON_STATE_KEY = (
+    "common_state/shard_0_1"  # where Megatron 0.19 keeps what older versions wrote to common.pt
+)
+BACKEND = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+}  # Megatron's metadata.json
 
 
 @dataclass(frozen=True)
 class Box:
-    """A part of one global tensor and how to make it: `fill` writes every number of a CPU tensor of shape `sizes`."""
+    """A part of one global tensor and how to make it: `fill` writes every number of a CPU tensor of
+    shape `sizes`."""
 
     key: str
     global_shape: Shape
@@ -50,7 +61,8 @@ class Box:
 
 
 def common_state(card: ModelCard) -> dict[str, Any]:
-    """What Megatron's own load path reads next to the weights; as a release checkpoint it starts at iteration 0."""
+    """What Megatron's own load path reads next to the weights; as a release checkpoint it starts at
+    iteration 0."""
     parallel = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
     arguments = card.megatron_arguments | parallel
     arguments |= {
@@ -76,7 +88,8 @@ def common_state(card: ModelCard) -> dict[str, Any]:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """A save plan made of boxes and small objects; boxes are filled in a ring of buffers, one ahead of the writing."""
+    """A save plan made of boxes and small objects; boxes are filled in a ring of buffers, one ahead
+    of the writing."""
 
     def __init__(self, boxes: list[Box], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -102,19 +115,24 @@ class _StreamingPlanner(DefaultSavePlanner):
             )
             for box in self._boxes
         ]
-        items += [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._objects]
+        items += [
+            WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in self._objects
+        ]
         self.plan = SavePlan(items)
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Without torch's test for overlaps, which compares each pair of a thousand experts' boxes."""
+        """Without torch's test for overlaps, which compares each pair of a thousand experts'
+        boxes."""
         self.global_plan, self.metadata = create_default_global_save_plan(all_plans)
         return self.global_plan, self.metadata
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
             data = io.BytesIO()
-            torch.save([self._objects[write_item.index.fqn]], data)  # Megatron stores a list of one object
+            torch.save(
+                [self._objects[write_item.index.fqn]], data
+            )  # Megatron stores a list of one object
             return data
         box, tensor = next(self._made)
         place = (write_item.index.fqn, tuple(write_item.index.offset or ()))
@@ -127,23 +145,32 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 def write_checkpoint(directory: Path, boxes: list[Box], objects: Mapping[str, Any]) -> None:
-    """Write one torch_dist checkpoint folder as `megatron.core.dist_checkpointing.save` lays it out.
+    """Write one torch_dist checkpoint folder as `megatron.core.dist_checkpointing.save` lays it
+    out.
 
-    boxes: cover every tensor exactly once; filled in this order, one ahead of the writing. objects: unique key ->
-    picklable object.
+    boxes: cover every tensor exactly once; filled in this order, one ahead of the writing. objects:
+    unique key -> picklable object.
 
     Raises:
         OSError: the disk is full, or whatever else the disk or a box's `fill` raises.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # no copy-ahead: on a machine with a GPU torch would otherwise load boxes ahead through CUDA streams
-    writer = FileSystemWriter(str(directory), single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0)
-    with warnings.catch_warnings(), contextlib.closing(_StreamingPlanner(boxes, objects)) as planner:
+    # no copy-ahead: on a machine with a GPU torch would otherwise load boxes ahead through CUDA
+    # streams
+    writer = FileSystemWriter(
+        str(directory), single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
+    )
+    with (
+        warnings.catch_warnings(),
+        contextlib.closing(_StreamingPlanner(boxes, objects)) as planner,
+    ):
         warnings.simplefilter("ignore")  # "torch.distributed is uninitialized": intended
         try:
             with _without_checksums():
                 save({}, storage_writer=writer, planner=planner, no_dist=True)
-        except CheckpointException as error:  # the tracebacks of all ranks in one text, and no Exception
+        except (
+            CheckpointException
+        ) as error:  # the tracebacks of all ranks in one text, and no Exception
             cause, _ = next(iter(error.failures.values()))
             raise _origin(cause) from None
     (directory / "metadata.json").write_text(json.dumps(BACKEND))
@@ -161,7 +188,8 @@ def _without_checksums() -> Iterator[None]:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The OSError or Ctrl-C behind an exception, if there is one, where torch.save says "unexpected pos"."""
+    """The OSError or Ctrl-C behind an exception, if there is one, where torch.save says "unexpected
+    pos"."""
     link: BaseException | None = error
     while link is not None and not isinstance(link, OSError | KeyboardInterrupt):
         link = link.__cause__ or link.__context__

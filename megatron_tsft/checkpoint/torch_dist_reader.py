@@ -1,4 +1,5 @@
-"""Reading Megatron's `torch_dist` format box by box, from any sharding, out of memory-mapped files."""
+"""Reading Megatron's `torch_dist` format box by box, from any sharding, out of memory-mapped
+files."""
 
 import io
 import itertools
@@ -34,7 +35,9 @@ class _Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        self._at = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        )
         return self._at
 
     def tell(self) -> int:
@@ -49,7 +52,8 @@ class _Window(io.RawIOBase):
 
 
 class CheckpointReader:
-    """Reads parts of a checkpoint that was saved with any tensor, pipeline or data parallel layout, in one process.
+    """Reads parts of a checkpoint that was saved with any tensor, pipeline or data parallel layout,
+    in one process.
 
     The files are memory-mapped: reading makes no anonymous memory beyond the box that is returned.
     """
@@ -61,7 +65,9 @@ class CheckpointReader:
         self._places: dict[str, tuple[int, dict[Shape, list[ChunkStorageMetadata]]]] = {}
         self._files: dict[str, mmap.mmap] = {}
         self._mapped: dict[MetadataIndex, torch.Tensor] = {}
-        self._read: dict[MetadataIndex, torch.Tensor] = {}  # where torch does not say where in a file a tensor lies
+        self._read: dict[
+            MetadataIndex, torch.Tensor
+        ] = {}  # where torch does not say where in a file a tensor lies
 
     def tensor(self, key: str) -> TensorStorageMetadata:
         """Size, dtype and chunks of one tensor."""
@@ -69,39 +75,55 @@ class CheckpointReader:
         assert isinstance(value, TensorStorageMetadata), key
         return value
 
-    def read(self, key: str, offsets: Shape, sizes: Shape, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The box [offsets, offsets + sizes) of a global tensor, into `out` where given, in the dtype that is stored.
+    def read(
+        self, key: str, offsets: Shape, sizes: Shape, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The box [offsets, offsets + sizes) of a global tensor, into `out` where given, in the
+        dtype that is stored.
 
-        Reads only the chunks that the box touches. Raises UserError where the checkpoint lacks a part of it.
+        Reads only the chunks that the box touches. Raises UserError where the checkpoint lacks a
+        part of it.
         """
         leading, places = self._index(key)
         target = torch.empty(sizes, dtype=self.tensor(key).properties.dtype) if out is None else out
         covered = 0
-        for index in itertools.product(*(range(o, o + n) for o, n in zip(offsets[:leading], sizes, strict=False))):
+        for index in itertools.product(
+            *(range(o, o + n) for o, n in zip(offsets[:leading], sizes, strict=False))
+        ):
             for chunk in places.get(index, []):
                 low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
                 high = [
-                    min(a + n, b + m) for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
+                    min(a + n, b + m)
+                    for a, n, b, m in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
                 ]
                 if all(a < b for a, b in zip(low, high, strict=True)):
-                    there = [(a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True)]
+                    there = [
+                        (a - o, b - o) for a, b, o in zip(low, high, chunk.offsets, strict=True)
+                    ]
                     here = [(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True)]
-                    whole = self._chunk(MetadataIndex(key, chunk.offsets), tuple(chunk.sizes), target.itemsize)
+                    whole = self._chunk(
+                        MetadataIndex(key, chunk.offsets), tuple(chunk.sizes), target.itemsize
+                    )
                     _bytes_of(target, here).copy_(_narrow(whole, there, target.itemsize))
                     covered += math.prod(b - a for a, b in here)
         if covered != target.numel():
             raise UserError(
-                f"{self._checkpoint}: {key} has {covered} of the {target.numel()} numbers from {list(offsets)} to"
-                f" {[o + n for o, n in zip(offsets, sizes, strict=True)]}: the checkpoint is damaged, use another one"
+                f"{self._checkpoint}: {key} has {covered} of the {target.numel()} numbers from"
+                f" {list(offsets)} to"
+                f" {[o + n for o, n in zip(offsets, sizes, strict=True)]}: the checkpoint is"
+                " damaged, use another one"
             )
         return target
 
     def _index(self, key: str) -> tuple[int, dict[Shape, list[ChunkStorageMetadata]]]:
-        """The number of leading dimensions in which every chunk is one wide (layers, experts), and the chunks by their
-        index there: a model of many experts has thousands of chunks in one key."""
+        """The number of leading dimensions in which every chunk is one wide (layers, experts), and
+        the chunks by their index there: a model of many experts has thousands of chunks in one
+        key."""
         if key not in self._places:
             chunks, leading = self.tensor(key).chunks, 0
-            while leading < len(self.tensor(key).size) - 1 and all(chunk.sizes[leading] == 1 for chunk in chunks):
+            while leading < len(self.tensor(key).size) - 1 and all(
+                chunk.sizes[leading] == 1 for chunk in chunks
+            ):
                 leading += 1
             by_index: dict[Shape, list[ChunkStorageMetadata]] = {}
             for chunk in chunks:
@@ -110,7 +132,8 @@ class CheckpointReader:
         return self._places[key]
 
     def _chunk(self, index: MetadataIndex, shape: Shape, itemsize: int) -> torch.Tensor:
-        """The bytes of one chunk, uint8 [..., columns * itemsize]: their place in the file need not be aligned."""
+        """The bytes of one chunk, uint8 [..., columns * itemsize]: their place in the file need not
+        be aligned."""
         if index in self._read:
             return self._read[index]
         if index not in self._mapped:
@@ -118,18 +141,28 @@ class CheckpointReader:
             path = self._checkpoint / info.relative_path
             with path.open("rb", buffering=0) as file:
                 if info.relative_path not in self._files:
-                    self._files[info.relative_path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                    self._files[info.relative_path] = mmap.mmap(
+                        file.fileno(), 0, access=mmap.ACCESS_COPY
+                    )
                 window: Any = _Window(file, info.offset, info.length)
                 described = torch.load(window, map_location="meta", weights_only=True)
                 start = getattr(described.untyped_storage(), "_checkpoint_offset", None)
-                if start is None or not described.is_contiguous() or tuple(described.shape) != shape:
+                if (
+                    start is None
+                    or not described.is_contiguous()
+                    or tuple(described.shape) != shape
+                ):
                     window.seek(0)
                     whole = torch.load(window, map_location="cpu", weights_only=True)
-                    self._read = {index: _as_bytes(whole.contiguous().view(shape))}  # the last one alone
+                    self._read = {
+                        index: _as_bytes(whole.contiguous().view(shape))
+                    }  # the last one alone
                     return self._read[index]
             start += info.offset + described.storage_offset() * itemsize
             count = described.numel() * itemsize
-            flat = torch.frombuffer(self._files[info.relative_path], dtype=torch.uint8, count=count, offset=start)
+            flat = torch.frombuffer(
+                self._files[info.relative_path], dtype=torch.uint8, count=count, offset=start
+            )
             self._mapped[index] = flat.view(*shape[:-1], -1)
         return self._mapped[index]
 

@@ -1,4 +1,5 @@
-"""The steps of a conversion: one row of the table at one layer, as boxes to write or as Hugging Face tensors read."""
+"""The steps of a conversion: one row of the table at one layer, as boxes to write or as Hugging
+Face tensors read."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,15 +24,20 @@ from megatron_tsft.checkpoint.memory import Ring
 from megatron_tsft.checkpoint.torch_dist import Box
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 
-BOX_BYTES = 32 * 2**20  # tensors are written in boxes of about this size: a bound on memory, not part of the format
-ReadRows = Callable[[str, int, int], torch.Tensor]  # (tensor name, first row, end row) -> those rows
+BOX_BYTES = (
+    32 * 2**20
+)  # tensors are written in boxes of about this size: a bound on memory, not part of the format
+ReadRows = Callable[
+    [str, int, int], torch.Tensor
+]  # (tensor name, first row, end row) -> those rows
 
 
 @dataclass(frozen=True)
 class Unit:
     """One row of the table at one index of its leading dimensions.
 
-    names, shapes: of its Hugging Face tensors. segments: where their rows lie in the Megatron tensor at this index.
+    names, shapes: of its Hugging Face tensors. segments: where their rows lie in the Megatron
+        tensor at this index.
     global_shape: of the whole Megatron tensor.
     """
 
@@ -61,28 +67,38 @@ def units(card: ModelCard) -> list[Unit]:
         shapes = row.shapes(sizes(arguments, card.vocab_size))
         places = segments(row, shapes, arguments, card.padded_vocab_size)
         whole = megatron_shape(row, arguments, card.vocab_size, card.padded_vocab_size)
-        own = [Unit(row, index, row.names(index), shapes, places, whole) for index in row.indices(arguments)]
+        own = [
+            Unit(row, index, row.names(index), shapes, places, whole)
+            for index in row.indices(arguments)
+        ]
         (layers if own[0].index else after if layers else before).extend(own)
     return before + sorted(layers, key=lambda unit: unit.index[0]) + after
 
 
 def expected_keys(card: ModelCard) -> dict[str, Shape]:
-    """Megatron key -> global shape of every weight of the card's model (for `keys.compare_keys`)."""
-    return model_shapes(get_family(card.family), card.megatron_arguments, card.vocab_size, card.padded_vocab_size)
+    """Megatron key -> global shape of every weight of the card's model (for
+    `keys.compare_keys`)."""
+    return model_shapes(
+        get_family(card.family), card.megatron_arguments, card.vocab_size, card.padded_vocab_size
+    )
 
 
 def extra_states(card: ModelCard) -> list[str]:
-    """The keys of the `_extra_state` objects that the card's model may ask for, with local or other layers."""
+    """The keys of the `_extra_state` objects that the card's model may ask for, with local or other
+    layers."""
     return extra_state_keys(get_family(card.family), card.megatron_arguments)
 
 
 def hf_shapes(steps: list[Unit]) -> dict[str, Shape]:
     """Name -> shape of every Hugging Face tensor, in the order of the units."""
-    return {name: shape for unit in steps for name, shape in zip(unit.names, unit.shapes, strict=True)}
+    return {
+        name: shape for unit in steps for name, shape in zip(unit.names, unit.shapes, strict=True)
+    }
 
 
 def boxes_of(unit: Unit, dtype: torch.dtype, read: ReadRows) -> Iterator[Box]:
-    """The unit's part of the Megatron tensor, in boxes of at most BOX_BYTES (at least one row each)."""
+    """The unit's part of the Megatron tensor, in boxes of at most BOX_BYTES (at least one row
+    each)."""
     per_box = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * dtype.itemsize))
     for start in range(0, unit.rows, per_box):
         stop = min(start + per_box, unit.rows)
@@ -97,7 +113,8 @@ def boxes_of(unit: Unit, dtype: torch.dtype, read: ReadRows) -> Iterator[Box]:
 
 
 def _fill(unit: Unit, start: int, stop: int, read: ReadRows, box: torch.Tensor) -> None:
-    """Rows [start, stop) of the Megatron tensor at the unit's index, into a box with leading dimensions of 1."""
+    """Rows [start, stop) of the Megatron tensor at the unit's index, into a box with leading
+    dimensions of 1."""
     target = box.view(stop - start, *unit.columns)
     for segment in unit.segments:
         low, high = max(start, segment.target), min(stop, segment.target + segment.length)
@@ -107,12 +124,15 @@ def _fill(unit: Unit, start: int, stop: int, read: ReadRows, box: torch.Tensor) 
             target[low - start : high - start] = 0
         else:
             shift = segment.start - segment.target
-            target[low - start : high - start] = read(unit.names[segment.source], low + shift, high + shift)
+            target[low - start : high - start] = read(
+                unit.names[segment.source], low + shift, high + shift
+            )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive rows of one Hugging Face tensor, from row `start`; the third piece after it takes their memory."""
+    """Consecutive rows of one Hugging Face tensor, from row `start`; the third piece after it takes
+    their memory."""
 
     name: str
     start: int
@@ -122,7 +142,8 @@ class Piece:
 def pieces_of(
     steps: Iterable[Unit], reader: CheckpointReader, dtypes: Mapping[str, torch.dtype] | None = None
 ) -> Iterator[Piece]:
-    """The units' Hugging Face tensors in the order of their names, in pieces of at most BOX_BYTES (at least one row).
+    """The units' Hugging Face tensors in the order of their names, in pieces of at most BOX_BYTES
+    (at least one row).
 
     dtypes: by name; None leaves the rows in the checkpoint's dtype.
     """
@@ -133,13 +154,17 @@ def pieces_of(
         per_piece = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * widest))
         ones, zeros = tuple(1 for _ in unit.index), tuple(0 for _ in unit.columns)
         for source, name in enumerate(unit.names):
-            own = sorted((s for s in unit.segments if s.source == source), key=lambda segment: segment.start)
+            own = sorted(
+                (s for s in unit.segments if s.source == source), key=lambda segment: segment.start
+            )
             for segment in own:
                 for done in range(0, segment.length, per_piece):
                     count = min(per_piece, segment.length - done)
                     offsets = (*unit.index, segment.target + done, *zeros)
                     box = stored.take((*ones, count, *unit.columns), kind)
-                    rows = reader.read(unit.row.megatron, offsets, tuple(box.shape), box).view(count, *unit.columns)
+                    rows = reader.read(unit.row.megatron, offsets, tuple(box.shape), box).view(
+                        count, *unit.columns
+                    )
                     if dtypes and dtypes[name] != kind:
                         rows = cast.take(tuple(rows.shape), dtypes[name]).copy_(rows)
                     yield Piece(name, segment.start + done, rows)

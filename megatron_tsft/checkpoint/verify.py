@@ -1,4 +1,5 @@
-"""Is a Megatron folder the same model as a Hugging Face folder? Every tensor, logits on a text, and the tokenizer."""
+"""Is a Megatron folder the same model as a Hugging Face folder? Every tensor, logits on a text, and
+the tokenizer."""
 
 import math
 import operator
@@ -23,7 +24,9 @@ from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.units import Piece, expected_keys, hf_shapes, pieces_of, units
 from megatron_tsft.errors import UserError
 
-MAX_POSITIONS = 1024  # tokens of the text that are compared: attention on CPU needs heads * positions^2 numbers
+MAX_POSITIONS = (
+    1024  # tokens of the text that are compared: attention on CPU needs heads * positions^2 numbers
+)
 LOGIT_TOLERANCE = 1e-4  # fp32 on both sides, relative to max(1, largest |logit|)
 TEXT = """The planet turns once in 24 hours, so the sun seems to rise at 06:12 and to set at 17:58.
 How far is 3.5 miles? It is 3.5 * 1.609 = 5.63 kilometres; a runner needs about 28 minutes.
@@ -32,17 +35,18 @@ How far is 3.5 miles? It is 3.5 * 1.609 = 5.63 kilometres; a runner needs about 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
-Der Fluß ist 1.233 km lang. L'été dernier, nous avons marché jusqu'à la mer. 今日は天気がいいですね。
+Der Fluß ist 1.233 km lang.
+L'été dernier, nous avons marché jusqu'à la mer. 今日は天気がいいですね。
 Спасибо за помощь! 🙂
 """
 
 
 @dataclass(frozen=True)
 class Verification:
-    """tensors: how many were compared. different: those that differ. rounded: those that agree once the checkpoint's
-    numbers are rounded to the file's dtype. logits: None where they were not compared, and why_no_logits says why.
-    tokenizer: what is wrong with it ("" for nothing), None where neither folder has one. config: what config.json says
-    otherwise than the model card."""
+    """tensors: how many were compared. different: those that differ. rounded: those that agree once
+    the checkpoint's numbers are rounded to the file's dtype. logits: None where they were not
+    compared, and why_no_logits says why. tokenizer: what is wrong with it ("" for nothing), None
+    where neither folder has one. config: what config.json says otherwise than the model card."""
 
     tensors: int
     different: list[str]
@@ -54,14 +58,20 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Tensors, configs and tokenizers agree, and the logits, where compared, are within LOGIT_TOLERANCE."""
-        close = self.logits is None or self.logits.max_difference <= LOGIT_TOLERANCE * max(1.0, self.logits.max_logit)
+        """Tensors, configs and tokenizers agree, and the logits, where compared, are within
+        LOGIT_TOLERANCE."""
+        close = self.logits is None or self.logits.max_difference <= LOGIT_TOLERANCE * max(
+            1.0, self.logits.max_logit
+        )
         return close and not (self.different or self.tokenizer or self.config)
 
     @property
     def summary(self) -> str:
         """Everything in one line."""
-        parts = [f"{self.tensors - len(self.different) - len(self.rounded)} of {self.tensors} tensors are identical"]
+        parts = [
+            f"{self.tensors - len(self.different) - len(self.rounded)} of {self.tensors} tensors"
+            " are identical"
+        ]
         if self.rounded:
             parts[0] += f", {len(self.rounded)} after rounding to the file's dtype"
         if self.logits is None:
@@ -70,14 +80,20 @@ class Verification:
             it = self.logits
             worst = max(range(len(it.layers)), key=lambda layer: it.layers[layer])
             parts.append(
-                f"logits at {it.positions} positions differ by at most {it.max_difference:.1e} (largest"
-                f" {it.max_logit:.1f}), same argmax at {100 * it.argmax_agreement:.2f}%, worst layer {worst + 1} of"
+                f"logits at {it.positions} positions differ by at most {it.max_difference:.1e}"
+                " (largest"
+                f" {it.max_logit:.1f}), same argmax at {100 * it.argmax_agreement:.2f}%, worst"
+                f" layer {worst + 1} of"
                 f" {len(it.layers)}: {it.layers[worst]:.1e}"
                 + ("" if math.isfinite(it.max_difference) else " (some logits are not finite)")
             )
         if self.config:
             parts.append(f"config.json: {', '.join(self.config)}")
-        parts.append({None: "no tokenizer", "": "same tokenizer"}.get(self.tokenizer, f"tokenizer: {self.tokenizer}"))
+        parts.append(
+            {None: "no tokenizer", "": "same tokenizer"}.get(
+                self.tokenizer, f"tokenizer: {self.tokenizer}"
+            )
+        )
         return f"the models {'agree' if self.passed else 'DIFFER'}: {'; '.join(parts)}"
 
 
@@ -90,14 +106,16 @@ def verify(
     weights_only: bool = False,
     progress: bool = True,
 ) -> Verification:
-    """Compare a checkpoint of `megatron_dir` with `hf_dir`: tensors in a stream, then logits on a text.
+    """Compare a checkpoint of `megatron_dir` with `hf_dir`: tensors in a stream, then logits on a
+    text.
 
-    text_file: None takes a short text of ours (random tokens where the folder has no tokenizer). Logits need the model
-    in memory as fp32; where it does not fit, a given text is an error, ours is left out. iteration: None is the latest.
+    text_file: None takes a short text of ours (random tokens where the folder has no tokenizer).
+    Logits need the model in memory as fp32; where it does not fit, a given text is an error, ours
+    is left out. iteration: None is the latest.
 
     Raises:
-        UserError: one of the folders is incomplete, the checkpoint does not fit its card, or the memory does not
-            suffice for the given text.
+        UserError: one of the folders is incomplete, the checkpoint does not fit its card, or the
+            memory does not suffice for the given text.
     """
     hf_dir, megatron_dir = Path(hf_dir), Path(megatron_dir)
     card, checkpoint = ModelCard.load(megatron_dir), latest_checkpoint(megatron_dir, iteration)
@@ -105,7 +123,8 @@ def verify(
     found = load_config(hf_dir)
     if (found.architectures or [None])[0] != card.architecture:
         raise UserError(
-            f"{hf_dir} holds {found.architectures}, {megatron_dir} was made from {card.architecture}: name the two"
+            f"{hf_dir} holds {found.architectures}, {megatron_dir} was made from"
+            f" {card.architecture}: name the two"
             " folders of one model"
         )
     weights, reader, steps = HfWeights(hf_dir), CheckpointReader(checkpoint), units(card)
@@ -130,7 +149,9 @@ def verify(
             if not exact:
                 unequal[piece.name] = same and unequal.get(piece.name, True)
             bar.update(theirs.nbytes)
-    different, rounded = ([name for name, same in unequal.items() if same is kind] for kind in (False, True))
+    different, rounded = (
+        [name for name, same in unequal.items() if same is kind] for kind in (False, True)
+    )
     logits = None
     if input_ids is not None and not why:
         kinds = {weights.tensors[name].dtype for name in names}
@@ -138,23 +159,34 @@ def verify(
             why = "the file rounds to several dtypes"
         else:
             to = kinds.pop() if rounded else None
-            logits = compare_logits(hf_dir, megatron_dir, input_ids, iteration=iteration, rounded_to=to)
+            logits = compare_logits(
+                hf_dir, megatron_dir, input_ids, iteration=iteration, rounded_to=to
+            )
     return Verification(len(names), different, logits, rounded, why, tokenizer, config)
 
 
 def _compare_configs(config: Any, card: ModelCard) -> tuple[list[str], bool]:
-    """What config.json says otherwise than the model card, in Megatron's words; and whether its shapes are the same."""
+    """What config.json says otherwise than the model card, in Megatron's words; and whether its
+    shapes are the same."""
     family = family_of(config)
     theirs = family.arguments(config) | {"vocab_size": config.vocab_size}
     ours = card.megatron_arguments | {"vocab_size": card.vocab_size}
-    names = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-    shapes = (model_shapes(family, args, args["vocab_size"], card.padded_vocab_size) for args in (theirs, ours))
-    differences = [f"{name} is {theirs.get(name)}, in the checkpoint {ours.get(name)}" for name in names]
+    names = sorted(
+        name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)
+    )
+    shapes = (
+        model_shapes(family, args, args["vocab_size"], card.padded_vocab_size)
+        for args in (theirs, ours)
+    )
+    differences = [
+        f"{name} is {theirs.get(name)}, in the checkpoint {ours.get(name)}" for name in names
+    ]
     return differences, operator.eq(*shapes)
 
 
 def _compare(piece: Piece, theirs: torch.Tensor) -> tuple[bool, bool]:
-    """(the same bits in the file's dtype, and nothing was rounded for it); a key may be stored wider than its file."""
+    """(the same bits in the file's dtype, and nothing was rounded for it); a key may be stored
+    wider than its file."""
     ours = piece.rows.to(theirs.dtype)
     same = torch.equal(ours.view(torch.uint8), theirs.contiguous().view(torch.uint8))
     exact = theirs.dtype == piece.rows.dtype or torch.equal(ours.to(piece.rows.dtype), piece.rows)
@@ -177,7 +209,9 @@ def _tokens(hf_dir: Path, text_file: Path | None, card: ModelCard) -> torch.Tens
     """The first tokens of the text: [1, s] int64."""
     limit = min(MAX_POSITIONS, card.megatron_arguments["max_position_embeddings"])
     if text_file is None and not has_tokenizer(hf_dir):
-        return torch.randint(card.vocab_size, (1, min(limit, 256)), generator=torch.Generator().manual_seed(0))
+        return torch.randint(
+            card.vocab_size, (1, min(limit, 256)), generator=torch.Generator().manual_seed(0)
+        )
     if text_file is not None and not text_file.is_file():
         raise UserError(f"{text_file} does not exist: name a text file")
     if not has_tokenizer(hf_dir):
@@ -189,7 +223,8 @@ def _tokens(hf_dir: Path, text_file: Path | None, card: ModelCard) -> torch.Tens
     ids = load_tokenizer(hf_dir)(text)["input_ids"]
     if ids and max(ids) >= card.vocab_size:
         raise UserError(
-            f"the tokenizer of {hf_dir} makes id {max(ids)}, the model's vocabulary ends at {card.vocab_size - 1}"
+            f"the tokenizer of {hf_dir} makes id {max(ids)}, the model's vocabulary ends at"
+            f" {card.vocab_size - 1}"
         )
     if len(ids) < 2:
         raise UserError(f"{text_file} has {len(ids)} tokens: give a longer text")
@@ -197,7 +232,8 @@ def _tokens(hf_dir: Path, text_file: Path | None, card: ModelCard) -> torch.Tens
 
 
 def _compare_tokenizers(hf_dir: Path, side_files: Path, card: ModelCard) -> str | None:
-    """What differs between the two folders' tokenizers: "" for nothing, None where neither has one."""
+    """What differs between the two folders' tokenizers: "" for nothing, None where neither has
+    one."""
     if not has_tokenizer(hf_dir) and card.tokenizer_fingerprint is None:
         return None
     for folder in (hf_dir, side_files):
@@ -207,7 +243,10 @@ def _compare_tokenizers(hf_dir: Path, side_files: Path, card: ModelCard) -> str 
     if tokenizer_fingerprint(ours) != card.tokenizer_fingerprint:
         return f"{side_files} has another one than the model card"
     ids = theirs(TEXT)["input_ids"]
-    if tokenizer_fingerprint(theirs) != card.tokenizer_fingerprint or ours(TEXT)["input_ids"] != ids:
+    if (
+        tokenizer_fingerprint(theirs) != card.tokenizer_fingerprint
+        or ours(TEXT)["input_ids"] != ids
+    ):
         return "other tokens for the same text"
     if ours.decode(ids) != theirs.decode(ids):
         return "another text for the same tokens"

@@ -1,4 +1,5 @@
-"""Inert stand-ins for the torch.cuda names that Megatron's loop touches; `is_available()` stays False."""
+"""Inert stand-ins for the torch.cuda names that Megatron's loop touches; `is_available()` stays
+False."""
 
 import collections
 import contextlib
@@ -67,7 +68,8 @@ def stand_ins() -> dict[str, Any]:
     """Name in torch.cuda -> stand-in."""
     stream = Stream()
     inert = (
-        "set_device synchronize empty_cache ipc_collect set_stream reset_peak_memory_stats _lazy_init "
+        "set_device synchronize empty_cache ipc_collect set_stream reset_peak_memory_stats"
+        " _lazy_init "
         # seeding every "device" would recurse into the CPU generator, which is the one device here
         "manual_seed_all"
     )
@@ -92,7 +94,8 @@ def stand_ins() -> dict[str, Any]:
         "get_device_capability": lambda *a: (0, 0),
         "get_device_name": lambda *a: "cpu",
         "is_current_stream_capturing": lambda: False,
-        # the "cuda" random state is the CPU generator's, so that Megatron's RNG tracker keeps its meaning
+        # the "cuda" random state is the CPU generator's, so that Megatron's RNG tracker keeps its
+        # meaning
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
         "get_rng_state": lambda *a, **k: torch.get_rng_state(),
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),

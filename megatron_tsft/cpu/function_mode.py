@@ -9,7 +9,8 @@ CPU = torch.device("cpu")
 
 
 def is_cuda(device: object) -> bool:
-    """Whether a device argument means a GPU: "cuda...", torch.device("cuda", i), or a bare index."""
+    """Whether a device argument means a GPU: "cuda...", torch.device("cuda", i), or a bare
+    index."""
     if isinstance(device, bool):
         return False
     if isinstance(device, torch.device):
@@ -18,7 +19,11 @@ def is_cuda(device: object) -> bool:
 
 
 def _backward(
-    tensor: torch.Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+    tensor: torch.Tensor,
+    gradient: Any = None,
+    retain_graph: Any = None,
+    create_graph: bool = False,
+    inputs: Any = None,
 ) -> None:
     """`Tensor.backward` without its detour through modes, which would come back here."""
     torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
@@ -30,16 +35,19 @@ class CudaToCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.backward:
-            with self:  # a mode is off while it answers: back on, for what backward functions allocate (see `install`)
+            # a mode is off while it answers: back on, for what backward functions allocate (see
+            # `install`)
+            with self:
                 return _backward(*args, **kwargs)
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers pick parameters by the string 'torch.cuda.FloatTensor' (core/optimizer/optimizer.py)
+            # Megatron's optimizers pick parameters by the string 'torch.cuda.FloatTensor'
+            # (core/optimizer/optimizer.py)
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if func is torch.distributed.all_to_all_single:
-            # Megatron's expert dispatcher makes numbers of the sizes only where it copies them from a GPU
-            # (core/transformer/moe/moe_utils.py, maybe_move_tensor_to_cpu)
+            # Megatron's expert dispatcher makes numbers of the sizes only where it copies them from
+            # a GPU (core/transformer/moe/moe_utils.py, maybe_move_tensor_to_cpu)
             for name in ("output_split_sizes", "input_split_sizes"):
                 if isinstance(kwargs.get(name), torch.Tensor):
                     kwargs[name] = kwargs[name].tolist()
@@ -53,8 +61,9 @@ class CudaToCpu(TorchFunctionMode):
 def install() -> None:
     """Switch the mode on for the rest of the process, also below `torch.autograd.backward`.
 
-    torch 2.14 hands that function to the mode, which is off while it answers; the backward functions of Megatron's
-    tensor parallel layers allocate on "cuda" there. Its question whether there is a mode is answered with no.
+    torch 2.14 hands that function to the mode, which is off while it answers; the backward
+    functions of Megatron's tensor parallel layers allocate on "cuda" there. Its question whether
+    there is a mode is answered with no.
     """
     torch.autograd.has_torch_function = lambda tensors: False  # pyright: ignore[reportPrivateImportUsage]
     CudaToCpu().__enter__()

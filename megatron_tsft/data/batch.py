@@ -1,4 +1,5 @@
-"""One micro-batch of packs as the model and the loss want it: a single row of documents, one after the other."""
+"""One micro-batch of packs as the model and the loss want it: a single row of documents, one after
+the other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from megatron_tsft.loss.records import TeacherTopK
 class MicroBatch:
     """`mbs` packs of `s` positions laid end to end; documents never attend across their borders.
 
-    A context-parallel rank holds its chunks of every document: t = mbs * s / (context-parallel size).
+    A context-parallel rank holds its chunks of every document: t = mbs * s / (context-parallel
+    size).
 
     Attributes:
         tokens: [1, t] int64.
@@ -23,10 +25,13 @@ class MicroBatch:
         position_ids: [1, t] int64, from 0 in each document.
         token_weights: [1, t] float32, or None where the data has none.
         sequence_ids: [1, t] int64 in [0, num_sequences): the document of each position.
-        lengths: positions of each whole document, in order; they add up to mbs * s (the tail is a document of its own).
+        lengths: positions of each whole document, in order; they add up to mbs * s (the tail is a
+            document of its own).
         index: the data set's running numbers of the packs.
-        dataset_ids: [1, t] int64, which data set of a mixture each position comes from; None without a mixture.
-        teacher: cached records, ids [1, t, k]; None without a cache, or on a stage that computes no loss.
+        dataset_ids: [1, t] int64, which data set of a mixture each position comes from; None
+            without a mixture.
+        teacher: cached records, ids [1, t, k]; None without a cache, or on a stage that computes no
+            loss.
     """
 
     tokens: Tensor
@@ -51,7 +56,8 @@ class MicroBatch:
         context_rank: int = 0,
         context_size: int = 1,
     ) -> "MicroBatch":
-        """From the data loader's dictionary of [mbs, s] host tensors (stacked items of a PackedDataset).
+        """From the data loader's dictionary of [mbs, s] host tensors (stacked items of a
+        PackedDataset).
 
         Args:
             packs: the same on every rank of a context-parallel group.
@@ -64,7 +70,11 @@ class MicroBatch:
         starts = torch.nonzero(position_ids == 0)[:, 0]  # on the host: no device is asked
         ends = torch.cat([starts[1:], starts.new_tensor([position_ids.numel()])])
         lengths = (ends - starts).tolist()
-        held = positions_on_rank(lengths, context_rank, context_size) if context_size > 1 else slice(None)
+        held = (
+            positions_on_rank(lengths, context_rank, context_size)
+            if context_size > 1
+            else slice(None)
+        )
 
         def here(values: Tensor) -> Tensor:
             return values[None, held].to(device, non_blocking=True)

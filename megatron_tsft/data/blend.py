@@ -1,4 +1,5 @@
-"""Several packed data sets in fixed shares, as one endless list: which pack is item i follows from i alone."""
+"""Several packed data sets in fixed shares, as one endless list: which pack is item i follows from
+i alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +14,11 @@ PARTS = 1 << 32  # shares are rounded to one of so many parts
 
 
 def blend_place(index: int, shares: Sequence[float]) -> tuple[int, int]:
-    """(member, its own item) of item `index`: after any number of items each member has had its share, to within
-    half an item a split: one item for two or three members, two for five.
+    """(member, its own item) of item `index`: after any number of items each member has had its
+    share, to within half an item a split: one item for two or three members, two for five.
 
-    Each member in turn splits what the members before it left, by the rule that of n items the first round(n * share)
-    are its own; whole numbers, so it is exact at any index.
+    Each member in turn splits what the members before it left, by the rule that of n items the
+    first round(n * share) are its own; whole numbers, so it is exact at any index.
     """
     left = sum(shares)
     for member, share in enumerate(shares[:-1]):
@@ -30,9 +31,12 @@ def blend_place(index: int, shares: Sequence[float]) -> tuple[int, int]:
 
 
 class BlendedPacks(Dataset[dict[str, Tensor]]):
-    """Packs of several data sets; an item says which one it comes from (`dataset`, an int64 scalar)."""
+    """Packs of several data sets; an item says which one it comes from (`dataset`, an int64
+    scalar)."""
 
-    def __init__(self, members: Sequence[PackedDataset], shares: Sequence[float], split: Any = None):
+    def __init__(
+        self, members: Sequence[PackedDataset], shares: Sequence[float], split: Any = None
+    ):
         """
         Args:
             members: planned with global_batch_size=1, so that their epochs have no masked packs.

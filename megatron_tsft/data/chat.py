@@ -1,17 +1,22 @@
 """One row of the input -> its tokens, which of them are supervised, and their weights.
 
-`messages`: the chat template of the tokenizer writes the text, which is tokenised once and as a whole (the template
-    writes BOS itself). Supervised are the tokens that overlap an assistant turn, its end token included: the last
-    special token of the turn (<|im_end|>, <|eot_id|>, </s>), but not white space behind it. A template that ends a turn
-    without special token is refused: the model would never learn to stop. `tools` of the row go to the template.
-`prompt`, `completion` as strings: raw text, without template. tokens(prompt) with the BOS that the tokenizer adds, then
-    tokens(completion), then EOS unless the completion ends with it; completion and EOS are supervised.
-`prompt`, `completion` as lists of messages: one conversation; only assistant turns of the completion are supervised.
-`messages` wins where a row has both.
+`messages`: the chat template of the tokenizer writes the text, which is tokenised once and as a
+whole (the template
+    writes BOS itself). Supervised are the tokens that overlap an assistant turn, its end token
+    included: the last special token of the turn (<|im_end|>, <|eot_id|>, </s>), but not white space
+    behind it. A template that ends a turn without special token is refused: the model would never
+    learn to stop. `tools` of the row go to the template.
+`prompt`, `completion` as strings: raw text, without template. tokens(prompt) with the BOS that the
+tokenizer adds, then
+    tokens(completion), then EOS unless the completion ends with it; completion and EOS are
+    supervised.
+`prompt`, `completion` as lists of messages: one conversation; only assistant turns of the
+completion are supervised. `messages` wins where a row has both.
 
-`weight` (a number >= 0, per row) and `critical` ([[start, end), ...] character offsets: of a string completion in the
-row, of an assistant message in that message) make token_weights = weight * critical: once a row names critical spans,
-tokens that overlap one have 1 and all others of the row 0.
+`weight` (a number >= 0, per row) and `critical` ([[start, end), ...] character offsets: of a string
+completion in the row, of an assistant message in that message) make token_weights = weight *
+critical: once a row names critical spans, tokens that overlap one have 1 and all others of the row
+    0.
 """
 
 import copy
@@ -31,7 +36,9 @@ class Encoded:
 
     input_ids: np.ndarray  # [n] int32
     loss_mask: np.ndarray  # [n] bool; never True at 0, which nothing predicts
-    token_weights: np.ndarray | None  # [n] float32, 0 outside the mask; None without `weight` and `critical`
+    token_weights: (
+        np.ndarray | None
+    )  # [n] float32, 0 outside the mask; None without `weight` and `critical`
 
     def cut(self, length: int | None) -> "Encoded":
         """The first `length` tokens."""
@@ -60,18 +67,21 @@ class ChatEncoder:
         """Raises UserError where the tokenizer cannot say which characters a token covers."""
         if not tokenizer.is_fast:
             raise UserError(
-                f"{tokenizer.name_or_path} is a slow tokenizer ({type(tokenizer).__name__}), which cannot say which"
+                f"{tokenizer.name_or_path} is a slow tokenizer ({type(tokenizer).__name__}), which"
+                " cannot say which"
                 " characters a token covers: save it as a fast one (tokenizer.json)"
             )
         self._template: ChatTemplate | None = None
         self._tokenizer = tokenizer
-        # Byte-level post-processors cut spaces off the offsets, so that a token of spaces would cover nothing; without
-        # special tokens a post-processor does nothing else.
+        # Byte-level post-processors cut spaces off the offsets, so that a token of spaces would
+        # cover nothing; without special tokens a post-processor does nothing else.
         self._plain = copy.deepcopy(tokenizer)
         self._plain.backend_tokenizer.post_processor = None
         marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._special = np.array(sorted({*marked, *tokenizer.all_special_ids}), np.int32)
-        bare, dressed = (tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True))
+        bare, dressed = (
+            tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True)
+        )
         before = next(i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare)
         self._before = np.array(dressed[:before], np.int32)  # BOS where the tokenizer adds one
 
@@ -82,19 +92,25 @@ class ChatEncoder:
             Refusal: this row cannot be used.
             UserError: no row can: the tokenizer lacks what the format needs.
         """
-        row = {key: value for key, value in row.items() if value is not None}  # Arrow writes null for a missing key
+        row = {
+            key: value for key, value in row.items() if value is not None
+        }  # Arrow writes null for a missing key
         weight = read_weight(row)
         if "messages" in row:
             encoded = self._chat(read_messages(row["messages"]), 0, row, weight)
         elif "prompt" not in row or "completion" not in row:
             raise Refusal("neither `messages` nor `prompt` and `completion`")
         elif isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-            encoded = self._text(row["prompt"], row["completion"], read_critical(row, row["completion"]), weight)
+            encoded = self._text(
+                row["prompt"], row["completion"], read_critical(row, row["completion"]), weight
+            )
         elif isinstance(row["prompt"], list) and isinstance(row["completion"], list):
             prompt, completion = read_messages(row["prompt"]), read_messages(row["completion"])
             encoded = self._chat(prompt + completion, len(prompt), row, weight)
         else:
-            raise Refusal("`prompt` and `completion` are neither two strings nor two lists of messages")
+            raise Refusal(
+                "`prompt` and `completion` are neither two strings nor two lists of messages"
+            )
         if not encoded.loss_mask.any():
             raise Refusal("no supervised token")
         return encoded
@@ -103,20 +119,30 @@ class ChatEncoder:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise Refusal("the text has half of a surrogate pair, which no tokenizer takes") from None
-        out = self._plain(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            raise Refusal(
+                "the text has half of a surrogate pair, which no tokenizer takes"
+            ) from None
+        out = self._plain(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         ids = np.array(out["input_ids"], np.int32)
         offsets = np.array(out["offset_mapping"], np.int64).reshape(-1, 2)
         return _Tokens(ids, offsets[:, 0], offsets[:, 1], np.isin(ids, self._special))
 
-    def _text(self, prompt: str, completion: str, critical: Spans | None, weight: float | None) -> Encoded:
+    def _text(
+        self, prompt: str, completion: str, critical: Spans | None, weight: float | None
+    ) -> Encoded:
         eos = self._tokenizer.eos_token_id
         if eos is None:
             raise UserError(
-                f"the tokenizer {self._tokenizer.name_or_path} has no EOS token, which ends a completion: set its"
+                f"the tokenizer {self._tokenizer.name_or_path} has no EOS token, which ends a"
+                " completion: set its"
                 " eos_token"
             )
-        before, tokens = np.concatenate([self._before, self._tokens(prompt).ids]), self._tokens(completion)
+        before, tokens = (
+            np.concatenate([self._before, self._tokens(prompt).ids]),
+            self._tokens(completion),
+        )
         if not completion.strip() or not len(tokens.ids):
             raise Refusal("the completion is empty")
         end = [eos] if tokens.ids[-1] != eos else []
@@ -129,42 +155,70 @@ class ChatEncoder:
                 chosen[len(before) : len(before) + len(tokens.ids)] |= tokens.overlap(start, stop)
         return _encoded(ids, mask, weight, chosen)
 
-    def _chat(self, messages: list[Message], first: int, row: dict[str, Any], weight: float | None) -> Encoded:
+    def _chat(
+        self, messages: list[Message], first: int, row: dict[str, Any], weight: float | None
+    ) -> Encoded:
         """A conversation whose assistant turns from message `first` on are supervised."""
         if "critical" in row:
-            raise Refusal("`critical` stands in the row: write it into the assistant message whose offsets it has")
+            raise Refusal(
+                "`critical` stands in the row: write it into the assistant message whose offsets"
+                " it has"
+            )
         tools = row.get("tools") or None
-        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        if tools is not None and not (
+            isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+        ):
             raise Refusal("`tools` is not a list of JSON schemas")
         if not any(message["role"] == "assistant" for message in messages[first:]):
             raise Refusal("no assistant turn")
         if self._template is None:
             self._template = ChatTemplate(self._tokenizer)
-        critical = {i: read_critical(message, message["content"]) for i, message in enumerate(messages)}
-        bare = [{key: value for key, value in message.items() if key != "critical"} for message in messages]
+        critical = {
+            i: read_critical(message, message["content"]) for i, message in enumerate(messages)
+        }
+        bare = [
+            {key: value for key, value in message.items() if key != "critical"}
+            for message in messages
+        ]
         text, turns = self._template.turns(bare, tools)
         tokens = self._tokens(text)
         mask, chosen = np.zeros(len(tokens.ids), bool), np.zeros(len(tokens.ids), bool)
         for number, turn in enumerate(turns):
             if turn.message is None and (first or any(critical.values())):
-                raise Refusal("the template's {% generation %} blocks cannot be matched with the assistant messages")
+                raise Refusal(
+                    "the template's {% generation %} blocks cannot be matched with the assistant"
+                    " messages"
+                )
             end = _end_token(text, tokens, turn)
             if end is None and (turn.message is not None or number == len(turns) - 1):
                 raise Refusal(
-                    "the chat template ends an assistant turn without special token, so the model would never learn to"
+                    "the chat template ends an assistant turn without special token, so the model"
+                    " would never learn to"
                     " stop: write the EOS token behind the content in the template"
                 )
-            body, stop = (turn.stop, turn.stop) if end is None else (int(tokens.starts[end]), int(tokens.ends[end]))
+            body, stop = (
+                (turn.stop, turn.stop)
+                if end is None
+                else (int(tokens.starts[end]), int(tokens.ends[end]))
+            )
             if turn.message is not None and turn.message < first:
                 continue
-            # a special token that began before the turn and swallows white space belongs to the template's header
-            mask |= tokens.overlap(turn.start, stop) & ~(tokens.special & (tokens.starts < turn.start))
+            # a special token that began before the turn and swallows white space belongs to the
+            # template's header
+            mask |= tokens.overlap(turn.start, stop) & ~(
+                tokens.special & (tokens.starts < turn.start)
+            )
             if turn.message is not None and critical[turn.message]:
                 place = content_place(text, turn.start, body, bare[turn.message]["content"])
                 if place is None:
-                    raise Refusal("the chat template changes an assistant message, so `critical` has no place in it")
+                    raise Refusal(
+                        "the chat template changes an assistant message, so `critical` has no"
+                        " place in it"
+                    )
                 for begin, last in critical[turn.message] or []:
-                    chosen |= tokens.overlap(max(place[0] + begin, turn.start), min(place[0] + last, body))
+                    chosen |= tokens.overlap(
+                        max(place[0] + begin, turn.start), min(place[0] + last, body)
+                    )
         named = any(spans is not None for spans in critical.values())
         return _encoded(tokens.ids, mask, weight, chosen if named else None)
 
@@ -179,17 +233,22 @@ def mark_supervised(tokenizer: Any, input_ids: np.ndarray, loss_mask: np.ndarray
     return "".join(pieces)
 
 
-def _encoded(ids: np.ndarray, mask: np.ndarray, weight: float | None, chosen: np.ndarray | None) -> Encoded:
+def _encoded(
+    ids: np.ndarray, mask: np.ndarray, weight: float | None, chosen: np.ndarray | None
+) -> Encoded:
     mask = mask.copy()
     mask[:1] = False
     weights = None
     if weight is not None or chosen is not None:
-        weights = (mask if chosen is None else mask & chosen) * np.float32(1.0 if weight is None else weight)
+        weights = (mask if chosen is None else mask & chosen) * np.float32(
+            1.0 if weight is None else weight
+        )
     return Encoded(ids.astype(np.int32), mask, weights)
 
 
 def _end_token(text: str, tokens: _Tokens, turn: Turn) -> int | None:
-    """Which token ends a turn: a special one with nothing but white space between it and the turn's stop."""
+    """Which token ends a turn: a special one with nothing but white space between it and the turn's
+    stop."""
     special = np.flatnonzero(tokens.special & (tokens.starts >= turn.start))
     inside = special[tokens.starts[special] < turn.stop]
     if len(inside) and not text[tokens.ends[inside[-1]] : turn.stop].strip():

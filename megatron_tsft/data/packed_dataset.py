@@ -1,4 +1,5 @@
-"""Prepared conversations as an endless, resumable list of packs: item i is a pure function of the seed and i."""
+"""Prepared conversations as an endless, resumable list of packs: item i is a pure function of the
+seed and i."""
 
 import copy
 import functools
@@ -16,14 +17,17 @@ from megatron_tsft.data.teacher_rows import TeacherSource
 from megatron_tsft.errors import UserError
 
 IGNORED = -100
-ENDLESS = 1 << 62  # what len() says: the sampler never comes to an end, the loop stops by its own count
+ENDLESS = (
+    1 << 62
+)  # what len() says: the sampler never comes to an end, the loop stops by its own count
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Packs of `seq_length` positions; an epoch is padded with masked packs to a multiple of the global batch.
+    """Packs of `seq_length` positions; an epoch is padded with masked packs to a multiple of the
+    global batch.
 
-    The order depends on the seed and the running number only, so a run resumes exactly from its count of consumed
-    packs, whatever the number of data-parallel ranks.
+    The order depends on the seed and the running number only, so a run resumes exactly from its
+    count of consumed packs, whatever the number of data-parallel ranks.
     """
 
     def __init__(
@@ -42,11 +46,13 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
         Args:
             data: the prepared conversations.
-            seq_length: positions of a pack; a conversation of n tokens takes n - 1 (its last token is only a label).
+            seq_length: positions of a pack; a conversation of n tokens takes n - 1 (its last token
+                is only a label).
             global_batch_size: packs of a step; an epoch is filled up to a multiple of it.
             seed: with the epoch, decides the packs and their order.
             truncate: cut conversations that are longer than a pack; else they are refused.
-            document_multiple: each conversation is padded to a multiple of it, which divides `seq_length`.
+            document_multiple: each conversation is padded to a multiple of it, which divides
+                `seq_length`.
             shuffle: False repeats the same packs in the same order every epoch (evaluation).
             split: Megatron's `Split`, which its data loader reads.
 
@@ -57,11 +63,19 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         too_long = int((data.lengths > longest).sum())
         if too_long and not truncate:
             raise UserError(
-                f"{data.directory}: {too_long} of {len(data)} conversations have more than {longest} tokens (longest:"
-                f" {int(data.lengths.max())}), --seq-length is {seq_length}: raise it, prepare the data with"
+                f"{data.directory}: {too_long} of {len(data)} conversations have more than"
+                f" {longest} tokens (longest:"
+                f" {int(data.lengths.max())}), --seq-length is {seq_length}: raise it, prepare the"
+                " data with"
                 f" --max-tokens {longest}, or pass --tsft-long-samples truncate"
             )
-        self.data, self.seq_length, self.seed, self.shuffle, self.split = data, seq_length, seed, shuffle, split
+        self.data, self.seq_length, self.seed, self.shuffle, self.split = (
+            data,
+            seq_length,
+            seed,
+            shuffle,
+            split,
+        )
         self.teacher: TeacherSource | None = None
         self.weighted = data.card.weighted
         self.truncated = too_long
@@ -77,7 +91,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return ENDLESS
 
     def _plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch; the last two are kept, because loader workers prefetch across the border."""
+        """The plan of an epoch; the last two are kept, because loader workers prefetch across the
+        border."""
         if not self.shuffle:
             epoch = 0
         if epoch not in self._plans:
@@ -93,7 +108,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     @functools.cached_property
     def supervised(self) -> Ints:
-        """[rows] supervised tokens of each conversation, after truncation. Reads every mask, once."""
+        """[rows] supervised tokens of each conversation, after truncation. Reads every mask,
+        once."""
         counts = self.data.supervised()
         for row in np.flatnonzero(self.data.lengths > self.seq_length + 1).tolist():
             counts[row] = self.data.row(row).loss_mask[1 : self.positions[row] + 1].sum()
@@ -109,17 +125,20 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return f"pack {index} of {self.data.directory}, sample_ids {', '.join(ids) or 'none'}"
 
     def with_teacher(self, teacher: TeacherSource | None, weighted: bool) -> "PackedDataset":
-        """The same packs with the teacher's records, if any, and always with token_weights if `weighted`."""
+        """The same packs with the teacher's records, if any, and always with token_weights if
+        `weighted`."""
         other = copy.copy(self)
         other.teacher, other.weighted = teacher, weighted
         return other
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One pack, host tensors [seq_length]: tokens, labels, position_ids int64; token_weights float32 where the data
-        has weights; index int64 scalar. Labels are shifted inside each conversation, never across.
+        """One pack, host tensors [seq_length]: tokens, labels, position_ids int64; token_weights
+        float32 where the data has weights; index int64 scalar. Labels are shifted inside each
+        conversation, never across.
 
-        With a teacher also teacher_ids [seq_length, k] int32 and teacher_logprobs float16, teacher_label [seq_length]
-        float16 and teacher_tail float32; -1 and -inf where nothing is supervised.
+        With a teacher also teacher_ids [seq_length, k] int32 and teacher_logprobs float16,
+        teacher_label [seq_length] float16 and teacher_tail float32; -1 and -inf where nothing is
+        supervised.
 
         Raises:
             UserError: a conversation is damaged, or its teacher record is another conversation's.
@@ -145,19 +164,32 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             positions[at : at + room] = np.arange(room)
             if sample.token_weights is not None:
                 weights[place] = sample.token_weights[1 : n + 1]
-            records, supervised = self.teacher.rows(row) if self.teacher else None, np.flatnonzero(mask)
+            records, supervised = (
+                self.teacher.rows(row) if self.teacher else None,
+                np.flatnonzero(mask),
+            )
             if records is not None:
                 if len(records) != np.count_nonzero(sample.loss_mask):
                     raise UserError(
-                        f"the teacher's record of conversation {sample.sample_id} has {len(records)} tokens, the"
+                        f"the teacher's record of conversation {sample.sample_id} has"
+                        f" {len(records)} tokens, the"
                         f" conversation {np.count_nonzero(sample.loss_mask)}: make the cache again"
                     )
-                values = (records.ids, records.logprobs, records.label_logprobs, records.tail_logmass)
+                values = (
+                    records.ids,
+                    records.logprobs,
+                    records.label_logprobs,
+                    records.tail_logmass,
+                )
                 for target, value in zip(taught.values(), values, strict=True):
-                    target[at + supervised] = value[: len(supervised)]  # a truncated conversation has its first ones
+                    target[at + supervised] = value[
+                        : len(supervised)
+                    ]  # a truncated conversation has its first ones
             at += room
         positions[at:] = np.arange(size - at)  # the tail is a document of its own
         item = {"tokens": tokens, "labels": labels, "position_ids": positions} | taught
         if self.weighted:
             item["token_weights"] = weights
-        return {name: torch.from_numpy(values) for name, values in item.items()} | {"index": torch.tensor(index)}
+        return {name: torch.from_numpy(values) for name, values in item.items()} | {
+            "index": torch.tensor(index)
+        }

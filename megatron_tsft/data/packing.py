@@ -1,4 +1,5 @@
-"""Which conversations share a pack: first-fit decreasing, planned from lengths, anew every epoch."""
+"""Which conversations share a pack: first-fit decreasing, planned from lengths, anew every
+epoch."""
 
 from dataclasses import dataclass
 
@@ -26,8 +27,9 @@ class EpochPlan:
 def first_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
     """The bin of each item where items, longest first, go into the first bin that has room.
 
-    All items of one length are placed together (each bin takes as many as fit before the next one gets any, which is
-    what placing them one by one does), so the work is a few numpy calls for each distinct length.
+    All items of one length are placed together (each bin takes as many as fit before the next one
+    gets any, which is what placing them one by one does), so the work is a few numpy calls for each
+    distinct length.
 
     Args:
         lengths: [n] in descending order, each from 1 to `capacity`.
@@ -65,7 +67,8 @@ def first_fit_decreasing(lengths: Ints, capacity: int) -> Ints:
 
 
 def plan_epoch(lengths: Ints, capacity: int, seed: int, epoch: int) -> EpochPlan:
-    """The packs of an epoch: `seed` and `epoch` decide which equally long rows go together and the packs' order.
+    """The packs of an epoch: `seed` and `epoch` decide which equally long rows go together and the
+    packs' order.
 
     Args:
         lengths: [n] positions that each row takes, from 1 to `capacity`.

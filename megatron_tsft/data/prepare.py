@@ -1,4 +1,5 @@
-"""The preparation job: rows of the input -> tokens, in one or several processes -> a prepared folder (prepared.py)."""
+"""The preparation job: rows of the input -> tokens, in one or several processes -> a prepared
+folder (prepared.py)."""
 
 import contextlib
 import multiprocessing
@@ -38,7 +39,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row: `encoded`, or None, the reason and, where it is known, what exactly was wrong."""
+    """What became of one row: `encoded`, or None, the reason and, where it is known, what exactly
+    was wrong."""
 
     number: int
     encoded: Encoded | None
@@ -85,26 +87,31 @@ def prepare(
     strict: bool = False,
     progress: bool = True,
 ) -> DataCard:
-    """Write the prepared folder `output`; equal inputs give equal folders, whatever the number of workers.
+    """Write the prepared folder `output`; equal inputs give equal folders, whatever the number of
+    workers.
 
     Args:
-        source: a JSONL file or a saved Hugging Face data set (source.py); the keys of a row: chat.py.
+        source: a JSONL file or a saved Hugging Face data set (source.py); the keys of a row:
+            chat.py.
         tokenizer_dir: a local Hugging Face folder.
         output: a new or empty folder, or with `overwrite` a prepared one.
         max_tokens: the longest conversation, None for any.
-        too_long: "truncate" cuts longer ones, which lose their end token, and counts them; "refuse" leaves them out.
+        too_long: "truncate" cuts longer ones, which lose their end token, and counts them; "refuse"
+            leaves them out.
         workers: processes that tokenise.
         strict: stop at the first refused row.
 
     Raises:
-        UserError: bad arguments, an input that cannot be read, no conversation that can be used, or with `strict` one
-            that cannot.
+        UserError: bad arguments, an input that cannot be read, no conversation that can be used, or
+            with `strict` one that cannot.
     """
     from tqdm import tqdm
 
     source, output = Path(source), Path(output)
     if max_tokens is not None and max_tokens < 2:
-        raise UserError(f"--max-tokens {max_tokens}: must be at least 2, one token to read and one to predict")
+        raise UserError(
+            f"--max-tokens {max_tokens}: must be at least 2, one token to read and one to predict"
+        )
     if too_long not in TOO_LONG:
         raise UserError(f"--too-long {too_long}: must be one of {', '.join(TOO_LONG)}")
     if workers < 1:
@@ -117,7 +124,13 @@ def prepare(
     truncated, refused, lines = 0, Counter[str](), defaultdict[str, list[int]](list)
     with (
         new_directory(output, overwrite=overwrite) as folder,
-        tqdm(total=rows.total, unit=rows.unit, unit_scale=True, desc="tokenising", disable=not progress) as bar,
+        tqdm(
+            total=rows.total,
+            unit=rows.unit,
+            unit_scale=True,
+            desc="tokenising",
+            disable=not progress,
+        ) as bar,
         contextlib.closing(_outcomes(rows, encoder, job, workers)) as results,
         contextlib.closing(PreparedWriter(folder)) as writer,
     ):
@@ -129,13 +142,18 @@ def prepare(
                     continue
                 if strict:
                     detail = f" ({outcome.detail})" if outcome.detail else ""
-                    raise UserError(f"{source}, {rows.noun} {outcome.number}: {outcome.reason}{detail}")
+                    raise UserError(
+                        f"{source}, {rows.noun} {outcome.number}: {outcome.reason}{detail}"
+                    )
                 refused[outcome.reason] += 1
                 if len(lines[outcome.reason]) < LINES_KEPT:
                     lines[outcome.reason].append(outcome.number)
             bar.update(done - bar.n)
         if not writer.conversations:
-            reasons = [f"{reason} ({n}, the first in {rows.noun} {lines[reason][0]})" for reason, n in refused.items()]
+            reasons = [
+                f"{reason} ({n}, the first in {rows.noun} {lines[reason][0]})"
+                for reason, n in refused.items()
+            ]
             because = f"refused: {'; '.join(reasons)}" if reasons else "it is empty"
             raise UserError(f"{source} has no conversation that can be used: {because}")
         return writer.finish(
@@ -155,8 +173,9 @@ def _outcomes(
         for block in rows.blocks():
             yield encode_block(encoder, job, block), block.done
         return
-    # A fork of this process, with its threads, may hang, and every spawned one would import transformers anew, which
-    # takes seconds and 400 MB: so workers are forks of a server that has only imported.
+    # A fork of this process, with its threads, may hang, and every spawned one would import
+    # transformers anew, which takes seconds and 400 MB: so workers are forks of a server that has
+    # only imported.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job,))
@@ -171,23 +190,29 @@ def _outcomes(
             future, done = waiting.popleft()
             yield future.result(), done
     except BrokenProcessPool as error:
-        raise UserError("a worker process died, perhaps for lack of memory: pass fewer --workers") from error
+        raise UserError(
+            "a worker process died, perhaps for lack of memory: pass fewer --workers"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_encode: Any = None  # of a worker process: what `encode_block` needs beside the block, sent once and not with each
+# of a worker process: what `encode_block` needs beside the block, sent once and not with each
+_encode: Any = None
 
 
 def _start_worker(job: Job) -> None:
     global _encode
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # texts come one by one: no pool of threads in every worker
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # texts come one by one: no pool of threads in every worker
+    )
     _encode = partial(encode_block, ChatEncoder(load_tokenizer(job.tokenizer_dir)), job)
 
 
 def _end_with_parent() -> None:
-    """A pool's workers wait for ever when the parent is killed, because each holds the other end of its own pipe."""
+    """A pool's workers wait for ever when the parent is killed, because each holds the other end of
+    its own pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -204,5 +229,12 @@ def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:
     for path in inputs:
         if new == path.resolve() or new in path.resolve().parents:
             raise UserError(f"--output {output} holds the input {path}: name another folder")
-    if overwrite and output.is_dir() and any(output.iterdir()) and not (output / CARD_FILE).is_file():
-        raise UserError(f"{output} exists and has no {CARD_FILE}, so it is not overwritten: name another folder")
+    if (
+        overwrite
+        and output.is_dir()
+        and any(output.iterdir())
+        and not (output / CARD_FILE).is_file()
+    ):
+        raise UserError(
+            f"{output} exists and has no {CARD_FILE}, so it is not overwritten: name another folder"
+        )

@@ -1,14 +1,17 @@
 """The prepared data set: its format, its card and its reader.
 
-A folder that Hugging Face `datasets` opens (`load_from_disk`), with a card `tsft_data.json` beside the Arrow files. One
-row per conversation, in the order of the input:
+A folder that Hugging Face `datasets` opens (`load_from_disk`), with a card `tsft_data.json` beside
+the Arrow files. One row per conversation, in the order of the input:
 
-    sample_id      string         32 hex digits over input_ids and loss_mask (not over token_weights: the teacher's
-                                  records are keyed by it, and weights do not change what a teacher says)
+    sample_id      string         32 hex digits over input_ids and loss_mask (not over
+    token_weights: the teacher's
+                                  records are keyed by it, and weights do not change what a teacher
+                                  says)
     length         int32          tokens, so that packs are planned without reading any
     input_ids      list<int32>    [length]
-    loss_mask      list<bool>     [length] True where the token is a target; never at 0, which nothing predicts
-    token_weights  list<float32>  [length] only where a row of the input had `weight` or `critical`; 0 outside the mask
+    loss_mask      list<bool>     [length] True where the token is a target; never at 0, which
+    nothing predicts token_weights  list<float32>  [length] only where a row of the input had
+    `weight` or `critical`; 0 outside the mask
 """
 
 import bisect
@@ -35,18 +38,23 @@ SCHEMA = pa.schema(
         "token_weights": pa.list_(pa.float32()),
     }
 )
-REMEDY = "the copy is incomplete or the disk damaged it: prepare the data again with tools/prepare_data.py --overwrite"
+REMEDY = (
+    "the copy is incomplete or the disk damaged it: prepare the data again with"
+    " tools/prepare_data.py --overwrite"
+)
 
 
 @dataclass(frozen=True)
 class DataCard:
     """What a prepared folder holds, and what was left out of it.
 
-    tokenizer_fingerprint: of checkpoint.tokenizer. vocab_size: largest id + 1, what a model must have at least.
-    fingerprint: 32 hex digits over all sample_ids in order. longest: tokens of the longest conversation. weighted:
-    there is a column token_weights. duplicates: conversations whose sample_id occurred before (they are kept).
-    truncated: conversations cut to --max-tokens. refused: reason -> count; refused_lines: reason -> its first line
-    numbers. files: Arrow file -> bytes.
+    tokenizer_fingerprint: of checkpoint.tokenizer. vocab_size: largest id + 1, what a model must
+        have at least.
+    fingerprint: 32 hex digits over all sample_ids in order. longest: tokens of the longest
+    conversation. weighted: there is a column token_weights. duplicates: conversations whose
+    sample_id occurred before (they are kept). truncated: conversations cut to --max-tokens.
+    refused: reason -> count; refused_lines: reason -> its first line numbers. files: Arrow file ->
+        bytes.
     """
 
     tokenizer_fingerprint: str
@@ -76,11 +84,17 @@ class DataCard:
         )
         path = Path(directory) / CARD_FILE
         return load_card(
-            DataCard, path, FORMAT_VERSION, what="data card", missing=missing, again="prepare the data again"
+            DataCard,
+            path,
+            FORMAT_VERSION,
+            what="data card",
+            missing=missing,
+            again="prepare the data again",
         )
 
     def save(self, directory: Path | str) -> None:
-        """Write the card into a folder, atomically; last, because a folder with a card is complete."""
+        """Write the card into a folder, atomically; last, because a folder with a card is
+        complete."""
         save_card(self, Path(directory) / CARD_FILE, FORMAT_VERSION)
 
 
@@ -95,9 +109,12 @@ class Sample:
 
 
 def sample_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
-    """32 hex digits over the tokens [n] and the mask [n]: the same on every machine, equal for equal conversations."""
+    """32 hex digits over the tokens [n] and the mask [n]: the same on every machine, equal for
+    equal conversations."""
     ids = np.ascontiguousarray(input_ids, "<i4")
-    return hashlib.blake2b(ids.tobytes() + np.packbits(loss_mask).tobytes(), digest_size=16).hexdigest()
+    return hashlib.blake2b(
+        ids.tobytes() + np.packbits(loss_mask).tobytes(), digest_size=16
+    ).hexdigest()
 
 
 def dataset_fingerprint(sample_ids: Iterable[str | memoryview]) -> str:
@@ -109,7 +126,8 @@ def dataset_fingerprint(sample_ids: Iterable[str | memoryview]) -> str:
 
 
 class PreparedData:
-    """A memory-mapped prepared folder: `load` it, `len()`, `lengths`, `row(i)`. Pickling sends the path alone."""
+    """A memory-mapped prepared folder: `load` it, `len()`, `lengths`, `row(i)`. Pickling sends the
+    path alone."""
 
     def __init__(self, directory: Path, card: DataCard, table: pa.Table) -> None:
         self.directory = directory
@@ -121,7 +139,8 @@ class PreparedData:
 
     @staticmethod
     def load(directory: Path | str) -> "PreparedData":
-        """Open a folder. Everything but the token values is checked here; `row` checks those of its row.
+        """Open a folder. Everything but the token values is checked here; `row` checks those of its
+        row.
 
         Raises:
             UserError: no card, or an Arrow file that is missing, cut short or damaged.
@@ -138,11 +157,16 @@ class PreparedData:
             and int(data.lengths.sum()) == card.tokens
             and not any(column.null_count for column in table.columns)
             and all(np.array_equal(_list_lengths(column), data.lengths) for column in lists)
-            and all((np.diff(_text_offsets(chunk)) == 32).all() for chunk in table["sample_id"].chunks)
+            and all(
+                (np.diff(_text_offsets(chunk)) == 32).all() for chunk in table["sample_id"].chunks
+            )
             and dataset_fingerprint(ids) == card.fingerprint
         )
         if not whole:
-            raise UserError(f"{directory} does not hold the {card.conversations} conversations of its card: {REMEDY}")
+            raise UserError(
+                f"{directory} does not hold the {card.conversations} conversations of its card:"
+                f" {REMEDY}"
+            )
         return data
 
     def __len__(self) -> int:
@@ -153,7 +177,9 @@ class PreparedData:
         counts = [np.zeros(0, np.int64)]
         for batch in self._batches:
             masks = batch.column("loss_mask")
-            ends = np.concatenate([[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False), dtype=np.int64)])
+            ends = np.concatenate(
+                [[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False), dtype=np.int64)]
+            )
             offsets = masks.offsets.to_numpy() - masks.offsets[0].as_py()
             counts.append(ends[offsets[1:]] - ends[offsets[:-1]])
         return np.concatenate(counts)
@@ -181,10 +207,14 @@ class PreparedData:
         batch, place = self._batches[number], index - self._starts[number]
         name = batch.column("sample_id")[place].as_py()
         ids = batch.column("input_ids")[place].values.to_numpy()
-        mask = batch.column("loss_mask")[place].values.to_numpy(zero_copy_only=False)  # Arrow stores bits
+        mask = batch.column("loss_mask")[place].values.to_numpy(
+            zero_copy_only=False
+        )  # Arrow stores bits
         if sample_id(ids, mask) != name:  # microseconds, and a flipped bit never trains anything
             raise UserError(f"conversation {index} of {self.directory} is damaged: {REMEDY}")
-        weights = batch.column("token_weights")[place].values.to_numpy() if self.card.weighted else None
+        weights = (
+            batch.column("token_weights")[place].values.to_numpy() if self.card.weighted else None
+        )
         return Sample(name, ids, mask, weights)
 
 
@@ -201,7 +231,9 @@ def _read_table(directory: Path, card: DataCard) -> pa.Table:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
             table.validate()  # the buffers are as long as the rows need
             names = SCHEMA.names if card.weighted else SCHEMA.names[:-1]
-            tables.append(table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names])))
+            tables.append(
+                table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names]))
+            )
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise UserError(f"{path} cannot be read ({error}): {REMEDY}") from error
     if not tables:

@@ -1,4 +1,5 @@
-"""The keys of a row of the input, checked: what is wrong is refused by name, never passed on to a template."""
+"""The keys of a row of the input, checked: what is wrong is refused by name, never passed on to a
+template."""
 
 from typing import Any
 
@@ -17,7 +18,9 @@ def read_messages(value: Any) -> list[Message]:
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise Refusal("the messages are not a list of objects")
-    messages = [{key: entry for key, entry in message.items() if entry is not None} for message in value]
+    messages = [
+        {key: entry for key, entry in message.items() if entry is not None} for message in value
+    ]
     for message in messages:
         if not isinstance(message.get("role"), str):
             raise Refusal("a message has no `role`")
@@ -41,10 +44,14 @@ def read_critical(holder: dict[str, Any], content: str) -> Spans | None:
         return None
     spans = holder["critical"]
     pairs = isinstance(spans, list) and all(
-        isinstance(span, list) and len(span) == 2 and all(type(offset) is int for offset in span) for span in spans
+        isinstance(span, list) and len(span) == 2 and all(type(offset) is int for offset in span)
+        for span in spans
     )
     if not pairs or not all(0 <= start < end <= len(content) for start, end in spans):
-        raise Refusal("`critical` is not a list of [start, end) with 0 <= start < end <= characters of the text")
+        raise Refusal(
+            "`critical` is not a list of [start, end) with 0 <= start < end <= characters of the"
+            " text"
+        )
     return [(start, end) for start, end in spans]
 
 

@@ -1,4 +1,5 @@
-"""The input of the preparation: a JSONL file (also .jsonl.gz) or a Hugging Face data set on disk, read in blocks."""
+"""The input of the preparation: a JSONL file (also .jsonl.gz) or a Hugging Face data set on disk,
+read in blocks."""
 
 import gzip
 import json
@@ -16,7 +17,8 @@ BLOCK_ROWS = 64  # what a worker gets at once
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of the input: (number from 1, undecoded line or row). done: how much of the input was read by then."""
+    """Some rows of the input: (number from 1, undecoded line or row). done: how much of the input
+    was read by then."""
 
     rows: list[tuple[int, bytes | dict[str, Any]]]
     done: int
@@ -47,7 +49,9 @@ class JsonLines:
                         yield Block(rows, file.tell())
                         rows = []
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{self.path} cannot be unpacked ({error}): copy or compress it again") from error
+                raise UserError(
+                    f"{self.path} cannot be unpacked ({error}): copy or compress it again"
+                ) from error
             yield Block(rows, file.tell())
 
 
@@ -69,13 +73,18 @@ class SavedDataset:
         try:
             return Dataset.load_from_disk(str(self.path))
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{self.path} cannot be read as a Hugging Face data set: {error}") from error
+            raise UserError(
+                f"{self.path} cannot be read as a Hugging Face data set: {error}"
+            ) from error
 
     def blocks(self) -> Iterator[Block]:
         data = self._open()
         for start in range(0, len(data), BLOCK_ROWS):
             columns = data[start : start + BLOCK_ROWS]
-            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            rows = [
+                dict(zip(columns, values, strict=True))
+                for values in zip(*columns.values(), strict=True)
+            ]
             yield Block(list(enumerate(rows, start + 1)), start + len(rows))
 
 
@@ -89,12 +98,18 @@ def open_source(path: Path | str) -> JsonLines | SavedDataset:
     if path.is_file():
         return JsonLines(path)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist: name a JSONL file or a folder that Dataset.save_to_disk wrote")
+        raise UserError(
+            f"{path} does not exist: name a JSONL file or a folder that Dataset.save_to_disk wrote"
+        )
     if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file()))
+        splits = ", ".join(
+            sorted(folder.name for folder in path.iterdir() if (folder / "state.json").is_file())
+        )
         raise UserError(f"{path} holds several splits: name the folder of one of them ({splits})")
     if not (path / "state.json").is_file():
-        raise UserError(f"{path} is no data set: name a JSONL file or a folder that Dataset.save_to_disk wrote")
+        raise UserError(
+            f"{path} is no data set: name a JSONL file or a folder that Dataset.save_to_disk wrote"
+        )
     return SavedDataset(path)
 
 

@@ -1,4 +1,5 @@
-"""What a teacher said about one conversation, as packs carry it; where it comes from is teacher/'s business."""
+"""What a teacher said about one conversation, as packs carry it; where it comes from is teacher/'s
+business."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -41,7 +42,8 @@ class TeacherSource(Protocol):
 
 @dataclass(frozen=True)
 class Untaught:
-    """A data set whose objective reads no teacher, beside others in one batch: room for records, and none in it."""
+    """A data set whose objective reads no teacher, beside others in one batch: room for records,
+    and none in it."""
 
     top_k: int
 

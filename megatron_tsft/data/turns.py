@@ -3,12 +3,13 @@
 Two ways, both exact; a conversation for which neither can be is refused, with the reason:
 
 1. The template has {% generation %} blocks: its author says what the assistant writes.
-2. It has none. Turn i starts where `messages[:i]` rendered with the generation prompt ends, and stops where
-   `messages[:i+1]` ends; each must be a prefix of the whole text. Where the second is not, because the template treats
-   the last message specially (Phi-3 appends an EOS, Qwen3 an empty <think>), the turn must begin with the message's
-   content, whole, and ends with the special token that follows it. Thinking that the template drops is refused.
-   A template without generation prompt may write the role as part of the turn: what it writes between the prompt and
-   the content of a probe is not supervised.
+2. It has none. Turn i starts where `messages[:i]` rendered with the generation prompt ends, and
+   stops where `messages[:i+1]` ends; each must be a prefix of the whole text. Where the second is
+   not, because the template treats the last message specially (Phi-3 appends an EOS, Qwen3 an empty
+   <think>), the turn must begin with the message's content, whole, and ends with the special token
+   that follows it. Thinking that the template drops is refused. A template without generation
+   prompt may write the role as part of the turn: what it writes between the prompt and the content
+   of a probe is not supervised.
 """
 
 import re
@@ -23,7 +24,8 @@ GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Refusal(Exception):
-    """One conversation cannot be used; `reason` has few values in a file, so that refusals can be counted by it."""
+    """One conversation cannot be used; `reason` has few values in a file, so that refusals can be
+    counted by it."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
@@ -33,9 +35,11 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Turn:
-    """Characters [start, stop) of the text that the template gives to one assistant turn, not yet cut at its end token.
+    """Characters [start, stop) of the text that the template gives to one assistant turn, not yet
+    cut at its end token.
 
-    message: index in the conversation; None where the template has more or fewer blocks than assistant messages.
+    message: index in the conversation; None where the template has more or fewer blocks than
+        assistant messages.
     open: the end token may also be the first special token behind `stop`.
     """
 
@@ -46,10 +50,11 @@ class Turn:
 
 
 def content_place(text: str, start: int, stop: int, content: str) -> tuple[int, int] | None:
-    """Characters [first, last) of text[start:stop] that are `content`, which templates may strip; None = not certain.
+    """Characters [first, last) of text[start:stop] that are `content`, which templates may strip;
+    None = not certain.
 
-    Certain is the last thing before `stop`, or what occurs once. `first` belongs to content[0] also where the template
-    stripped leading space, so that offsets into `content` can be added to it.
+    Certain is the last thing before `stop`, or what occurs once. `first` belongs to content[0] also
+    where the template stripped leading space, so that offsets into `content` can be added to it.
     """
     stripped = content.strip()
     at = text.rfind(stripped, start, stop)
@@ -70,7 +75,8 @@ class ChatTemplate:
         self._headers: dict[str, str] = {}  # template -> header
         if not tokenizer.chat_template:
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path} has no chat template, which `messages` need: add its"
+                f"the tokenizer {tokenizer.name_or_path} has no chat template, which `messages`"
+                " need: add its"
                 " chat_template.jinja, or write rows of `prompt` and `completion`"
             )
 
@@ -93,12 +99,17 @@ class ChatTemplate:
             if message["role"] != "assistant":
                 continue
             if i == 0:
-                raise Refusal("the first message is the assistant's: this template tells no prompt apart from it")
+                raise Refusal(
+                    "the first message is the assistant's: this template tells no prompt apart"
+                    " from it"
+                )
             prompt = self._render(messages[:i], tools, add_generation_prompt=True) + header
             if not text.startswith(prompt):
                 raise Refusal(
-                    "the chat template renders the prompt of an assistant turn differently than within the whole"
-                    " conversation: use a template with {% generation %} blocks, or one row per turn"
+                    "the chat template renders the prompt of an assistant turn differently than"
+                    " within the whole"
+                    " conversation: use a template with {% generation %} blocks, or one row per"
+                    " turn"
                 )
             through = self._render(messages[: i + 1], tools)
             if text.startswith(through):
@@ -108,23 +119,35 @@ class ChatTemplate:
         return text, turns
 
     def _header(self, template: str, tools: list[Any] | None) -> str:
-        """What a template without generation prompt writes between the prompt and an answer; "" for white space."""
+        """What a template without generation prompt writes between the prompt and an answer; "" for
+        white space."""
         if "add_generation_prompt" in template:
             return ""
         if template not in self._headers:
-            question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}
+            question, answer = (
+                {"role": "user", "content": "question"},
+                {"role": "assistant", "content": PROBE},
+            )
             prompt, text = self._render([question], tools), self._render([question, answer], tools)
             if not text.startswith(prompt) or text.count(PROBE) != 1:
-                raise Refusal("the chat template has no generation prompt, and where an answer begins cannot be told")
+                raise Refusal(
+                    "the chat template has no generation prompt, and where an answer begins cannot"
+                    " be told"
+                )
             header = text[len(prompt) : text.index(PROBE)]
-            self._headers[template] = header if header.strip() else ""  # space is what the model itself writes
+            self._headers[template] = (
+                header if header.strip() else ""
+            )  # space is what the model itself writes
         return self._headers[template]
 
-    def _blocks(self, template: str, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
+    def _blocks(
+        self, template: str, messages: list[Message], tools: list[Any] | None
+    ) -> tuple[str, list[Turn]]:
         """Turns from the {% generation %} blocks.
 
-        `apply_chat_template(return_assistant_tokens_mask=True)` marks the tokens of these characters, but leaves out
-        the rest of a last character that takes several tokens: so the characters are asked for, not its tokens.
+        `apply_chat_template(return_assistant_tokens_mask=True)` marks the tokens of these
+        characters, but leaves out the rest of a last character that takes several tokens: so the
+        characters are asked for, not its tokens.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -142,7 +165,13 @@ class ChatTemplate:
             return texts[0], [Turn(None, *span, open=True) for span in spans]
         return texts[0], [Turn(i, *span, open=True) for i, span in zip(spoken, spans, strict=True)]
 
-    def _render(self, messages: list[Message], tools: list[Any] | None, *, add_generation_prompt: bool = False) -> str:
+    def _render(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str:
         return self._guarded(
             self._tokenizer.apply_chat_template,
             messages,
@@ -162,18 +191,27 @@ class ChatTemplate:
                 f"the chat template of {self._tokenizer.name_or_path} is no valid Jinja"
                 f" (line {error.lineno}: {error.message}): correct its chat_template.jinja"
             ) from error
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise Refusal(f"the chat template refuses it: {str(error)[:120]}") from error
 
 
 def _opened_by_content(text: str, start: int, index: int, message: Message, template: str) -> Turn:
-    """The turn that begins with the message's content, which is all that the template could write of it."""
+    """The turn that begins with the message's content, which is all that the template could write
+    of it."""
     content = message["content"].strip()
     start_of_content = start + len(text[start:]) - len(text[start:].lstrip())
     dropped = [key for key in message if key not in ("role", "content") and key in template]
     if not content or dropped or not text.startswith(content, start_of_content):
         raise Refusal(
-            "the chat template renders an assistant turn differently once others follow (it may drop its thinking):"
+            "the chat template renders an assistant turn differently once others follow (it may"
+            " drop its thinking):"
             " use a template with {% generation %} blocks, or one row per turn"
         )
     return Turn(index, start, start_of_content + len(content), open=True)

@@ -1,4 +1,5 @@
-"""Writes the prepared format (prepared.py): rows go to one Arrow stream, which `datasets` then saves as its folder."""
+"""Writes the prepared format (prepared.py): rows go to one Arrow stream, which `datasets` then
+saves as its folder."""
 
 import contextlib
 import dataclasses
@@ -15,7 +16,9 @@ from megatron_tsft.data.prepared import SCHEMA, DataCard, dataset_fingerprint, s
 
 BATCH_ROWS = 1000
 BATCH_TOKENS = 1 << 22  # what is held in memory
-STREAM = "tmp/rows.arrow"  # a folder of its own: datasets refuses to save beside the file that it reads
+STREAM = (
+    "tmp/rows.arrow"  # a folder of its own: datasets refuses to save beside the file that it reads
+)
 
 
 class PreparedWriter:
@@ -28,7 +31,9 @@ class PreparedWriter:
         self._writer = pa.ipc.new_stream(self._stream, SCHEMA)
         self._rows: list[Encoded] = []
         self._held = 0
-        self.conversations = self.tokens = self.supervised_tokens = self.longest = self.vocab_size = 0
+        self.conversations = self.tokens = self.supervised_tokens = self.longest = (
+            self.vocab_size
+        ) = 0
         self.weighted = False
 
     def add(self, row: Encoded) -> None:
@@ -52,7 +57,8 @@ class PreparedWriter:
             self._stream.close()
 
     def finish(self, tokenizer_fingerprint: str, *, progress: bool, **counts: Any) -> DataCard:
-        """Save the folder and its card, which comes last. counts: the card's fields that only the caller knows."""
+        """Save the folder and its card, which comes last. counts: the card's fields that only the
+        caller knows."""
         from datasets import Dataset
         from datasets.table import MemoryMappedTable
 
@@ -63,8 +69,11 @@ class PreparedWriter:
         if not self.weighted:  # known at the end only, so the stream always has the column
             table = table.drop(["token_weights"])
         ids = table.column("sample_id")
-        # one fingerprint for the content, where datasets' own would hash the time: equal inputs give equal folders
-        fingerprint = dataset_fingerprint(chunk_id for chunk in ids.chunks for chunk_id in chunk.to_pylist())
+        # one fingerprint for the content, where datasets' own would hash the time: equal inputs
+        # give equal folders
+        fingerprint = dataset_fingerprint(
+            chunk_id for chunk in ids.chunks for chunk_id in chunk.to_pylist()
+        )
         with _progress_bars(progress):
             Dataset(table, fingerprint=fingerprint).save_to_disk(str(self._folder))
         duplicates = self.conversations - len(ids.unique())
@@ -91,7 +100,10 @@ class PreparedWriter:
         lengths = np.array([len(row.input_ids) for row in rows], np.int32)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         # in a weighted data set a row without weights counts fully
-        weights = [row.loss_mask.astype(np.float32) if row.token_weights is None else row.token_weights for row in rows]
+        weights = [
+            row.loss_mask.astype(np.float32) if row.token_weights is None else row.token_weights
+            for row in rows
+        ]
         columns = [
             pa.array([sample_id(row.input_ids, row.loss_mask) for row in rows]),
             pa.array(lengths),
@@ -105,7 +117,11 @@ class PreparedWriter:
 @contextlib.contextmanager
 def _progress_bars(wanted: bool) -> Iterator[None]:
     """`datasets` shows its bars only if they are wanted."""
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     before = are_progress_bars_disabled()
     if not wanted:

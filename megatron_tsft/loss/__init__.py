@@ -1,6 +1,13 @@
-"""Q-target losses on vocabulary-sharded logits: the API, the dense definition, statistics, merge. Torch only."""
+"""Q-target losses on vocabulary-sharded logits: the API, the dense definition, statistics, merge.
+Torch only."""
 
 from megatron_tsft.loss.api import q_target_cross_entropy, q_target_linear_cross_entropy
 from megatron_tsft.loss.records import QTargetOutput, TeacherHidden, TeacherTopK
 
-__all__ = ["QTargetOutput", "TeacherHidden", "TeacherTopK", "q_target_cross_entropy", "q_target_linear_cross_entropy"]
+__all__ = [
+    "QTargetOutput",
+    "TeacherHidden",
+    "TeacherTopK",
+    "q_target_cross_entropy",
+    "q_target_linear_cross_entropy",
+]

@@ -17,8 +17,10 @@ from megatron_tsft.objectives import Objective
 
 
 def outside_graphs[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """torch.compile breaks its graph at this function and runs it as it is: kernels, collectives and all."""
-    # the lazy form: torch.compiler.disable would import torch._dynamo, seconds, for everyone who imports the package
+    """torch.compile breaks its graph at this function and runs it as it is: kernels, collectives
+    and all."""
+    # the lazy form: torch.compiler.disable would import torch._dynamo, seconds, for everyone who
+    # imports the package
     disabled = _disable_dynamo(function)
 
     @functools.wraps(function)
@@ -46,35 +48,42 @@ def q_target_cross_entropy(
     ignore_index: int = -100,
     inplace: bool = False,
 ) -> QTargetOutput:
-    """The loss that drives softmax(logits) towards an objective's target Q, per token (arXiv 2606.11189).
+    """The loss that drives softmax(logits) towards an objective's target Q, per token (arXiv
+    2606.11189).
 
-    One collective over `tp_group` forward (iw-sft one more, over `cp_group`), none backward; fp32 inside (fp64 for
-    fp64 logits); no host synchronisation if `num_sequences` is given with `sequence_ids`. On CUDA Triton kernels read
-    the logits, elsewhere torch does; TSFT_BACKEND=torch|triton in the environment overrides.
+    One collective over `tp_group` forward (iw-sft one more, over `cp_group`), none backward; fp32
+    inside (fp64 for fp64 logits); no host synchronisation if `num_sequences` is given with
+    `sequence_ids`. On CUDA Triton kernels read the logits, elsewhere torch does;
+    TSFT_BACKEND=torch|triton in the environment overrides.
 
     Args:
-        logits: [..., V/tp] this rank's shard, bf16, fp16, fp32 or fp64; shards are equal and in rank order. Any
-            strides; leading dimensions that cannot be viewed as one (transposed ones) cost a copy, a teacher's too.
+        logits: [..., V/tp] this rank's shard, bf16, fp16, fp32 or fp64; shards are equal and in
+            rank order. Any strides; leading dimensions that cannot be viewed as one (transposed
+            ones) cost a copy, a teacher's too.
         labels: [...] int64 global ids; `ignore_index` gives exactly zero loss and gradient.
         objective: from `objectives.get` or `objectives.mixture`.
         teacher: [..., V/tp] logits or log-probs of T, sharded alike, or a `TeacherTopK`.
         reference_logprobs: [...] log p_ref(y) for iw-sft and proximal; else taken from the teacher.
         token_weights: [...] floating, multiplies c_y and c_r.
         sequence_ids: [...] int64 in [0, num_sequences), global over CP (iw-sft).
-        num_sequences: how many sequences there are; without it the largest id is read from the device.
+        num_sequences: how many sequences there are; without it the largest id is read from the
+            device.
         logit_scale: z = logit_scale * logits; it never touches the teacher.
         diagnostics: any of "entropy" and "kl".
         tp_group, cp_group: process groups; None means not sharded.
-        vocab_size: the true vocabulary; columns at or beyond it are padding. None means all columns.
+        vocab_size: the true vocabulary; columns at or beyond it are padding. None means all
+            columns.
         ignore_index: the label of unsupervised tokens.
-        inplace: write the gradient over the logits (they are lost; the caller must not use them again).
+        inplace: write the gradient over the logits (they are lost; the caller must not use them
+            again).
 
     Returns:
         QTargetOutput: per-token [...] values; `loss` is differentiable in `logits`.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or combination that cannot be right, with what to change. With
-            TSFT_DEBUG=1 in the environment also labels outside the vocabulary and teacher rows that are not finite.
+        ValueError, TypeError: a shape, dtype, device or combination that cannot be right, with what
+            to change. With TSFT_DEBUG=1 in the environment also labels outside the vocabulary and
+            teacher rows that are not finite.
     """
     arguments = Arguments(
         labels=labels,
@@ -92,7 +101,10 @@ def q_target_cross_entropy(
         ignore_index=ignore_index,
     )
     if isinstance(teacher, TeacherHidden):
-        raise TypeError("teacher is TeacherHidden: only q_target_linear_cross_entropy takes one; pass its logits")
+        raise TypeError(
+            "teacher is TeacherHidden: only q_target_linear_cross_entropy takes one; pass its"
+            " logits"
+        )
     check_logits(logits, labels, inplace)
     width = logits.shape[-1]
     problem = arguments.problem(logits, width)
@@ -119,29 +131,34 @@ def q_target_linear_cross_entropy(
     ignore_index: int = -100,
     sequence_parallel: bool = False,
 ) -> QTargetOutput:
-    """`q_target_cross_entropy(hidden @ weight.T, ...)` without the logits: the LM head is part of the loss.
+    """`q_target_cross_entropy(hidden @ weight.T, ...)` without the logits: the LM head is part of
+    the loss.
 
-    The head runs over a forty-eighth of the vocabulary's columns at a time, forward and once more backward: four matrix
-    products where a plain head has three. Beyond the gradients it holds one such chunk of logits (two with
-    TeacherHidden) and hidden's gradient summed in fp32: 1/48 + 2 H / (V/tp) of bf16 logits, so it pays where the shard
-    is much wider than the model. Collectives over `tp_group`: one all-gather of statistics forward, backward one
-    all-reduce of hidden's gradient; under sequence parallel hidden is gathered in both, and its gradient
-    reduce-scattered.
+    The head runs over a forty-eighth of the vocabulary's columns at a time, forward and once more
+    backward: four matrix products where a plain head has three. Beyond the gradients it holds one
+    such chunk of logits (two with TeacherHidden) and hidden's gradient summed in fp32: 1/48 + 2 H /
+    (V/tp) of bf16 logits, so it pays where the shard is much wider than the model. Collectives over
+    `tp_group`: one all-gather of statistics forward, backward one all-reduce of hidden's gradient;
+    under sequence parallel hidden is gathered in both, and its gradient reduce-scattered.
 
     Args:
-        hidden: [..., H] the labels' shape plus one dimension, the same on all ranks of `tp_group`; with
-            `sequence_parallel` this rank's part of dim 0.
-        weight: [V/tp, H] this rank's rows, of hidden's type. Where it has Megatron's `main_grad` (and
-            `grad_added_to_main_grad`), the gradient is added there and autograd gets a placeholder.
-        teacher: as in `q_target_cross_entropy`, or a `TeacherHidden`, whose logits are never made whole either.
-        sequence_parallel: dim 0 of hidden (and of TeacherHidden.hidden) is sharded over `tp_group`; labels and every
-            other per-token tensor are whole.
-        labels, objective, reference_logprobs, token_weights, sequence_ids, num_sequences, logit_scale, diagnostics,
+        hidden: [..., H] the labels' shape plus one dimension, the same on all ranks of `tp_group`;
+            with `sequence_parallel` this rank's part of dim 0.
+        weight: [V/tp, H] this rank's rows, of hidden's type. Where it has Megatron's `main_grad`
+            (and `grad_added_to_main_grad`), the gradient is added there and autograd gets a
+            placeholder.
+        teacher: as in `q_target_cross_entropy`, or a `TeacherHidden`, whose logits are never made
+            whole either.
+        sequence_parallel: dim 0 of hidden (and of TeacherHidden.hidden) is sharded over `tp_group`;
+            labels and every other per-token tensor are whole.
+        labels, objective, reference_logprobs, token_weights, sequence_ids, num_sequences,
+        logit_scale, diagnostics,
             tp_group, cp_group, vocab_size, ignore_index: as in `q_target_cross_entropy`.
 
     Returns:
-        QTargetOutput: per-token [...] values; `loss` is differentiable in `hidden` and `weight`. hidden.grad arrives
-            reduced over `tp_group`, under sequence parallel as this rank's part.
+        QTargetOutput: per-token [...] values; `loss` is differentiable in `hidden` and `weight`.
+            hidden.grad arrives reduced over `tp_group`, under sequence parallel as this rank's
+            part.
 
     Raises:
         ValueError, TypeError: as `q_target_cross_entropy`; a DTensor.

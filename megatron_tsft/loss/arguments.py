@@ -16,7 +16,8 @@ from megatron_tsft.objectives import Objective, Scalar, as_like
 
 @dataclass(frozen=True)
 class Arguments:
-    """The keywords that `q_target_cross_entropy` and `q_target_linear_cross_entropy` share; api.py describes them."""
+    """The keywords that `q_target_cross_entropy` and `q_target_linear_cross_entropy` share; api.py
+    describes them."""
 
     labels: Tensor  # [...] int64
     objective: Objective
@@ -65,7 +66,11 @@ class Arguments:
             return None if value is None else value.reshape(-1).to(dtype).detach()
 
         def number(value: Scalar) -> Scalar:
-            return as_like(value, like.new_empty(0, dtype=dtype)) if isinstance(value, Tensor) else float(value)
+            return (
+                as_like(value, like.new_empty(0, dtype=dtype))
+                if isinstance(value, Tensor)
+                else float(value)
+            )
 
         num_sequences = self.num_sequences or 0
         if self.sequence_ids is not None and self.num_sequences is None:
@@ -106,7 +111,9 @@ class Arguments:
             return sparse_teacher(flat, labels, vocab_size, dtype)
         if isinstance(teacher, TeacherHidden):
             hidden = teacher.hidden.detach()
-            return HiddenTeacher(hidden.reshape(-1, hidden.shape[-1]), teacher.weight.detach(), teacher.absent)
+            return HiddenTeacher(
+                hidden.reshape(-1, hidden.shape[-1]), teacher.weight.detach(), teacher.absent
+            )
         return None if teacher is None else DenseTeacher(teacher.detach().reshape(n, width))
 
     def check_result(self, out: QTargetOutput) -> QTargetOutput:
@@ -115,6 +122,7 @@ class Arguments:
             bad = (self.labels != self.ignore_index) & ~out.supervised
             where = torch.nonzero(bad.reshape(-1))[:8, 0].tolist()
             raise ValueError(
-                f"{int(out.bad_teacher_rows)} teacher rows are not finite, at flat token positions {where}"
+                f"{int(out.bad_teacher_rows)} teacher rows are not finite, at flat token positions"
+                f" {where}"
             )
         return out

@@ -1,7 +1,7 @@
 """The two collectives on whole tensors, by the name that the installed torch has for them.
 
-The list forms would cost a copy kernel a rank over NCCL. torch 2.11 has `all_gather_into_tensor` and
-`reduce_scatter_tensor`, 2.14 deprecates them for `..._single`.
+The list forms would cost a copy kernel a rank over NCCL. torch 2.11 has `all_gather_into_tensor`
+and `reduce_scatter_tensor`, 2.14 deprecates them for `..._single`.
 """
 
 import torch.distributed as dist

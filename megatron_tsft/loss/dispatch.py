@@ -1,4 +1,5 @@
-"""Which implementation reads the vocabulary: the torch path anywhere, the Triton kernels on a GPU."""
+"""Which implementation reads the vocabulary: the torch path anywhere, the Triton kernels on a
+GPU."""
 
 import functools
 import importlib.util
@@ -21,7 +22,10 @@ def why_not_triton(logits: Tensor) -> str | None:
     if logits.dtype == torch.float64:
         return "logits are float64, the kernels compute in float32"
     if logits.device.type == "cpu" and not _interpreted():
-        return "logits are on the CPU; TRITON_INTERPRET=1, set before the start, runs the kernels there (slowly)"
+        return (
+            "logits are on the CPU; TRITON_INTERPRET=1, set before the start, runs the kernels"
+            " there (slowly)"
+        )
     if logits.device.type not in ("cpu", "cuda"):
         return f"logits are on {logits.device.type}"
     return None
@@ -35,7 +39,10 @@ def implementation(logits: Tensor) -> ModuleType:
     """
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", *BACKENDS):
-        raise ValueError(f"{VARIABLE}={wanted!r}; valid: {', '.join(BACKENDS)}, or unset for the fastest that fits")
+        raise ValueError(
+            f"{VARIABLE}={wanted!r}; valid: {', '.join(BACKENDS)}, or unset for the fastest that"
+            " fits"
+        )
     reason = why_not_triton(logits) if wanted == "triton" or logits.is_cuda else None
     if wanted == "triton" and reason:
         raise ValueError(f"{VARIABLE}=triton cannot be used: {reason}")

@@ -1,13 +1,15 @@
 """The LM head inside the loss: logits exist only for a range of vocabulary columns at a time.
 
-A chunk of columns is a shard like any other, so its statistics merge with the others' as ranks' do. Chunks of columns,
-not of tokens, because of what accumulates: each chunk's part of the weight's gradient is whole at once and rounded
-once, and only hidden's gradient is summed over chunks, in fp32; chunks of tokens would sum the weight's, [V/tp, H].
+A chunk of columns is a shard like any other, so its statistics merge with the others' as ranks' do.
+Chunks of columns, not of tokens, because of what accumulates: each chunk's part of the weight's
+gradient is whole at once and rounded once, and only hidden's gradient is summed over chunks, in
+fp32; chunks of tokens would sum the weight's, [V/tp, H].
 
-Budget: four matrix products of the head (forward, once more in backward, and two gradients) where a plain head has
-three. One all-gather of statistics over TP forward; backward one all-reduce of hidden's gradient. Under sequence
-parallel hidden is gathered in both and its gradient reduce-scattered, as in Megatron's own head
-(megatron/core/tensor_parallel/layers.py:530-760, 0.19.2). Kept for backward: hidden and weight by reference.
+Budget: four matrix products of the head (forward, once more in backward, and two gradients) where a
+plain head has three. One all-gather of statistics over TP forward; backward one all-reduce of
+hidden's gradient. Under sequence parallel hidden is gathered in both and its gradient
+reduce-scattered, as in Megatron's own head (megatron/core/tensor_parallel/layers.py:530-760,
+0.19.2). Kept for backward: hidden and weight by reference.
 """
 
 from collections.abc import Iterator
@@ -34,7 +36,8 @@ from megatron_tsft.loss.targets import (
 )
 from megatron_tsft.loss.teacher import HiddenTeacher
 
-CHUNKS = 48  # a chunk is about this share of the logits: with the fp32 sum under a tenth of them at V/tp >= 30 H
+# a chunk is about this share of the logits: with the fp32 sum under a tenth of them at V/tp >= 30 H
+CHUNKS = 48
 MIN_COLUMNS = 256  # narrower products waste the hardware
 ALIGNMENT = 128  # columns; rows at odd addresses cost matrix products and kernels their wide loads
 
@@ -49,20 +52,33 @@ def linear_q_target(
 
 
 class _LinearQTarget(torch.autograd.Function):
-    """loss [N] from hidden [..., H] and weight [V/tp, H]; the detached values leave through `box`."""
+    """loss [N] from hidden [..., H] and weight [V/tp, H]; the detached values leave through
+    `box`."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, problem: Problem, sequence_parallel: bool, box: list[Targets]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        problem: Problem,
+        sequence_parallel: bool,
+        box: list[Targets],
     ) -> Tensor:
         head = Head(problem, hidden, weight, sequence_parallel)
         wanted = problem.wanted()
-        tables = [implementation(logits).local_statistics(shard, wanted) for logits, shard in head.chunks()]
-        local = combine(tables[0].names, torch.stack([table.data for table in tables]), problem.a, problem.b)
+        tables = [
+            implementation(logits).local_statistics(shard, wanted)
+            for logits, shard in head.chunks()
+        ]
+        local = combine(
+            tables[0].names, torch.stack([table.data for table in tables]), problem.a, problem.b
+        )
         merged = merge(local, problem.a, problem.b, problem.tp_group)
         targets = decide_targets(problem, merged)
         box.append(targets)
-        ctx.problem = problem if problem.has_pi else replace(problem, teacher=None)  # backward reads it for pi alone
+        ctx.problem = (
+            problem if problem.has_pi else replace(problem, teacher=None)
+        )  # backward reads it for pi alone
         ctx.sequence_parallel = sequence_parallel
         ctx.names, kept = keep_for_backward(problem, merged, targets)
         ctx.save_for_backward(hidden, weight, *kept)
@@ -73,11 +89,15 @@ class _LinearQTarget(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden, weight, *kept = ctx.saved_tensors
         problem: Problem = ctx.problem
-        weights = gradient_weights(problem.scale, dict(zip(ctx.names, kept, strict=True)), grad_output)
+        weights = gradient_weights(
+            problem.scale, dict(zip(ctx.names, kept, strict=True)), grad_output
+        )
         head = Head(problem, hidden, weight, ctx.sequence_parallel)
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = torch.zeros(head.hidden.shape, dtype=weights.m.dtype, device=hidden.device)
+            grad_hidden = torch.zeros(
+                head.hidden.shape, dtype=weights.m.dtype, device=hidden.device
+            )
         if ctx.needs_input_grad[1]:
             grad_weight = WeightGradient(weight)
         for logits, shard in head.chunks():
@@ -97,7 +117,8 @@ class _LinearQTarget(torch.autograd.Function):
 
 
 class Head:
-    """Hidden states [N, H], gathered under sequence parallel, times this rank's weight, some columns at a time."""
+    """Hidden states [N, H], gathered under sequence parallel, times this rank's weight, some
+    columns at a time."""
 
     def __init__(self, problem: Problem, hidden: Tensor, weight: Tensor, sequence_parallel: bool):
         self.problem, self.weight, self.group = problem, weight, problem.tp_group
@@ -125,7 +146,8 @@ class Head:
             yield logits, self.problem.shard(logits, start)
 
     def reduced(self, grad: Tensor) -> Tensor:
-        """hidden's gradient [N, H], a part of the sum on each rank, as autograd expects it: [..., H] of hidden."""
+        """hidden's gradient [N, H], a part of the sum on each rank, as autograd expects it: [...,
+        H] of hidden."""
         if self.group is None or self.group.size() == 1:
             return grad.view(self.shape)
         if not self.sequence_parallel:
@@ -135,7 +157,8 @@ class Head:
 
 
 class WeightGradient:
-    """Where the weight's gradient goes: Megatron's fp32 `main_grad` where the weight has one, else a new tensor."""
+    """Where the weight's gradient goes: Megatron's fp32 `main_grad` where the weight has one, else
+    a new tensor."""
 
     def __init__(self, weight: Tensor):
         self.weight = weight
@@ -147,17 +170,21 @@ class WeightGradient:
         add_product(self.sum[rows], grad_logits.T, hidden)
 
     def for_autograd(self) -> Tensor:
-        """The gradient, or a placeholder for one that is in `main_grad` already (layers.py:692-721, 0.19.2)."""
+        """The gradient, or a placeholder for one that is in `main_grad` already (layers.py:692-721,
+        0.19.2)."""
         if not self.main:
             return self.sum
         self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         # zeros where Megatron adds it all the same, because an embedding shares the weight
-        make = torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
+        make = (
+            torch.zeros_like if getattr(self.weight, "zero_out_wgrad", False) else torch.empty_like
+        )
         return make(self.weight, requires_grad=False)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in total's type; on the CPU a narrower product is rounded first, which halves its time."""
+    """total += a @ b in total's type; on the CPU a narrower product is rounded first, which halves
+    its time."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda:

@@ -1,4 +1,5 @@
-"""The records that cross the loss's border: a teacher's top-k or hidden states in, per-token values out."""
+"""The records that cross the loss's border: a teacher's top-k or hidden states in, per-token values
+out."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +14,8 @@ class TeacherTopK:
     Attributes:
         ids: [..., k] int32 or int64, global token ids; -1 is padding; no id twice in a row.
         logprobs: [..., k] floating, log T at `ids`.
-        tail: what the other tokens of the true vocabulary get: "uniform" spreads the missing mass evenly over them,
-            "drop" gives them nothing (the top-k, renormalised).
+        tail: what the other tokens of the true vocabulary get: "uniform" spreads the missing mass
+            evenly over them, "drop" gives them nothing (the top-k, renormalised).
         label_logprobs: [...] log T(y) where known: the reference of iw-sft and proximal.
         tail_logmass: [...] log of the missing mass where known; else log(1 - sum exp(logprobs)).
     """
@@ -28,7 +29,8 @@ class TeacherTopK:
 
 @dataclass(frozen=True)
 class TeacherHidden:
-    """A teacher before its head, for the fused head: its logits hidden @ weight.T are never made whole.
+    """A teacher before its head, for the fused head: its logits hidden @ weight.T are never made
+    whole.
 
     Attributes:
         hidden: [..., Ht], sharded on dim 0 where the student's is (sequence parallel).
@@ -43,7 +45,8 @@ class TeacherHidden:
 
 @dataclass(frozen=True)
 class QTargetOutput:
-    """Per-token results, each [...] in fp32 (fp64 for fp64 logits) and exactly 0 where `supervised` is False.
+    """Per-token results, each [...] in fp32 (fp64 for fp64 logits) and exactly 0 where `supervised`
+    is False.
 
     Attributes:
         loss: c_y * nll + c_r * CE(pi, p), times token_weights; differentiable in the logits only.
@@ -51,9 +54,11 @@ class QTargetOutput:
         imitation: c_y, the paper's gamma, before token_weights.
         residual: c_r, before token_weights.
         supervised: bool; False at ignored labels and where the teacher's row was not finite.
-        bad_teacher_rows: int64 scalar tensor, how many labelled tokens had a teacher row that was not finite.
+        bad_teacher_rows: int64 scalar tensor, how many labelled tokens had a teacher row that was
+            not finite.
         entropy: H(p), or None unless asked for.
-        kl: KL(Q || p) where Q is a distribution given by the statistics, NaN elsewhere; None unless asked for.
+        kl: KL(Q || p) where Q is a distribution given by the statistics, NaN elsewhere; None unless
+            asked for.
     """
 
     loss: Tensor

@@ -1,4 +1,5 @@
-"""A shard: a range of the vocabulary for N tokens, with what the objective asks of it. A rank holds one or several."""
+"""A shard: a range of the vocabulary for N tokens, with what the objective asks of it. A rank holds
+one or several."""
 
 from dataclasses import dataclass
 

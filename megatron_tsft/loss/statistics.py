@@ -1,8 +1,8 @@
 """Per-token statistics of vocabulary shards: which there are, and their exact merge.
 
-Sums are kept relative to a maximum m (never one log-sum-exp: at z = 1e4 an fp32 exp(z - lse) is off by 4.5e-4
-relative, exp(z - m) / s by 1.6e-7), so shards merge as: the largest maximum, rescale, add. The same merge serves the
-ranks of a tensor-parallel group and the chunks of a fused head.
+Sums are kept relative to a maximum m (never one log-sum-exp: at z = 1e4 an fp32 exp(z - lse) is off
+by 4.5e-4 relative, exp(z - m) / s by 1.6e-7), so shards merge as: the largest maximum, rescale,
+add. The same merge serves the ranks of a tensor-parallel group and the chunks of a fused head.
 """
 
 from dataclasses import dataclass
@@ -46,17 +46,21 @@ SUMS = {
 
 
 class Table:
-    """Named rows [N] of one tensor [K + top_k, N]: what one collective moves. The last rows are the largest logits."""
+    """Named rows [N] of one tensor [K + top_k, N]: what one collective moves. The last rows are the
+    largest logits."""
 
     def __init__(self, names: tuple[str, ...], data: Tensor):
         self.names, self.data = names, data
 
     @staticmethod
     def empty(wanted: Wanted, n: int, dtype: torch.dtype, device: torch.device) -> "Table":
-        """The statistics of no column at all: what a shard of padding has, and an inactive token."""
+        """The statistics of no column at all: what a shard of padding has, and an inactive
+        token."""
 
         def needed(table: dict[str, str]) -> tuple[str, ...]:
-            return tuple(name for name, need in table.items() if need == "always" or getattr(wanted, need))
+            return tuple(
+                name for name, need in table.items() if need == "always" or getattr(wanted, need)
+            )
 
         maxima, sums = needed(MAXIMA), needed(SUMS)
         data = torch.zeros(len(maxima) + len(sums) + wanted.top_k, n, dtype=dtype, device=device)
@@ -90,7 +94,9 @@ def combine(names: tuple[str, ...], shards: Tensor, a: Scalar, b: Scalar) -> Tab
     old = {name: shards[:, i] for i, name in enumerate(names)}  # [shards, N] each
     new = Table(names, torch.empty_like(shards[0]))
     torch.amax(old["m"], 0, out=new["m"])
-    by = old["m"] - new["m"]  # how much each shard's exponents move when they count from the common maximum
+    by = (
+        old["m"] - new["m"]
+    )  # how much each shard's exponents move when they count from the common maximum
     factor = by.exp()
     weighted = {"s": old["s"] * factor, "z_y": old["z_y"]}
     if "e" in old:  # a sum of e^(z-m) times (z-m) moves in its exponent and in its factor
@@ -126,14 +132,16 @@ def combine(names: tuple[str, ...], shards: Tensor, a: Scalar, b: Scalar) -> Tab
 
 
 def merge(local: Table, a: Scalar, b: Scalar, group: "dist.ProcessGroup | None") -> Table:
-    """The same statistics over the whole vocabulary: one all-gather, merged in rank order, so equal on every rank."""
+    """The same statistics over the whole vocabulary: one all-gather, merged in rank order, so equal
+    on every rank."""
     if group is None or group.size() == 1 or local.data.shape[1] == 0:
         return local
     return combine(local.names, all_gather(local.data, group), a, b)
 
 
 def topk_entropy(top: Tensor, k: int, vocab_size: int) -> tuple[Tensor, float]:
-    """Entropy [N] of the softmax over the k largest logits (top [>= k, N], sorted), and that k as it counts."""
+    """Entropy [N] of the softmax over the k largest logits (top [>= k, N], sorted), and that k as
+    it counts."""
     k = min(k, vocab_size)
     logp = torch.log_softmax(top[:k], 0)
     return -(logp.exp() * logp).sum(0), float(k)

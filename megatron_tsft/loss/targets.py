@@ -1,4 +1,5 @@
-"""From merged statistics to each token's target: coefficients, loss, reported values, and the gradient's numbers.
+"""From merged statistics to each token's target: coefficients, loss, reported values, and the
+gradient's numbers.
 
     loss = c_y * CE(onehot(y), p) + c_r * CE(pi, p)
     dloss/dz = (c_y + c_r) * p - c_y * onehot(y) - c_r * pi          (c_y, c_r, pi detached)
@@ -22,7 +23,8 @@ from megatron_tsft.objectives import Coefficients, Objective, Scalar, Statistics
 
 @dataclass(frozen=True)
 class Problem:
-    """One call, checked and flattened to N tokens (arguments.py); this rank's columns begin at `offset`."""
+    """One call, checked and flattened to N tokens (arguments.py); this rank's columns begin at
+    `offset`."""
 
     labels: Tensor  # [N] int64
     labelled: Tensor  # [N] bool: not ignored
@@ -43,7 +45,8 @@ class Problem:
     cp_group: "dist.ProcessGroup | None"
 
     def shard(self, logits: Tensor, start: int = 0) -> Shard:
-        """The columns of `logits` [N, w], which are [start, start + w) of this rank's, with the teacher on them."""
+        """The columns of `logits` [N, w], which are [start, start + w) of this rank's, with the
+        teacher on them."""
         first, width = self.offset + start, logits.shape[1]
         if isinstance(self.teacher, SparseTeacher):
             teacher = self.teacher.counted_from(first)
@@ -53,7 +56,9 @@ class Problem:
         label = self.labels - first
         here = self.labelled & (label >= 0) & (label < columns)
         label = torch.where(here, label, -1)
-        return Shard(start, logits, columns, self.scale, label, self.labelled, self.a, self.b, teacher)
+        return Shard(
+            start, logits, columns, self.scale, label, self.labelled, self.a, self.b, teacher
+        )
 
     @property
     def has_residual(self) -> bool:
@@ -63,7 +68,12 @@ class Problem:
     def residual_is_p(self) -> bool:
         """pi = p, known on the host: its cross-entropy is H(p), and it leaves the gradient."""
         a, b = self.plan.a, self.plan.b
-        return self.has_residual and not isinstance(a, Tensor) and not isinstance(b, Tensor) and (a, b) == (1, 0)
+        return (
+            self.has_residual
+            and not isinstance(a, Tensor)
+            and not isinstance(b, Tensor)
+            and (a, b) == (1, 0)
+        )
 
     @property
     def has_pi(self) -> bool:
@@ -74,7 +84,10 @@ class Problem:
     def reads_teacher_label(self) -> bool:
         """log T(y) is needed and comes from the teacher."""
         needs = self.objective.needs
-        from_teacher = self.reference_logprobs is None and needs & {"reference_logp_y", "sequence_log_ratio"}
+        from_teacher = self.reference_logprobs is None and needs & {
+            "reference_logp_y",
+            "sequence_log_ratio",
+        }
         return "teacher_logp_y" in needs or bool(from_teacher)
 
     def wanted(self) -> Wanted:
@@ -106,7 +119,8 @@ class Targets:
 
 
 def decide_targets(problem: Problem, merged: Table) -> Targets:
-    """Merged statistics -> coefficients of the objective -> loss, reported values and what backward needs."""
+    """Merged statistics -> coefficients of the objective -> loss, reported values and what backward
+    needs."""
     # a row of -inf alone is no distribution: its loss must not look like one
     log_s = torch.log(merged["s"]).masked_fill(merged["m"] <= FLOOR, torch.nan)
     logp_y = (merged["z_y"] - merged["m"]) - log_s
@@ -171,7 +185,8 @@ def _exponent_at_label(problem: Problem, merged: Table) -> Tensor:
 
 
 def _teacher_statistics(problem: Problem, merged: Table, stats: Statistics) -> Tensor:
-    """Fill in log T(y) and log p_ref(y); return where a teacher that is used is not finite, [N] bool."""
+    """Fill in log T(y) and log p_ref(y); return where a teacher that is used is not finite, [N]
+    bool."""
     teacher = problem.teacher
     bad = torch.zeros_like(problem.labelled)
     if isinstance(teacher, SparseTeacher):
@@ -180,7 +195,9 @@ def _teacher_statistics(problem: Problem, merged: Table, stats: Statistics) -> T
         bad = (merged["bad"] > 0) | (merged["m_t"] <= FLOOR)
         if "s_t" in merged:
             stats["teacher_logp_y"] = (merged["t_y"] - merged["m_t"]) - torch.log(merged["s_t"])
-    reads = problem.objective.where_needs("teacher_logp_y", "reference_logp_y", "sequence_log_ratio")
+    reads = problem.objective.where_needs(
+        "teacher_logp_y", "reference_logp_y", "sequence_log_ratio"
+    )
     bad = bad & ((problem.b != 0) | reads)  # a teacher that a token does not use may be anything
     if problem.reference_logprobs is not None:
         stats["reference_logp_y"] = problem.reference_logprobs
@@ -190,18 +207,25 @@ def _teacher_statistics(problem: Problem, merged: Table, stats: Statistics) -> T
         reference = stats["reference_logp_y"]
         reads = problem.objective.where_needs("reference_logp_y", "sequence_log_ratio")
         bad = bad | ((torch.isnan(reference) | (reference == torch.inf)) & reads)
-        stats["reference_logp_y"] = reference.clamp(min=FLOOR)  # at -inf a weight of 0 could not remove the ratio
+        stats["reference_logp_y"] = reference.clamp(
+            min=FLOOR
+        )  # at -inf a weight of 0 could not remove the ratio
     return bad
 
 
 def _sequence_mean(problem: Problem, stats: Statistics, supervised: Tensor) -> Tensor:
     """mean over each token's sequence of log p(y) - log p_ref(y), [N]; sequences may span CP ranks.
 
-    On CUDA index_add_ adds in any order, so iw-sft alone may differ in its last bits from run to run.
+    On CUDA index_add_ adds in any order, so iw-sft alone may differ in its last bits from run to
+    run.
     """
     assert problem.sequence_ids is not None
-    counted = supervised & ~torch.isnan(stats.reference_logp_y)  # in a mixture other tokens may have no reference
-    ratio = torch.where(counted, stats.logp_y - stats.reference_logp_y, torch.zeros_like(stats.logp_y))
+    counted = supervised & ~torch.isnan(
+        stats.reference_logp_y
+    )  # in a mixture other tokens may have no reference
+    ratio = torch.where(
+        counted, stats.logp_y - stats.reference_logp_y, torch.zeros_like(stats.logp_y)
+    )
     values = torch.stack([ratio, counted.to(ratio.dtype)])  # [2, N]
     totals = torch.zeros(2, problem.num_sequences, dtype=ratio.dtype, device=ratio.device)
     totals.index_add_(1, problem.sequence_ids, values)
@@ -213,18 +237,27 @@ def _sequence_mean(problem: Problem, stats: Statistics, supervised: Tensor) -> T
 KEPT = ("m", "s", "m_pi", "s_pi", "m_t")  # the statistics that backward reads
 
 
-def keep_for_backward(problem: Problem, merged: Table, targets: Targets) -> tuple[list[str], list[Tensor]]:
+def keep_for_backward(
+    problem: Problem, merged: Table, targets: Targets
+) -> tuple[list[str], list[Tensor]]:
     """Names and tensors [N] of what `gradient_weights` needs."""
-    kept: dict[str, Tensor] = {key: getattr(targets, key) for key in ("supervised", "logp_y", "c_y", "c_r")}
+    kept: dict[str, Tensor] = {
+        key: getattr(targets, key) for key in ("supervised", "logp_y", "c_y", "c_r")
+    }
     if targets.pi_logp_y is not None:
         kept["pi_logp_y"] = targets.pi_logp_y
     # copies: views of the table would keep all of it, and autograd counts versions by storage
-    kept |= {name: merged[name].clone() for name in KEPT if name in merged and (name != "m_t" or problem.has_pi)}
+    kept |= {
+        name: merged[name].clone()
+        for name in KEPT
+        if name in merged and (name != "m_t" or problem.has_pi)
+    }
     return list(kept), list(kept.values())
 
 
 def gradient_weights(scale: float, kept: dict[str, Tensor], grad_output: Tensor) -> GradientWeights:
-    """The numbers of dloss/dlogits for an upstream gradient [N]; a token whose upstream is 0 is idle."""
+    """The numbers of dloss/dlogits for an upstream gradient [N]; a token whose upstream is 0 is
+    idle."""
     upstream = grad_output.to(kept["m"].dtype) * scale
     c_y, c_r, logp_y = kept["c_y"] * upstream, kept["c_r"] * upstream, kept["logp_y"]
     # the label's column from expm1, where p_y - 1 would cancel
@@ -245,4 +278,6 @@ def gradient_weights(scale: float, kept: dict[str, Tensor], grad_output: Tensor)
 
 def output_fields(targets: Targets, shape: torch.Size) -> dict[str, Any]:
     """QTargetOutput's fields beside the loss, in the labels' shape."""
-    return {key: value.view(shape) if value.dim() else value for key, value in targets.reported.items()}
+    return {
+        key: value.view(shape) if value.dim() else value for key, value in targets.reported.items()
+    }

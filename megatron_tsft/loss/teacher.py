@@ -1,4 +1,5 @@
-"""A teacher as one rank sees it: dense, top-k or hidden states; its view on a range of columns, and log T(y)."""
+"""A teacher as one rank sees it: dense, top-k or hidden states; its view on a range of columns, and
+log T(y)."""
 
 from dataclasses import dataclass, replace
 
@@ -7,13 +8,15 @@ from torch import Tensor
 
 from megatron_tsft.loss.records import TeacherTopK
 
-# Maxima start here, not at -inf: a shard without any valid column merges as 0 * exp(FLOOR - max) = 0, never as NaN.
+# Maxima start here, not at -inf: a shard without any valid column merges as 0 * exp(FLOOR - max) =
+# 0, never as NaN.
 FLOOR = -1e30
 
 
 @dataclass(frozen=True)
 class DenseTeacher:
-    """`values` [N, width]: teacher logits or log-probs on a shard's columns, log T up to a constant per token."""
+    """`values` [N, width]: teacher logits or log-probs on a shard's columns, log T up to a constant
+    per token."""
 
     values: Tensor
 
@@ -24,7 +27,8 @@ class DenseTeacher:
 
 @dataclass(frozen=True)
 class SparseTeacher:
-    """A TeacherTopK, flattened to N tokens and sorted by id; log T up to a constant per token, counted from 0."""
+    """A TeacherTopK, flattened to N tokens and sorted by id; log T up to a constant per token,
+    counted from 0."""
 
     ids: Tensor  # [N, k] int64, ascending; padding comes last, beyond any vocabulary
     logprobs: Tensor  # [N, k]
@@ -40,7 +44,8 @@ class SparseTeacher:
 
 @dataclass(frozen=True)
 class HiddenTeacher:
-    """A teacher before its head: its logits on this rank's columns are hidden @ weight.T, made a chunk at a time."""
+    """A teacher before its head: its logits on this rank's columns are hidden @ weight.T, made a
+    chunk at a time."""
 
     hidden: Tensor  # [N, Ht]
     weight: Tensor  # [V/tp, Ht]
@@ -49,14 +54,17 @@ class HiddenTeacher:
     def view(self, start: int, width: int) -> DenseTeacher:
         """The teacher on columns [start, start + width)."""
         values = self.hidden.new_empty(len(self.hidden), width)
-        # into a given tensor, which autocast leaves alone: backward, outside of it, makes the same again
+        # into a given tensor, which autocast leaves alone: backward, outside of it, makes the same
+        # again
         torch.mm(self.hidden, self.weight[start : start + width].T, out=values)
         if self.absent is not None:
             values.masked_fill_(self.absent[start : start + width], -torch.inf)
         return DenseTeacher(values)
 
 
-def sparse_teacher(teacher: TeacherTopK, labels: Tensor, vocab_size: int, dtype: torch.dtype) -> SparseTeacher:
+def sparse_teacher(
+    teacher: TeacherTopK, labels: Tensor, vocab_size: int, dtype: torch.dtype
+) -> SparseTeacher:
     """A top-k teacher, already flattened to [N, k], with global ids."""
     ids, logprobs = teacher.ids.long(), teacher.logprobs.to(dtype)
     present = (ids >= 0) & (ids < vocab_size)
@@ -69,7 +77,8 @@ def sparse_teacher(teacher: TeacherTopK, labels: Tensor, vocab_size: int, dtype:
         tail, total = none.expand(ids.shape[0]), mass
         bad = bad | (top == -torch.inf)
     else:
-        # 1 - sum p, from the log: expm1 keeps what a subtraction would cancel; rounding may leave it a hair below 0
+        # 1 - sum p, from the log: expm1 keeps what a subtraction would cancel; rounding may leave
+        # it a hair below 0
         missing = torch.log(-torch.expm1(mass.clamp(max=0)))
         tail_mass = missing if teacher.tail_logmass is None else teacher.tail_logmass.to(dtype)
         others = vocab_size - present.sum(-1)

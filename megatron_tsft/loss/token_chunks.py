@@ -1,8 +1,10 @@
-"""The torch path: statistics and gradient of a shard, a few tokens at a time, so that scratch stays in the cache.
+"""The torch path: statistics and gradient of a shard, a few tokens at a time, so that scratch stays
+in the cache.
 
-fp32 scratch (fp64 for fp64 logits) is two or three tensors of CHUNK_ELEMENTS; nothing vocabulary-sized is made but the
-gradient. Exponents are in bits here, (z - m) log2 e: on the CPU torch's exp2 is nearly three times as fast as its exp,
-and as exact. What leaves in the table is in nats.
+fp32 scratch (fp64 for fp64 logits) is two or three tensors of CHUNK_ELEMENTS; nothing
+vocabulary-sized is made but the gradient. Exponents are in bits here, (z - m) log2 e: on the CPU
+torch's exp2 is nearly three times as fast as its exp, and as exact. What leaves in the table is in
+nats.
 """
 
 import contextlib
@@ -25,7 +27,8 @@ HUGE = 32 << 20  # bytes; the C library maps memory of this size anew each time,
 
 
 def local_statistics(shard: Shard, wanted: Wanted) -> Table:
-    """One read of logits and teacher: this shard's statistics, [K, N] in fp32 (fp64 for fp64 logits)."""
+    """One read of logits and teacher: this shard's statistics, [K, N] in fp32 (fp64 for fp64
+    logits)."""
     chunks = Chunks(shard, shard.active)
     table = Table.empty(wanted, len(shard.logits), chunks.dtype, shard.logits.device)
     if not shard.columns:
@@ -36,10 +39,13 @@ def local_statistics(shard: Shard, wanted: Wanted) -> Table:
         assert isinstance(shard.teacher, DenseTeacher)
         t_y = chunks.at_label(shard.teacher.values).clamp(min=FLOOR)
         table["t_y"].copy_(torch.where(shard.label >= 0, t_y, table["t_y"]))
-    # -inf has e^x = 0 and must not make 0 * inf of it in a sum of x e^x; on the CPU we look whether it did
+    # -inf has e^x = 0 and must not make 0 * inf of it in a sum of x e^x; on the CPU we look whether
+    # it did
     clamp = shard.logits.device.type != "cpu" or isinstance(shard.teacher, SparseTeacher)
     _fill(chunks, wanted, table, clamp)
-    if not clamp and any(bool(table[name].isnan().any()) for name in ("e", "d_pi", "k_pi") if name in table):
+    if not clamp and any(
+        bool(table[name].isnan().any()) for name in ("e", "d_pi", "k_pi") if name in table
+    ):
         _fill(chunks, wanted, table, clamp=True)
     return table
 
@@ -83,7 +89,13 @@ def _read_teacher(chunks: "Chunks", wanted: Wanted, to: dict[str, Tensor], i: in
 
 
 def _residual(
-    chunks: "Chunks", wanted: Wanted, to: dict[str, Tensor], i: int, bits: Tensor, log_t: Tensor | None, clamp: bool
+    chunks: "Chunks",
+    wanted: Wanted,
+    to: dict[str, Tensor],
+    i: int,
+    bits: Tensor,
+    log_t: Tensor | None,
+    clamp: bool,
 ) -> None:
     """The statistics of pi; d_pi and k_pi in bits."""
     if chunks.uniform:
@@ -119,7 +131,9 @@ def write_gradient(shard: Shard, weights: GradientWeights, out: Tensor) -> None:
     out[:, shard.columns :] = 0
     if not shard.columns:
         return
-    columns = {key: chunks.of(value[:, None]) for key, value in vars(weights).items() if value is not None}
+    columns = {
+        key: chunks.of(value[:, None]) for key, value in vars(weights).items() if value is not None
+    }
     destinations = chunks.of(out[:, : shard.columns])
     for i in chunks.idle:
         destinations[i].zero_()
@@ -131,7 +145,9 @@ def write_gradient(shard: Shard, weights: GradientWeights, out: Tensor) -> None:
         else:
             g = torch.exp2(bits, out=chunks.scratch(i, G)).mul_(at["p"])
             g.sub_(_pi(chunks, at, i, bits))
-        if i in chunks.mixed:  # masked, not multiplied: an idle token's numbers, or a bad teacher row's, may be NaN
+        if (
+            i in chunks.mixed
+        ):  # masked, not multiplied: an idle token's numbers, or a bad teacher row's, may be NaN
             g.masked_fill_(~at["active"], 0)
         destinations[i].copy_(g)
     # indexed, not scattered: torch's scatter_ copies all of a bf16 tensor on the CPU
@@ -155,11 +171,16 @@ def _pi(chunks: "Chunks", at: dict[str, Tensor], i: int, bits: Tensor) -> Tensor
 def gradient_buffer(logits: Tensor) -> Tensor:
     """A fresh tensor for the gradient, like `logits`.
 
-    On Linux a large one is mapped in huge pages: the first touch of 4 KiB pages takes as long as the gradient itself.
-    Its storage cannot be resized.
+    On Linux a large one is mapped in huge pages: the first touch of 4 KiB pages takes as long as
+    the gradient itself. Its storage cannot be resized.
     """
     size = logits.numel() * logits.element_size()
-    if logits.device.type != "cpu" or size < HUGE or not logits.is_contiguous() or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if (
+        logits.device.type != "cpu"
+        or size < HUGE
+        or not logits.is_contiguous()
+        or not hasattr(mmap, "MADV_HUGEPAGE")
+    ):
         return torch.empty_like(logits)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -167,11 +188,14 @@ def gradient_buffer(logits: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=logits.dtype).view(logits.shape)
 
 
-Z, E, T, G, TOP_K = range(5)  # scratch: logits and their exponents, exponentials, the teacher and u, the gradient
+Z, E, T, G, TOP_K = range(
+    5
+)  # scratch: logits and their exponents, exponentials, the teacher and u, the gradient
 
 
 class Chunks:
-    """A shard's rows, a few at a time, and scratch for one such chunk. Chunks without an active row are left out."""
+    """A shard's rows, a few at a time, and scratch for one such chunk. Chunks without an active row
+    are left out."""
 
     def __init__(self, shard: Shard, active: Tensor):
         """`active` [N] bool: which rows matter."""
@@ -203,14 +227,19 @@ class Chunks:
         if which not in self._scratch:
             # one column more takes the top-k ids of other shards
             width = self.shard.columns + (which == TOP_K)
-            self._scratch[which] = torch.empty(self.step, width, dtype=self.dtype, device=self.shard.logits.device)
+            self._scratch[which] = torch.empty(
+                self.step, width, dtype=self.dtype, device=self.shard.logits.device
+            )
         full = self._scratch[which]
         return full if self.sizes[i] == self.step else full[: self.sizes[i]]
 
     def load(self, logits: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
-        """For each chunk with an active row: its number, and scale * logits [n, columns] in scratch Z."""
+        """For each chunk with an active row: its number, and scale * logits [n, columns] in scratch
+        Z."""
         skipped = set(self.idle)
-        for i, rows in zip(range(len(self.sizes)), self.of(logits[:, : self.shard.columns]), strict=False):
+        for i, rows in zip(
+            range(len(self.sizes)), self.of(logits[:, : self.shard.columns]), strict=False
+        ):
             if i not in skipped:
                 z = self.scratch(i, Z).copy_(rows)
                 yield i, z if scale == 1.0 else z.mul_(scale)
@@ -218,10 +247,13 @@ class Chunks:
     def teacher(self, i: int) -> Tensor:
         """The dense teacher's values of chunk i, [n, columns] in scratch T."""
         assert isinstance(self.shard.teacher, DenseTeacher)
-        return self.scratch(i, T).copy_(self.shard.teacher.values[self.rows(i), : self.shard.columns])
+        return self.scratch(i, T).copy_(
+            self.shard.teacher.values[self.rows(i), : self.shard.columns]
+        )
 
     def at_label(self, values: Tensor) -> Tensor:
-        """values [N, width] at the label's column, [N] in the working type; column 0 where the label is elsewhere."""
+        """values [N, width] at the label's column, [N] in the working type; column 0 where the
+        label is elsewhere."""
         return values.gather(1, self.shard.label.clamp(min=0)[:, None])[:, 0].to(self.dtype)
 
     @property
@@ -237,7 +269,8 @@ class Chunks:
     def exponent(self, i: int, bits: Tensor, log_t: Tensor | None) -> Tensor:
         """u = a (z - m) + b (log T - m_t) in bits, [n, columns] in scratch; not for a uniform pi.
 
-        From centred values: at z = 1e4, fp32 rounds a * z by 5e-4. `log_t` is a dense teacher's, centred, in bits.
+        From centred values: at z = 1e4, fp32 rounds a * z by 5e-4. `log_t` is a dense teacher's,
+        centred, in bits.
         """
         a, b, teacher = self.a[i], self.b[i], self.shard.teacher
         if teacher is None or _is_zero(b):
@@ -251,7 +284,8 @@ class Chunks:
         return u.add_(weighted(a, bits, self.scratch(i, E)))
 
     def _top_k(self, teacher: SparseTeacher, i: int) -> Tensor:
-        """log T of a chunk in bits, [n, columns]: the tail, with the top-k columns written over it."""
+        """log T of a chunk in bits, [n, columns]: the tail, with the top-k columns written over
+        it."""
         rows, columns = self.rows(i), self.shard.columns
         ids, t = teacher.ids[rows], self.scratch(i, TOP_K)
         t.copy_((teacher.tail[rows, None] * LOG2E).expand_as(t))
@@ -260,13 +294,15 @@ class Chunks:
         return t[:, :columns]
 
     def _per_chunk(self, weight: Scalar) -> "tuple[Scalar, ...]":
-        """A number or 0-dim tensor for each chunk; a per-token [N] tensor as the chunk's column [n, 1]."""
+        """A number or 0-dim tensor for each chunk; a per-token [N] tensor as the chunk's column [n,
+        1]."""
         per_token = isinstance(weight, Tensor) and weight.dim()
         return self.of(weight[:, None]) if per_token else (weight,) * len(self.sizes)  # type: ignore[index]
 
 
 def weighted(weight: Scalar, values: Tensor, out: Tensor) -> Tensor:
-    """weight * values into `out` with 0 * anything = 0, so that a zero weight removes -inf and NaN too."""
+    """weight * values into `out` with 0 * anything = 0, so that a zero weight removes -inf and NaN
+    too."""
     torch.mul(values, weight, out=out)
     return out.masked_fill_(weight == 0, 0) if isinstance(weight, Tensor) else out
 

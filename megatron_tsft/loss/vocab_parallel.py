@@ -1,8 +1,8 @@
 """The vocabulary-parallel Q-target loss on logits, with a hand-written gradient.
 
-Budget: forward one all-gather over TP (iw-sft one all-reduce more, over CP), backward none. The logits and a dense
-teacher are read once forward and once backward, the gradient is written once. Kept for backward: both by reference
-and a dozen numbers per token, never a vocabulary-sized tensor.
+Budget: forward one all-gather over TP (iw-sft one all-reduce more, over CP), backward none. The
+logits and a dense teacher are read once forward and once backward, the gradient is written once.
+Kept for backward: both by reference and a dozen numbers per token, never a vocabulary-sized tensor.
 """
 
 from dataclasses import replace
@@ -30,15 +30,20 @@ class _QTarget(torch.autograd.Function):
     """loss [N] from logits [N, V/tp]; the detached values leave through `box`."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, problem: Problem, inplace: bool, box: list[Targets]) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, problem: Problem, inplace: bool, box: list[Targets]
+    ) -> Tensor:
         shard = problem.shard(logits)
         local = implementation(logits).local_statistics(shard, problem.wanted())
         merged = merge(local, shard.a, shard.b, problem.tp_group)
         targets = decide_targets(problem, merged)
         box.append(targets)
-        # The logits go through save_for_backward alone, so that autograd frees them after backward though the loss may
-        # live on. The teacher cannot: autograd refuses to save tensors made under torch.inference_mode.
-        ctx.problem = problem if problem.has_pi else replace(problem, teacher=None)  # backward reads it for pi alone
+        # The logits go through save_for_backward alone, so that autograd frees them after backward
+        # though the loss may live on. The teacher cannot: autograd refuses to save tensors made
+        # under torch.inference_mode.
+        ctx.problem = (
+            problem if problem.has_pi else replace(problem, teacher=None)
+        )  # backward reads it for pi alone
         ctx.inplace = inplace
         ctx.names, kept = keep_for_backward(problem, merged, targets)
         ctx.save_for_backward(logits, *kept)
@@ -49,13 +54,17 @@ class _QTarget(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         logits, *kept = ctx.saved_tensors
         problem: Problem = ctx.problem
-        weights = gradient_weights(problem.scale, dict(zip(ctx.names, kept, strict=True)), grad_output)
+        weights = gradient_weights(
+            problem.scale, dict(zip(ctx.names, kept, strict=True)), grad_output
+        )
         grad = logits.detach() if ctx.inplace else gradient_buffer(logits)
         implementation(logits).write_gradient(problem.shard(logits), weights, grad)
         return grad, None, None, None
 
 
-def vocab_parallel_q_target(problem: Problem, logits: Tensor, inplace: bool, shape: torch.Size) -> QTargetOutput:
+def vocab_parallel_q_target(
+    problem: Problem, logits: Tensor, inplace: bool, shape: torch.Size
+) -> QTargetOutput:
     """Run the loss on logits [N, V/tp]; results in the labels' `shape`."""
     box: list[Targets] = []
     loss: Tensor = _QTarget.apply(logits, problem, inplace, box)  # type: ignore[assignment]

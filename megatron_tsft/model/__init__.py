@@ -1,1 +1,2 @@
-"""What touches a GPTModel, whichever loop runs it: output hook, loss reduction, riding teacher, packed attention."""
+"""What touches a GPTModel, whichever loop runs it: output hook, loss reduction, riding teacher,
+packed attention."""

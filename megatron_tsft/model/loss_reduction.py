@@ -1,4 +1,5 @@
-"""From per-token values to what Megatron's schedule wants: (summed loss, token count, metrics to reduce)."""
+"""From per-token values to what Megatron's schedule wants: (summed loss, token count, metrics to
+reduce)."""
 
 import torch
 from torch import Tensor
@@ -16,17 +17,19 @@ def reduce_loss(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum over the micro-batch's supervised tokens.
 
-    With --calculate-per-token-loss gradients are divided once by the global token count, so micro-batches of unequal
-    counts weigh as they should. The count must be an int tensor (training.py adds it to one).
+    With --calculate-per-token-loss gradients are divided once by the global token count, so
+    micro-batches of unequal counts weigh as they should. The count must be an int tensor
+    (training.py adds it to one).
 
     Args:
         context: the micro-batch's, as given to the hook.
-        samples_share: 1 / (micro-batches * data-parallel ranks): turns a reduced [n, share] into the global sum of n.
+        samples_share: 1 / (micro-batches * data-parallel ranks): turns a reduced [n, share] into
+            the global sum of n.
         output: the hook's output.
 
     Returns:
-        loss sum (scalar, differentiable), tokens (int scalar), {name: [sum, n]} reduced by Megatron over micro-batches
-        and data-parallel ranks.
+        loss sum (scalar, differentiable), tokens (int scalar), {name: [sum, n]} reduced by Megatron
+        over micro-batches and data-parallel ranks.
     """
     rows = dict(zip(context.metrics, output.unbind(0), strict=True))
     supervised = rows.pop("supervised").detach()
@@ -51,10 +54,14 @@ def reduce_loss(
     if context.training:
         for name, value in context.parameters.items():
             pairs[name] = value.to(count), count.new_ones(())
-    if context.training:  # the evaluation's count is known, and Megatron would print its exponential
+    if (
+        context.training
+    ):  # the evaluation's count is known, and Megatron would print its exponential
         share = count.new_full((), samples_share)
         pairs["tokens"] = count, share
         labelled = (context.batch.labels != IGNORED).sum()
         pairs["bad_teacher_rows"] = labelled - count, share
-    table = torch.stack([value for pair in pairs.values() for value in pair]).view(-1, 2)  # one kernel for all of them
+    table = torch.stack([value for pair in pairs.values() for value in pair]).view(
+        -1, 2
+    )  # one kernel for all of them
     return rows["loss"].sum(), count.int(), dict(zip(pairs, table.unbind(0), strict=True))

@@ -1,4 +1,5 @@
-"""The one hook into GPTModel: hidden states in, per-token loss and metrics out (`output_processor=`).
+"""The one hook into GPTModel: hidden states in, per-token loss and metrics out
+(`output_processor=`).
 
 Runs on the last pipeline stage only (megatron/core/models/gpt/gpt_model.py:719, 0.19.2).
 """
@@ -12,7 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
-from megatron_tsft.loss import TeacherHidden, TeacherTopK, q_target_cross_entropy, q_target_linear_cross_entropy
+from megatron_tsft.loss import (
+    TeacherHidden,
+    TeacherTopK,
+    q_target_cross_entropy,
+    q_target_linear_cross_entropy,
+)
 from megatron_tsft.model.fused_head import head_weight
 from megatron_tsft.objectives import Objective
 
@@ -32,7 +38,9 @@ class LossContext:
     cp_group: "dist.ProcessGroup | None"
     fuse_head: bool = False
     datasets: Sequence[str] = ()  # names of a mixture's data sets, numbered by batch.dataset_ids
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # scheduled ones by the name to log
+    parameters: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # scheduled ones by the name to log
     # put here by the riding teacher: logits [s, b, V/tp], or for a fused head what they are made of
     teacher: Tensor | TeacherHidden | None = field(default=None)
 
@@ -65,12 +73,15 @@ def q_target_output(
     scale_logits: Any,
     **unused: Any,
 ) -> Tensor:
-    """[len(context.metrics), b, s] fp32: the loss first (differentiable), detached metrics after."""
+    """[len(context.metrics), b, s] fp32: the loss first (differentiable), detached metrics
+    after."""
     batch, objective = context.batch, context.objective
     sequences = "sequence_log_ratio" in objective.needs
     teacher = cached_teacher(batch.teacher) if context.teacher is None else context.teacher
     keywords: dict[str, Any] = dict(
-        teacher=teacher if objective.reads_teacher else None,  # it may be there for another data set's objective
+        teacher=teacher
+        if objective.reads_teacher
+        else None,  # it may be there for another data set's objective
         token_weights=None if batch.token_weights is None else batch.token_weights.transpose(0, 1),
         sequence_ids=batch.sequence_ids.transpose(0, 1) if sequences else None,
         num_sequences=batch.num_sequences if sequences else None,
@@ -96,7 +107,8 @@ def q_target_output(
             scale_logits(logits),
             labels.transpose(0, 1),
             objective,
-            inplace=torch.is_grad_enabled(),  # nobody reads the logits again: the gradient takes their memory
+            # nobody reads the logits again: the gradient takes their memory
+            inplace=torch.is_grad_enabled(),
             **keywords,
         )
     context.teacher = None

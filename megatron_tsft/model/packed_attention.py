@@ -1,8 +1,9 @@
-"""Packed sequences for Megatron's local spec: causal attention inside each document, none across, also where a
-document's positions are spread over context-parallel ranks.
+"""Packed sequences for Megatron's local spec: causal attention inside each document, none across,
+also where a document's positions are spread over context-parallel ranks.
 
-Transformer Engine's attention does this on its own; the local DotProductAttention refuses packed sequences and context
-parallelism (megatron/core/transformer/dot_product_attention.py:153 and :58, 0.19.2). This one runs anywhere torch does.
+Transformer Engine's attention does this on its own; the local DotProductAttention refuses packed
+sequences and context parallelism (megatron/core/transformer/dot_product_attention.py:153 and :58,
+0.19.2). This one runs anywhere torch does.
 """
 
 import copy
@@ -23,23 +24,32 @@ from megatron_tsft.data.context_parallel import gathered_order
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's packed parameters plus the lengths on the host, so that our attention need not ask the device for them
-    (Megatron's unfused rotary embedding does)."""
+    """Megatron's packed parameters plus the lengths on the host, so that our attention need not ask
+    the device for them (Megatron's unfused rotary embedding does)."""
 
     lengths: list[int] = field(default_factory=list)
-    gathered: Tensor | None = None  # [t] where the ranks' shards, one after the other, hold each position
+    gathered: Tensor | None = (
+        None  # [t] where the ranks' shards, one after the other, hold each position
+    )
 
     def natural_order(self, shards: Tensor, size: int) -> Tensor:
-        """[t, ...] in the documents' order, from `shards` [t, ...] of `size` context-parallel ranks."""
+        """[t, ...] in the documents' order, from `shards` [t, ...] of `size` context-parallel
+        ranks."""
         if self.gathered is None:  # the first layer's; the others read the same packs
             self.gathered = gathered_order(self.lengths, size).to(shards.device, non_blocking=True)
         return shards.index_select(0, self.gathered)
 
 
-def packed_sequences(lengths: list[int], device: torch.device | str, context_size: int = 1) -> PackedSequences:
-    """THD parameters of documents that lie end to end; their lengths add up to the pack's, on all ranks together."""
-    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-    # Transformer Engine asks for the padded lengths under context parallelism; ours are padded already
+def packed_sequences(
+    lengths: list[int], device: torch.device | str, context_size: int = 1
+) -> PackedSequences:
+    """THD parameters of documents that lie end to end; their lengths add up to the pack's, on all
+    ranks together."""
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(
+        device, non_blocking=True
+    )
+    # Transformer Engine asks for the padded lengths under context parallelism; ours are padded
+    # already
     padded: dict[str, Any] = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens}
     return PackedSequences(
         qkv_format="thd",
@@ -59,7 +69,9 @@ class PackedDotProductAttention(DotProductAttention):
         alone = config
         if config.context_parallel_size > 1:
             alone = copy.copy(config)
-            alone.context_parallel_size = 1  # Megatron's class asks for it: it knows of no other ranks, we do
+            alone.context_parallel_size = (
+                1  # Megatron's class asks for it: it knows of no other ranks, we do
+            )
         super().__init__(alone, *args, pg_collection=pg_collection, **kwargs)
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
@@ -76,7 +88,9 @@ class PackedDotProductAttention(DotProductAttention):
         """Context [t/cp, heads/tp * d]; unpacked calls go to Megatron's own attention."""
         if packed_seq_params is None:
             assert self.cp_group is None, "context parallelism is for packed sequences"
-            return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)
+            return super().forward(
+                query, key, value, attention_mask, attn_mask_type, attention_bias
+            )
         if isinstance(packed_seq_params, PackedSequences):
             packed = packed_seq_params
         else:
@@ -92,7 +106,8 @@ class PackedDotProductAttention(DotProductAttention):
     def _spread(
         self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, group: Any
     ) -> Iterator[Tensor]:
-        """This rank's two chunks of every document, each against all that comes before it, on whichever rank.
+        """This rank's two chunks of every document, each against all that comes before it, on
+        whichever rank.
 
         Keys and values are gathered whole; their gradient is reduced and scattered back.
         """
@@ -109,7 +124,8 @@ class PackedDotProductAttention(DotProductAttention):
             start += length
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention [n, heads, d] of the last n of the positions that `key` and `value` [m, groups, d] cover."""
+        """Causal attention [n, heads, d] of the last n of the positions that `key` and `value` [m,
+        groups, d] cover."""
         n, m = len(query), len(key)
         # query i stands at position m - n + i; not a tensor, so that flash attention may take it
         earlier = causal_lower_right(n, m) if n < m else None
@@ -119,12 +135,14 @@ class PackedDotProductAttention(DotProductAttention):
             is_causal=earlier is None,
             dropout_p=self.attention_dropout.p if self.training else 0.0,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],  # grouped queries: heads share keys and values
+            enable_gqa=query.shape[1]
+            != key.shape[1],  # grouped queries: heads share keys and values
         )[0].transpose(0, 1)
 
 
 def packed_local_spec(config: Any, vp_stage: int | None = None) -> Any:
-    """Megatron's default layer spec for a GPTModelConfig with this attention in it (`transformer_layer_spec=`)."""
+    """Megatron's default layer spec for a GPTModelConfig with this attention in it
+    (`transformer_layer_spec=`)."""
     from megatron.training.models.gpt import default_layer_spec
 
     spec: Any = default_layer_spec(config, vp_stage)  # type: ignore[arg-type]  # None without virtual stages

@@ -1,8 +1,9 @@
 """A frozen teacher that rides along with the student's own pipeline pass, at any PP and VPP.
 
-Each stage computes its share of both models and sends cat(student, teacher) hidden states on; the last stage has the
-teacher's exact full-vocabulary logits. (A separate forward pass inside forward_step deadlocks or takes the wrong
-tensor under 1F1B.) The teacher is held outside the module tree: DDP, the optimizer and checkpoints never see it.
+Each stage computes its share of both models and sends cat(student, teacher) hidden states on; the
+last stage has the teacher's exact full-vocabulary logits. (A separate forward pass inside
+forward_step deadlocks or takes the wrong tensor under 1F1B.) The teacher is held outside the module
+tree: DDP, the optimizer and checkpoints never see it.
 """
 
 import copy
@@ -27,7 +28,8 @@ class RidingTeacher:
 
     Attributes:
         config: its own architecture, with the student's padded vocabulary (`teacher_config`).
-        checkpoint: the folder with its torch_dist files (release/ or iter_*), always the original one.
+        checkpoint: the folder with its torch_dist files (release/ or iter_*), always the original
+            one.
         vocabulary: how its tokens and the student's correspond.
         vocab_size: the student's true vocabulary.
     """
@@ -39,18 +41,30 @@ class RidingTeacher:
 
 
 def teacher_logits(
-    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, scale_logits: Any, **unused: Any
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    scale_logits: Any,
+    **unused: Any,
 ) -> Tensor:
     """The teacher's output hook: plain vocabulary-sharded logits [s, b, V/tp]."""
     return scale_logits(output_layer(hidden_states, weight=output_weight)[0])
 
 
 def teacher_hidden(
-    *, hidden_states: Tensor, output_layer: Any, output_weight: Tensor | None, scale_logits: Any, **unused: Any
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    scale_logits: Any,
+    **unused: Any,
 ) -> TeacherHidden:
     """The teacher's output hook for a fused head: what its logits are made of."""
     weight = output_layer.weight if output_weight is None else output_weight
-    return TeacherHidden(scale_logits(hidden_states), weight)  # a factor, so it may come before the product
+    return TeacherHidden(
+        scale_logits(hidden_states), weight
+    )  # a factor, so it may come before the product
 
 
 class GuidedGPTModel(GPTModel):
@@ -61,8 +75,13 @@ class GuidedGPTModel(GPTModel):
         return self.__dict__["_teacher"]
 
     def attach(self, teacher: GPTModel, absent: Tensor | None) -> None:
-        """Hold `teacher` without registering it as a submodule; `absent` [V/tp]: columns that it has no token for."""
-        self.__dict__["_teacher"], self.__dict__["_absent"], self.__dict__["_taken"] = teacher, absent, None
+        """Hold `teacher` without registering it as a submodule; `absent` [V/tp]: columns that it
+        has no token for."""
+        self.__dict__["_teacher"], self.__dict__["_absent"], self.__dict__["_taken"] = (
+            teacher,
+            absent,
+            None,
+        )
 
     def take_reference(self, step: int) -> None:
         """Make the teacher what the student is now; once a step, at its first micro-batch."""
@@ -88,8 +107,11 @@ class GuidedGPTModel(GPTModel):
         self.teacher.set_input_tensor(teacher)
 
     def forward(self, *args: Any, output_processor_context: Any = None, **kwargs: Any) -> Tensor:
-        """As GPTModel.forward; on the last stage the context gets its `teacher` before the student's hook runs."""
-        shared = {k: v for k, v in kwargs.items() if k not in ("labels", "loss_mask", "output_processor")}
+        """As GPTModel.forward; on the last stage the context gets its `teacher` before the
+        student's hook runs."""
+        shared = {
+            k: v for k, v in kwargs.items() if k not in ("labels", "loss_mask", "output_processor")
+        }
         fused = output_processor_context is not None and output_processor_context.fuse_head
         with torch.no_grad():
             hook = teacher_hidden if fused else teacher_logits
@@ -102,7 +124,9 @@ class GuidedGPTModel(GPTModel):
             elif absent is not None:
                 teacher_out.masked_fill_(absent, -torch.inf)
             output_processor_context.teacher = teacher_out
-            return super().forward(*args, output_processor_context=output_processor_context, **kwargs)
+            return super().forward(
+                *args, output_processor_context=output_processor_context, **kwargs
+            )
         hidden = super().forward(*args, **kwargs)
         return torch.cat([hidden, teacher_out.to(hidden.dtype)], -1)
 
@@ -111,7 +135,11 @@ class GuidedModelBuilder(GPTModelBuilder):
     """Builds student and teacher of each stage together."""
 
     def build_model(
-        self, pg_collection: Any, pre_process: Any = None, post_process: Any = None, vp_stage: int | None = None
+        self,
+        pg_collection: Any,
+        pre_process: Any = None,
+        post_process: Any = None,
+        vp_stage: int | None = None,
     ) -> GPTModel:
         """One stage; the student's random initialisation is what it would be without a teacher."""
         student = super().build_model(pg_collection, pre_process, post_process, vp_stage)
@@ -130,7 +158,9 @@ class GuidedModelBuilder(GPTModelBuilder):
         absent = None
         if student.post_process:
             width = config.vocab_size // pg_collection.tp.size()
-            absent = riding.vocabulary.absent(pg_collection.tp.rank() * width, width, riding.vocab_size)
+            absent = riding.vocabulary.absent(
+                pg_collection.tp.rank() * width, width, riding.vocab_size
+            )
         if torch.cuda.is_available():
             device = torch.cuda.current_device()
             teacher, absent = teacher.cuda(device), None if absent is None else absent.cuda(device)
@@ -148,7 +178,8 @@ class GuidedModelConfig(GPTModelConfig):
         return self.__dict__["_riding"]
 
     def add_teacher(self, riding: RidingTeacher) -> None:
-        """Set which teacher rides along, and have it loaded when the model is built, also by a run that resumes."""
+        """Set which teacher rides along, and have it loaded when the model is built, also by a run
+        that resumes."""
         object.__setattr__(self, "_riding", riding)  # GPTModelConfig proxies plain assignment
         self.post_wrap_hooks.append(lambda model: load_teachers(model, riding))
 
@@ -163,21 +194,28 @@ def frozen_config(of: GPTModelConfig) -> GPTModelConfig:
     transformer.recompute_granularity = None
     transformer.cpu_offloading = transformer.fine_grained_activation_offloading = False
     transformer.cuda_graph_impl = "none"
-    object.__setattr__(config, "transformer", transformer)  # GPTModelConfig proxies plain assignment
+    object.__setattr__(
+        config, "transformer", transformer
+    )  # GPTModelConfig proxies plain assignment
     return config
 
 
 def load_teachers(model: list[Any], riding: RidingTeacher) -> list[Any]:
-    """Load all virtual stages' teachers of this rank in one collective load; a `ModelConfig.post_wrap_hooks` member."""
-    load_frozen([chunk.teacher for chunk in unwrap_model(model)], riding.checkpoint, riding.vocabulary)
+    """Load all virtual stages' teachers of this rank in one collective load; a
+    `ModelConfig.post_wrap_hooks` member."""
+    load_frozen(
+        [chunk.teacher for chunk in unwrap_model(model)], riding.checkpoint, riding.vocabulary
+    )
     return model
 
 
 def load_frozen(chunks: list[Any], checkpoint: Path, vocabulary: TeacherVocabulary) -> None:
-    """Load a frozen model's stages from its checkpoint, at whatever padded vocabulary they were built.
+    """Load a frozen model's stages from its checkpoint, at whatever padded vocabulary they were
+    built.
 
-    Embedding and head may have other shapes than in the checkpoint (megatron/core/tensor_parallel/layers.py:396):
-    what both have is read; columns that only the student has are masked, by `TeacherVocabulary.absent`.
+    Embedding and head may have other shapes than in the checkpoint
+    (megatron/core/tensor_parallel/layers.py:396): what both have is read; columns that only the
+    student has are masked, by `TeacherVocabulary.absent`.
     """
     state = {
         f"model{i}": chunk.sharded_state_dict(metadata={"dp_cp_group": chunk.pg_collection.dp_cp})
@@ -185,6 +223,8 @@ def load_frozen(chunks: list[Any], checkpoint: Path, vocabulary: TeacherVocabula
     }
     loaded: Any = dist_checkpointing.load(state, str(checkpoint))
     for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{i}"], strict=False)  # _extra_state entries are empty here
+        chunk.load_state_dict(
+            loaded[f"model{i}"], strict=False
+        )  # _extra_state entries are empty here
         if vocabulary.token_map is not None:
             load_mapped_rows(chunk, checkpoint, vocabulary, chunk.pg_collection.tp.rank())

@@ -1,4 +1,5 @@
-"""A teacher at the student's vocabulary: padded alike, other tokens mapped, columns that it has no token for."""
+"""A teacher at the student's vocabulary: padded alike, other tokens mapped, columns that it has no
+token for."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +19,16 @@ ROWS = 16384  # of a vocabulary matrix that are read at once
 class TeacherVocabulary:
     """How a teacher's tokens and the student's correspond.
 
-    size: the teacher's own vocabulary. token_map: [student's vocabulary] the teacher's id of each token, -1 where it
-    has none; None where both have the same ids.
+    size: the teacher's own vocabulary. token_map: [student's vocabulary] the teacher's id of each
+    token, -1 where it has none; None where both have the same ids.
     """
 
     size: int
     token_map: Sequence[int] | None = None
 
     def rows(self, first: int, count: int) -> Tensor:
-        """[count] int64: the teacher's row for the student's tokens from `first` on, -1 where there is none."""
+        """[count] int64: the teacher's row for the student's tokens from `first` on, -1 where there
+        is none."""
         if self.token_map is None:
             rows = torch.arange(first, first + count)
             return torch.where(rows < self.size, rows, -1)
@@ -34,15 +36,18 @@ class TeacherVocabulary:
         return torch.tensor(padded, dtype=torch.int64)
 
     def absent(self, first: int, count: int, vocab_size: int) -> Tensor | None:
-        """[count] bool: columns from `first` on that are tokens of the student's but not of the teacher's; None if no
-        column is."""
+        """[count] bool: columns from `first` on that are tokens of the student's but not of the
+        teacher's; None if no column is."""
         columns = torch.arange(first, first + count)
         missing = (self.rows(first, count) < 0) & (columns < vocab_size)
         return missing if bool(missing.any()) else None
 
 
-def load_mapped_rows(teacher: Any, checkpoint: Path, vocabulary: TeacherVocabulary, tp_rank: int) -> None:
-    """Fill a stage's embedding and head by the token map, from the checkpoint's own rows; zeros where it has none."""
+def load_mapped_rows(
+    teacher: Any, checkpoint: Path, vocabulary: TeacherVocabulary, tp_rank: int
+) -> None:
+    """Fill a stage's embedding and head by the token map, from the checkpoint's own rows; zeros
+    where it has none."""
     reader = CheckpointReader(checkpoint)
     tied = HEAD not in reader.metadata.state_dict_metadata
     wanted = []

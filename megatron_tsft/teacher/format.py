@@ -1,4 +1,5 @@
-"""The teacher cache on disk: a card, and shards of one record per conversation, keyed by its sample_id.
+"""The teacher cache on disk: a card, and shards of one record per conversation, keyed by its
+sample_id.
 
     tsft_teacher.json        the card; written last, so a folder without one is not finished
     plan.json                what is being computed; a folder that has it can be continued
@@ -11,10 +12,11 @@ A row of a shard is a conversation; its `tokens` are the supervised ones in thei
         ids                 int32[k]        token ids, the most likely first
         logprobs            halffloat[k]    log T at the ids
         label_logprob       halffloat       log T(y)
-        tail_logmass        float           log of the mass outside the k, summed over it, not 1 minus the rest
+        tail_logmass        float           log of the mass outside the k, summed over it, not 1
+        minus the rest
 
-6 bytes an entry, 6 a token and 20 a conversation. Conversations that are equal share one record, whichever data set
-they come from.
+6 bytes an entry, 6 a token and 20 a conversation. Conversations that are equal share one record,
+whichever data set they come from.
 """
 
 from dataclasses import dataclass, field
@@ -29,9 +31,15 @@ from megatron_tsft.errors import UserError
 CARD_FILE = "tsft_teacher.json"
 PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
-ENTRY_BYTES, TOKEN_BYTES, CONVERSATION_BYTES = 6, 6, 20  # id and log-prob; label and tail; sample_id and offset
+ENTRY_BYTES, TOKEN_BYTES, CONVERSATION_BYTES = (
+    6,
+    6,
+    20,
+)  # id and log-prob; label and tail; sample_id and offset
 SHARD_FACTS = ("bytes", "sha256", "conversations")
-SHARDS = 256  # at least so many where the data is large enough: what ranks share and a killed job keeps
+SHARDS = (
+    256  # at least so many where the data is large enough: what ranks share and a killed job keeps
+)
 SMALLEST_SHARD, LARGEST_SHARD = 256 << 10, 64 << 20
 
 
@@ -39,9 +47,10 @@ SMALLEST_SHARD, LARGEST_SHARD = 256 << 10, 64 << 20
 class CacheIdentity:
     """What makes two caches the same: who was asked what about which conversations.
 
-    teacher: its folder's name, for people. teacher_hash: 16 hex digits over its weights. tokenizer_fingerprint: of the
-    data. vocab_size: ids lie below it. top_k, temperature: records are of softmax(z / temperature). dtype: the
-    teacher's. data: fingerprint of each prepared data set, in order. token_map: hash of a token map, or None.
+    teacher: its folder's name, for people. teacher_hash: 16 hex digits over its weights.
+    tokenizer_fingerprint: of the data. vocab_size: ids lie below it. top_k, temperature: records
+    are of softmax(z / temperature). dtype: the teacher's. data: fingerprint of each prepared data
+    set, in order. token_map: hash of a token map, or None.
     """
 
     teacher: str
@@ -72,13 +81,15 @@ class CacheCard:
         """The card of a cache folder.
 
         Raises:
-            UserError: there is none, the cache is not finished, or it was written by another version.
+            UserError: there is none, the cache is not finished, or it was written by another
+                version.
         """
         directory = Path(directory)
         command = "tools/cache_teacher.py --teacher DIR --data DIR --output DIR --top-k K"
         if (directory / PLAN_FILE).is_file() and not (directory / CARD_FILE).is_file():
             raise UserError(
-                f"{directory} is an unfinished teacher cache: run tools/cache_teacher.py as before, it resumes"
+                f"{directory} is an unfinished teacher cache: run tools/cache_teacher.py as"
+                " before, it resumes"
             )
         card = load_card(
             CacheCard,
@@ -90,10 +101,15 @@ class CacheCard:
         )
         try:
             values: Any = card.identity
-            shards = {name: {key: facts[key] for key in SHARD_FACTS} for name, facts in card.shards.items()}
+            shards = {
+                name: {key: facts[key] for key in SHARD_FACTS}
+                for name, facts in card.shards.items()
+            }
             return CacheCard(CacheIdentity(**values), card.conversations, card.tokens, shards)
         except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{directory / CARD_FILE} is damaged ({error!r}): make the cache again") from error
+            raise UserError(
+                f"{directory / CARD_FILE} is damaged ({error!r}): make the cache again"
+            ) from error
 
     def save(self, directory: Path | str) -> None:
         """Write the card into a folder, atomically; last."""
@@ -110,13 +126,20 @@ def schema(top_k: int) -> pa.Schema:
     }
     fields = [pa.field(name, kind, nullable=False) for name, kind in token.items()]
     tokens = pa.list_(pa.field("token", pa.struct(fields), nullable=False))
-    return pa.schema([pa.field("sample_id", pa.binary(16), nullable=False), pa.field("tokens", tokens, nullable=False)])
+    return pa.schema(
+        [
+            pa.field("sample_id", pa.binary(16), nullable=False),
+            pa.field("tokens", tokens, nullable=False),
+        ]
+    )
 
 
 def sample_keys(sample_ids: pa.ChunkedArray) -> pa.Array:
     """[n] binary[16] from the hex digits of a prepared data set's ids."""
     raw = bytes.fromhex("".join(sample_ids.to_pylist()))
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(sample_ids), [None, pa.py_buffer(raw)])
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(16), len(sample_ids), [None, pa.py_buffer(raw)]
+    )
 
 
 def shard_name(number: int) -> str:

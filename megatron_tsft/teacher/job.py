@@ -1,4 +1,5 @@
-"""Fills a cache: this rank's shards, one after the other, from whatever computes a teacher's predictions."""
+"""Fills a cache: this rank's shards, one after the other, from whatever computes a teacher's
+predictions."""
 
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ class Predictor(Protocol):
 
 @dataclass
 class Progress:
-    """A bar over supervised tokens of all shards that are missing, with speed, time left and bytes written."""
+    """A bar over supervised tokens of all shards that are missing, with speed, time left and bytes
+    written."""
 
     bar: tqdm
     ranks: int
@@ -54,19 +56,32 @@ class Progress:
 
 
 def fill_cache(
-    writer: CacheWriter, predictor: Predictor, missing: Sequence[int] | None = None, *, progress: bool
+    writer: CacheWriter,
+    predictor: Predictor,
+    missing: Sequence[int] | None = None,
+    *,
+    progress: bool,
 ) -> int:
-    """Compute and write this rank's share of the missing shards; how many supervised tokens that were.
+    """Compute and write this rank's share of the missing shards; how many supervised tokens that
+    were.
 
     missing: the same on all ranks; None looks for them.
     """
     plan, (rank, ranks) = writer.plan, predictor.share
     missing = writer.missing() if missing is None else list(missing)
-    # by number, not by place in the list: a rank that is late finds shards of the others' there already
+    # by number, not by place in the list: a rank that is late finds shards of the others' there
+    # already
     mine, done = [number for number in missing if number % ranks == rank], 0
     tokens = np.add.reduceat(plan.supervised, plan.starts[:-1])
     total = int(tokens[missing].sum()) if missing else 0
-    with tqdm(total=total, unit="tok", unit_scale=True, desc="teacher", file=sys.stderr, disable=not progress) as bar:
+    with tqdm(
+        total=total,
+        unit="tok",
+        unit_scale=True,
+        desc="teacher",
+        file=sys.stderr,
+        disable=not progress,
+    ) as bar:
         said = Progress(bar, ranks)
         for number in mine:
             members = range(plan.starts[number], plan.starts[number + 1])
@@ -79,16 +94,21 @@ def fill_cache(
 
 
 def as_rows(topk: TeacherTopK, counts: Sequence[int]) -> list[TeacherRows]:
-    """Records of consecutive conversations with `counts` supervised tokens each, rounded to the cache's types.
+    """Records of consecutive conversations with `counts` supervised tokens each, rounded to the
+    cache's types.
 
     topk: [n, k] and [n] of all of them.
     """
     assert topk.label_logprobs is not None and topk.tail_logmass is not None
     ids = topk.ids.cpu().numpy().astype(np.int32)
-    # a log-prob is at most 0, and one that fp16 cannot hold is as good as its smallest number; -inf is no token at all
+    # a log-prob is at most 0, and one that fp16 cannot hold is as good as its smallest number; -inf
+    # is no token at all
     logprobs = np.clip(topk.logprobs.cpu().numpy(), FLOAT16_MIN, 0).astype(np.float16)
     logprobs[ids < 0] = -np.inf
     label = np.clip(topk.label_logprobs.cpu().numpy(), FLOAT16_MIN, 0).astype(np.float16)
     tail = np.minimum(topk.tail_logmass.cpu().numpy(), 0).astype(np.float32)
     ends = np.cumsum(counts).tolist()
-    return [TeacherRows(ids[a:b], logprobs[a:b], label[a:b], tail[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+    return [
+        TeacherRows(ids[a:b], logprobs[a:b], label[a:b], tail[a:b])
+        for a, b in zip([0, *ends], ends, strict=False)
+    ]

@@ -1,4 +1,5 @@
-"""Which conversations a cache holds and in which shard: a function of the data and k alone, whoever computes it."""
+"""Which conversations a cache holds and in which shard: a function of the data and k alone, whoever
+computes it."""
 
 import hashlib
 from collections.abc import Sequence
@@ -58,8 +59,11 @@ class CachePlan:
         return out
 
 
-def plan_cache(data: Sequence[PreparedData], top_k: int, shard_bytes: int | None = None) -> CachePlan:
-    """Plan a cache; a shard has a conversation or more, and is full at `shard_bytes` (default: by the data's size)."""
+def plan_cache(
+    data: Sequence[PreparedData], top_k: int, shard_bytes: int | None = None
+) -> CachePlan:
+    """Plan a cache; a shard has a conversation or more, and is full at `shard_bytes` (default: by
+    the data's size)."""
     ids = np.concatenate([part.sample_ids.to_numpy() for part in data])
     _, first = np.unique(ids, return_index=True)
     first.sort()
@@ -67,7 +71,11 @@ def plan_cache(data: Sequence[PreparedData], top_k: int, shard_bytes: int | None
     row = np.concatenate([np.arange(len(part)) for part in data])[first]
     supervised = np.concatenate([part.supervised() for part in data])[first]
     sizes = np.array([expected_bytes(1, int(n), top_k) for n in supervised])
-    full = min(max(int(sizes.sum()) // SHARDS, SMALLEST_SHARD), LARGEST_SHARD) if shard_bytes is None else shard_bytes
+    full = (
+        min(max(int(sizes.sum()) // SHARDS, SMALLEST_SHARD), LARGEST_SHARD)
+        if shard_bytes is None
+        else shard_bytes
+    )
     starts, held = [0], 0
     for i, size in enumerate(sizes.tolist()):
         if held and held + size > full:

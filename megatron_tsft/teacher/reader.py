@@ -1,4 +1,5 @@
-"""Reads teacher caches: memory-mapped, looked up by the rows of a prepared data set, checked before anything trains."""
+"""Reads teacher caches: memory-mapped, looked up by the rows of a prepared data set, checked before
+anything trains."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,18 +17,24 @@ from megatron_tsft.errors import UserError
 from megatron_tsft.teacher.format import CacheCard, sample_keys, schema
 from megatron_tsft.teacher.writer import file_digest, wrong_rows
 
-REMEDY = "the copy is incomplete or the disk damaged it: copy the cache again, or delete this shard, its card and rerun"
+REMEDY = (
+    "the copy is incomplete or the disk damaged it: copy the cache again, or delete this"
+    " shard, its card and rerun"
+)
 
 
 class TeacherCache:
-    """A cache folder. `load` checks its structure, `verify` every byte; `of(data)` gives a data set's records."""
+    """A cache folder. `load` checks its structure, `verify` every byte; `of(data)` gives a data
+    set's records."""
 
     def __init__(self, directory: Path, card: CacheCard, batches: list[pa.RecordBatch]) -> None:
         self.directory, self.card = directory, card
         self._shards = [_rows_of(batch) for batch in batches]
         self._offsets = [batch.column("tokens").offsets.to_numpy() for batch in batches]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        self.keys = pa.chunked_array([batch.column("sample_id") for batch in batches], pa.binary(16))
+        self.keys = pa.chunked_array(
+            [batch.column("sample_id") for batch in batches], pa.binary(16)
+        )
 
     @staticmethod
     def load(directory: Path | str) -> "TeacherCache":
@@ -38,12 +45,20 @@ class TeacherCache:
         """
         directory = Path(directory)
         card = CacheCard.load(directory)
-        batches = [_open_shard(directory / name, facts, card.identity.top_k) for name, facts in card.shards.items()]
+        batches = [
+            _open_shard(directory / name, facts, card.identity.top_k)
+            for name, facts in card.shards.items()
+        ]
         cache = TeacherCache(directory, card, batches)
         tokens = sum(len(shard) for shard in cache._shards)
-        if (len(cache.keys), len(cache.keys.unique()), tokens) != (card.conversations, card.conversations, card.tokens):
+        if (len(cache.keys), len(cache.keys.unique()), tokens) != (
+            card.conversations,
+            card.conversations,
+            card.tokens,
+        ):
             raise UserError(
-                f"{directory} does not hold the {card.conversations} conversations, {card.tokens} tokens, of its card:"
+                f"{directory} does not hold the {card.conversations} conversations, {card.tokens}"
+                " tokens, of its card:"
                 f" {REMEDY}"
             )
         return cache
@@ -59,7 +74,8 @@ class TeacherCache:
         share: tuple[int, int] = (0, 1),
         vocab_size: int | None = None,
     ) -> None:
-        """Read everything: checksums, ids inside the vocabulary, none twice in a record, finite log-probs.
+        """Read everything: checksums, ids inside the vocabulary, none twice in a record, finite
+        log-probs.
 
         Args:
             progress: called with the bytes of each shard when it has been read.
@@ -71,7 +87,8 @@ class TeacherCache:
         """
         with ThreadPoolExecutor() as pool:
             check = functools.partial(
-                self._verify_shard, self.card.identity.vocab_size if vocab_size is None else vocab_size
+                self._verify_shard,
+                self.card.identity.vocab_size if vocab_size is None else vocab_size,
             )
             for size in pool.map(check, range(share[0], len(self._shards), share[1])):
                 progress(size)
@@ -83,13 +100,20 @@ class TeacherCache:
             raise UserError(f"{path} is damaged (its checksum differs): {REMEDY}")
         wrong = wrong_rows(self._shards[number], vocab_size)
         if wrong and vocab_size < self.card.identity.vocab_size:
-            raise UserError(f"{path} holds a record that does not fit: {wrong}; cache with --vocab-size {vocab_size}")
+            raise UserError(
+                f"{path} holds a record that does not fit: {wrong}; cache with --vocab-size"
+                f" {vocab_size}"
+            )
         if wrong:
-            raise UserError(f"{path} holds a record that no teacher can have written: {wrong}; make the cache again")
+            raise UserError(
+                f"{path} holds a record that no teacher can have written: {wrong}; make the cache"
+                " again"
+            )
         return int(facts["bytes"])
 
     def find(self, data: PreparedData) -> np.ndarray:
-        """[rows of data] int64: the place of each conversation in the cache, -1 where it has none."""
+        """[rows of data] int64: the place of each conversation in the cache, -1 where it has
+        none."""
         places = pc.index_in(sample_keys(data.sample_ids), self.keys)  # pyright: ignore[reportAttributeAccessIssue]
         return pc.fill_null(places, -1).to_numpy().astype(np.int64)
 
@@ -111,10 +135,12 @@ class TeacherCache:
 
 
 class CachedTeacher:
-    """The records of one prepared data set, by its row numbers, from one cache or several. Pickling sends paths."""
+    """The records of one prepared data set, by its row numbers, from one cache or several. Pickling
+    sends paths."""
 
     def __init__(self, caches: Sequence[TeacherCache], data: PreparedData) -> None:
-        """Raises UserError where a conversation of `data` is in no cache, or the tokenizers differ."""
+        """Raises UserError where a conversation of `data` is in no cache, or the tokenizers
+        differ."""
         self._caches, self._data = list(caches), data
         self._cache = np.full(len(data), -1)
         self._place = np.full(len(data), -1, np.int64)
@@ -122,8 +148,10 @@ class CachedTeacher:
             identity = cache.card.identity
             if identity.tokenizer_fingerprint != data.card.tokenizer_fingerprint:
                 raise UserError(
-                    f"{cache.directory} was made with another tokenizer (fingerprint {identity.tokenizer_fingerprint})"
-                    f" than {data.directory} ({data.card.tokenizer_fingerprint}): make a cache of this data"
+                    f"{cache.directory} was made with another tokenizer (fingerprint"
+                    f" {identity.tokenizer_fingerprint})"
+                    f" than {data.directory} ({data.card.tokenizer_fingerprint}): make a cache of"
+                    " this data"
                 )
             found = cache.find(data)
             new = (found >= 0) & (self._cache < 0)
@@ -134,8 +162,10 @@ class CachedTeacher:
             known = any(data.card.fingerprint in cache.card.identity.data for cache in caches)
             why = "" if known else "was made for another data set: it "
             raise UserError(
-                f"the teacher cache {names} {why}has no record of {len(lost)} of the {len(data)} conversations of"
-                f" {data.directory} (the first: {data.sample_ids[int(lost[0])].as_py()}): make one with"
+                f"the teacher cache {names} {why}has no record of {len(lost)} of the {len(data)}"
+                " conversations of"
+                f" {data.directory} (the first: {data.sample_ids[int(lost[0])].as_py()}): make one"
+                " with"
                 f" tools/cache_teacher.py --data {data.directory}, which may name several data sets"
             )
 
@@ -177,7 +207,10 @@ def _open_shard(path: Path, facts: dict[str, Any], top_k: int) -> pa.RecordBatch
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): {REMEDY}") from error
     if batch.num_rows != facts["conversations"]:
-        raise UserError(f"{path} holds {batch.num_rows} conversations instead of {facts['conversations']}: {REMEDY}")
+        raise UserError(
+            f"{path} holds {batch.num_rows} conversations instead of {facts['conversations']}:"
+            f" {REMEDY}"
+        )
     return batch
 
 

@@ -1,4 +1,5 @@
-"""Does a teacher mean the same tokens? By the tokenizer's fingerprint, or by a map that the user vouches for."""
+"""Does a teacher mean the same tokens? By the tokenizer's fingerprint, or by a map that the user
+vouches for."""
 
 import json
 from collections.abc import Sequence
@@ -10,19 +11,27 @@ from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 
 
-def check_same_tokenizer(teacher: str, theirs: str | None, data: Sequence[PreparedData], remedy: str) -> None:
-    """Raise UserError where the teacher has another tokenizer than the data; `remedy` ends the message."""
+def check_same_tokenizer(
+    teacher: str, theirs: str | None, data: Sequence[PreparedData], remedy: str
+) -> None:
+    """Raise UserError where the teacher has another tokenizer than the data; `remedy` ends the
+    message."""
     for part in data:
         if theirs is None or theirs != part.card.tokenizer_fingerprint:
-            found = "no tokenizer" if theirs is None else f"another tokenizer (fingerprint {theirs})"
+            found = (
+                "no tokenizer" if theirs is None else f"another tokenizer (fingerprint {theirs})"
+            )
             raise UserError(
                 f"the teacher {teacher} has {found}, {part.directory} was prepared with"
-                f" {part.card.tokenizer_fingerprint}, so its predictions are about other tokens: use a teacher of the"
+                f" {part.card.tokenizer_fingerprint}, so its predictions are about other tokens:"
+                " use a teacher of the"
                 f" student's family, or {remedy}"
             )
 
 
-def read_token_map(file: str, students: int, teachers: int, data: Sequence[PreparedData]) -> list[int]:
+def read_token_map(
+    file: str, students: int, teachers: int, data: Sequence[PreparedData]
+) -> list[int]:
     """[students] the teacher's id of each of the student's tokens, -1 where it has none.
 
     Args:
@@ -31,25 +40,42 @@ def read_token_map(file: str, students: int, teachers: int, data: Sequence[Prepa
         data: whose tokens must all have a counterpart.
 
     Raises:
-        UserError: no JSON list of the teacher's ids, too long, an id twice, or a token of the data without counterpart.
+        UserError: no JSON list of the teacher's ids, too long, an id twice, or a token of the data
+            without counterpart.
     """
     what = f"token map {file}"
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{what} cannot be read ({error}): pass a JSON list, the teacher's id of each token") from error
-    if not isinstance(values, list) or not all(type(v) is int and -1 <= v < teachers for v in values):
-        raise UserError(f"{what} must be a JSON list of the teacher's ids, each from -1 (none) to {teachers - 1}")
+        raise UserError(
+            f"{what} cannot be read ({error}): pass a JSON list, the teacher's id of each token"
+        ) from error
+    if not isinstance(values, list) or not all(
+        type(v) is int and -1 <= v < teachers for v in values
+    ):
+        raise UserError(
+            f"{what} must be a JSON list of the teacher's ids, each from -1 (none) to"
+            f" {teachers - 1}"
+        )
     if len(values) > students:
-        raise UserError(f"{what} has {len(values)} entries, the student's vocabulary {students}: make them agree")
+        raise UserError(
+            f"{what} has {len(values)} entries, the student's vocabulary {students}: make them"
+            " agree"
+        )
     ids, counts = np.unique([v for v in values if v >= 0], return_counts=True)
     if (counts > 1).any():  # their mass would count twice
-        raise UserError(f"{what} names the teacher's token {int(ids[counts > 1][0])} twice: give it one counterpart")
+        raise UserError(
+            f"{what} names the teacher's token {int(ids[counts > 1][0])} twice: give it one"
+            " counterpart"
+        )
     values += [-1] * (students - len(values))
     known = np.array(values) >= 0
     for part in data:
         used = np.flatnonzero(part.used_tokens())
         lost = used[(used >= students) | ~known[np.minimum(used, students - 1)]]
         if len(lost):
-            raise UserError(f"{what} has no counterpart of token {int(lost[0])}, which {part.directory} uses: add it")
+            raise UserError(
+                f"{what} has no counterpart of token {int(lost[0])}, which {part.directory} uses:"
+                " add it"
+            )
     return values

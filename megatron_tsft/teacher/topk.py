@@ -1,4 +1,5 @@
-"""The k most likely tokens of a teacher whose vocabulary is sharded: the whole logits are never gathered."""
+"""The k most likely tokens of a teacher whose vocabulary is sharded: the whole logits are never
+gathered."""
 
 import math
 
@@ -27,8 +28,8 @@ def teacher_topk(
 ) -> TeacherTopK:
     """Top-k, log T(y) and the exact tail mass of softmax(logits / temperature), in fp32.
 
-    One collective: an all-gather of each rank's k candidates and two numbers a token. Every rank of `tp_group` returns
-    the same.
+    One collective: an all-gather of each rank's k candidates and two numbers a token. Every rank of
+    `tp_group` returns the same.
 
     Args:
         logits: [n, V/tp] this rank's columns, any floating type.
@@ -38,8 +39,8 @@ def teacher_topk(
         absent: [V/tp] columns without a counterpart in the student's vocabulary: they get no mass.
 
     Returns:
-        ids [n, k] int64 and logprobs [n, k] fp32, most likely first (-1 and -inf where fewer tokens have any mass);
-        label_logprobs and tail_logmass [n] fp32.
+        ids [n, k] int64 and logprobs [n, k] fp32, most likely first (-1 and -inf where fewer tokens
+        have any mass); label_logprobs and tail_logmass [n] fp32.
     """
     width = logits.shape[1]
     rows = max(1, (CHUNK_BYTES_CUDA if logits.is_cuda else CHUNK_BYTES) // (4 * width))
@@ -49,7 +50,9 @@ def teacher_topk(
     k = min(top_k, vocab_size)
     parts = []
     for begin in range(0, max(len(labels), 1), rows):
-        z = torch.mul(logits[begin : begin + rows].float(), LOG2E / temperature)  # a copy, to be written over
+        z = torch.mul(
+            logits[begin : begin + rows].float(), LOG2E / temperature
+        )  # a copy, to be written over
         z[:, columns:] = -torch.inf
         if absent is not None:
             z[:, absent] = -torch.inf
@@ -60,25 +63,32 @@ def teacher_topk(
 
 
 def _local(z: Tensor, label: Tensor, k: int, first: int) -> Tensor:
-    """This shard's k largest logits, their global ids, the mass of its other columns and its logit at the label, fp64.
+    """This shard's k largest logits, their global ids, the mass of its other columns and its logit
+    at the label, fp64.
 
     Args:
         z: [n, w] fp32 logits in bits (times log2 e), because exp2 is faster than exp; written over.
         label: [n] counted from this shard's first column.
 
     Returns:
-        [n, 2 k + 2] fp64, in which ids are exact: values, ids, sum of 2^(z - values[0]) over the rest, z at the label.
+        [n, 2 k + 2] fp64, in which ids are exact: values, ids, sum of 2^(z - values[0]) over the
+        rest, z at the label.
     """
     values, ids = z.topk(k)
     here = (label >= 0) & (label < z.shape[1])
     z_y = torch.where(here, z.gather(1, torch.where(here, label, 0)[:, None])[:, 0], -torch.inf)
     z.scatter_(1, ids, -torch.inf)
-    rest = z.sub_(values[:, :1].clamp(min=FLOOR)).exp2_().sum(1)  # without the k: there is nothing to cancel
-    return torch.cat([values.double(), (ids + first).double(), rest.double()[:, None], z_y.double()[:, None]], 1)
+    rest = (
+        z.sub_(values[:, :1].clamp(min=FLOOR)).exp2_().sum(1)
+    )  # without the k: there is nothing to cancel
+    return torch.cat(
+        [values.double(), (ids + first).double(), rest.double()[:, None], z_y.double()[:, None]], 1
+    )
 
 
 def _merge(shards: Tensor, k: int) -> TeacherTopK:
-    """The records from all shards' candidates, [ranks, n, 2 k' + 2]; each rank picks from the same numbers."""
+    """The records from all shards' candidates, [ranks, n, 2 k' + 2]; each rank picks from the same
+    numbers."""
     candidates = (shards.shape[2] - 2) // 2
     values = shards[..., :candidates].permute(1, 0, 2).flatten(1)  # [n, ranks * k']
     ids = shards[..., candidates:-2].permute(1, 0, 2).flatten(1)
@@ -93,5 +103,8 @@ def _merge(shards: Tensor, k: int) -> TeacherTopK:
     bits = top - m - log_s[:, None], label - m[:, 0] - log_s, torch.log2(tail) - log_s
     logprobs, label_logprobs, tail_logmass = ((value / LOG2E).float() for value in bits)
     return TeacherTopK(
-        torch.where(top > -torch.inf, ids, -1), logprobs, label_logprobs=label_logprobs, tail_logmass=tail_logmass
+        torch.where(top > -torch.inf, ids, -1),
+        logprobs,
+        label_logprobs=label_logprobs,
+        tail_logmass=tail_logmass,
     )

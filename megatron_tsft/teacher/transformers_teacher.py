@@ -37,8 +37,10 @@ class TransformersTeacher:
 
         Args:
             vocab_size: ids at or beyond it get no mass.
-            token_map: the teacher's id of each token of the data's vocabulary, -1 for none; None where they are equal.
-            batch_tokens: positions of a batch, padding included; a longer conversation is a batch of its own.
+            token_map: the teacher's id of each token of the data's vocabulary, -1 for none; None
+                where they are equal.
+            batch_tokens: positions of a batch, padding included; a longer conversation is a batch
+                of its own.
             share: (this rank, ranks).
 
         Raises:
@@ -47,11 +49,20 @@ class TransformersTeacher:
         from transformers import AutoModelForCausalLM
 
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True
+            )
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(
+                f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}"
+            ) from error
         self.model = model.eval().requires_grad_(False).to(device)
-        self.device, self.top_k, self.temperature, self.vocab_size = device, top_k, temperature, vocab_size
+        self.device, self.top_k, self.temperature, self.vocab_size = (
+            device,
+            top_k,
+            temperature,
+            vocab_size,
+        )
         self.batch_tokens, self.share = batch_tokens, share
         self.columns = None if token_map is None else torch.tensor(token_map, device=device)
 
@@ -81,7 +92,10 @@ class TransformersTeacher:
         tokens, attention = tokens.to(self.device), attention.to(self.device)
         seen = tokens if self.columns is None else self.columns[tokens].clamp(min=0)
         logits = self.model(input_ids=seen, attention_mask=attention, use_cache=False).logits
-        parts = [self._topk(logits[i, :-1][mask[i, 1:]], tokens[i, 1:][mask[i, 1:]]) for i in range(len(samples))]
+        parts = [
+            self._topk(logits[i, :-1][mask[i, 1:]], tokens[i, 1:][mask[i, 1:]])
+            for i in range(len(samples))
+        ]
         return [as_rows(part, [len(part.ids)])[0] for part in parts]
 
     def _topk(self, logits: torch.Tensor, labels: torch.Tensor) -> TeacherTopK:
@@ -91,5 +105,10 @@ class TransformersTeacher:
             logits = logits[:, self.columns.clamp(min=0)]
             absent = self.columns < 0
         return teacher_topk(
-            logits, labels, self.top_k, vocab_size=self.vocab_size, temperature=self.temperature, absent=absent
+            logits,
+            labels,
+            self.top_k,
+            vocab_size=self.vocab_size,
+            temperature=self.temperature,
+            absent=absent,
         )

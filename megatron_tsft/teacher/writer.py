@@ -1,4 +1,5 @@
-"""Writes a cache shard by shard, so that a killed job goes on where it stopped: a shard is whole or not there."""
+"""Writes a cache shard by shard, so that a killed job goes on where it stopped: a shard is whole or
+not there."""
 
 import dataclasses
 import hashlib
@@ -29,32 +30,42 @@ from megatron_tsft.teacher.plan import CachePlan
 
 
 class CacheWriter:
-    """One rank's view of a cache that is being written; several ranks write different shards of one folder."""
+    """One rank's view of a cache that is being written; several ranks write different shards of one
+    folder."""
 
     def __init__(self, directory: Path | str, identity: CacheIdentity, plan: CachePlan) -> None:
         self.directory, self.identity, self.plan = Path(directory), identity, plan
 
     def begin(self) -> None:
-        """Make the folder and its plan, or find the unfinished one of the same job. One rank calls this, first.
+        """Make the folder and its plan, or find the unfinished one of the same job. One rank calls
+        this, first.
 
         Raises:
             UserError: the folder holds something else.
         """
-        wanted = dataclasses.asdict(self.identity) | {"shards": self.plan.shards, "borders": self.plan.borders}
+        wanted = dataclasses.asdict(self.identity) | {
+            "shards": self.plan.shards,
+            "borders": self.plan.borders,
+        }
         path = self.directory / PLAN_FILE
         if path.is_file():
             try:
                 found = dict(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
-                raise UserError(f"{path} is damaged ({error}): delete {self.directory} and start again") from error
+                raise UserError(
+                    f"{path} is damaged ({error}): delete {self.directory} and start again"
+                ) from error
             different = [key for key in wanted if found.get(key) != wanted[key]]
             if different:
                 what = "; ".join(f"{key} {found.get(key)}, now {wanted[key]}" for key in different)
                 raise UserError(
-                    f"{self.directory} holds a teacher cache of another job ({what}): name another --output"
+                    f"{self.directory} holds a teacher cache of another job ({what}): name another"
+                    " --output"
                 )
         elif self.directory.exists() and (not self.directory.is_dir() or self._strangers()):
-            raise UserError(f"{self.directory} exists already and is no teacher cache: name another --output")
+            raise UserError(
+                f"{self.directory} exists already and is no teacher cache: name another --output"
+            )
         else:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(wanted, indent=2) + "\n")
@@ -62,26 +73,34 @@ class CacheWriter:
 
     def missing(self) -> list[int]:
         """Shards that are not there yet."""
-        return [i for i in range(self.plan.shards) if not (self.directory / shard_name(i)).is_file()]
+        return [
+            i for i in range(self.plan.shards) if not (self.directory / shard_name(i)).is_file()
+        ]
 
     def write_shard(self, number: int, records: Sequence[TeacherRows]) -> int:
         """Write shard `number`, the records of its conversations in the plan's order; its bytes.
 
         Raises:
-            UserError: a record is not what a teacher can say: the wrong shape, an id twice or outside the vocabulary,
-                a log-prob that is not finite.
+            UserError: a record is not what a teacher can say: the wrong shape, an id twice or
+                outside the vocabulary, a log-prob that is not finite.
         """
         begin, end = self.plan.starts[number], self.plan.starts[number + 1]
         names = [self._sample_id(i) for i in range(begin, end)]
-        for name, rows, n in zip(names, records, self.plan.supervised[begin:end].tolist(), strict=True):
+        for name, rows, n in zip(
+            names, records, self.plan.supervised[begin:end].tolist(), strict=True
+        ):
             if rows.ids.shape != (n, self.identity.top_k):
                 wrong = f"its ids are {rows.ids.shape}, not {(n, self.identity.top_k)}"
             else:
                 wrong = wrong_rows(rows, self.identity.vocab_size)
             if wrong:
-                raise UserError(f"the teacher's record of conversation {name} cannot be cached: {wrong}")
+                raise UserError(
+                    f"the teacher's record of conversation {name} cannot be cached: {wrong}"
+                )
         path = self.directory / shard_name(number)
-        temporary = path.with_name(f".{path.name}.tmp")  # a fixed name: the next try replaces what a killed one left
+        temporary = path.with_name(
+            f".{path.name}.tmp"
+        )  # a fixed name: the next try replaces what a killed one left
         batch = _batch(names, records)
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
             writer.write_batch(batch)
@@ -95,14 +114,19 @@ class CacheWriter:
         names = [shard_name(i) for i in range(self.plan.shards)]
         if self.missing():
             raise UserError(
-                f"{self.directory / shard_name(self.missing()[0])} is not there, though a rank wrote it: all ranks must"
+                f"{self.directory / shard_name(self.missing()[0])} is not there, though a rank"
+                " wrote it: all ranks must"
                 " see one --output folder; run the same command again"
             )
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(file_digest, [self.directory / name for name in names]))
         counts = np.diff(self.plan.starts).tolist()
         shards: dict[str, dict[str, Any]] = {
-            name: {"bytes": (self.directory / name).stat().st_size, "sha256": digest, "conversations": count}
+            name: {
+                "bytes": (self.directory / name).stat().st_size,
+                "sha256": digest,
+                "conversations": count,
+            }
             for name, digest, count in zip(names, digests, counts, strict=True)
         }
         card = CacheCard(self.identity, self.plan.conversations, self.plan.tokens, shards)
@@ -143,7 +167,10 @@ def wrong_rows(rows: TeacherRows, vocab_size: int) -> str | None:
     """What is impossible in records ([n, k] each, of one conversation or many), or None."""
     shapes = {rows.ids.shape, rows.logprobs.shape, (*rows.label_logprobs.shape, rows.ids.shape[1])}
     if len(shapes) != 1 or rows.label_logprobs.shape != rows.tail_logmass.shape:
-        return f"its arrays do not fit each other: {rows.ids.shape}, {rows.logprobs.shape}, {rows.tail_logmass.shape}"
+        return (
+            f"its arrays do not fit each other: {rows.ids.shape}, {rows.logprobs.shape},"
+            f" {rows.tail_logmass.shape}"
+        )
     if rows.ids.size and not -1 <= int(rows.ids.min()) <= int(rows.ids.max()) < vocab_size:
         bad = rows.ids[(rows.ids < -1) | (rows.ids >= vocab_size)]
         return f"it has token id {int(bad[0])}, outside the vocabulary of {vocab_size}"
@@ -151,11 +178,20 @@ def wrong_rows(rows: TeacherRows, vocab_size: int) -> str | None:
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
         token = int(np.flatnonzero(twice.any(1))[0])
-        return f"token {token} of it has the top-k id {int(ordered[token, 1:][twice[token]][0])} twice"
+        return (
+            f"token {token} of it has the top-k id {int(ordered[token, 1:][twice[token]][0])} twice"
+        )
     present = rows.ids >= 0
-    if not np.isfinite(rows.logprobs[present]).all() or (rows.logprobs[present] > 0).any() or not present[:, :1].all():
+    if (
+        not np.isfinite(rows.logprobs[present]).all()
+        or (rows.logprobs[present] > 0).any()
+        or not present[:, :1].all()
+    ):
         return "it has a log-prob that is not finite or above 0"
-    for name, values in (("label_logprobs", rows.label_logprobs), ("tail_logmass", rows.tail_logmass)):
+    for name, values in (
+        ("label_logprobs", rows.label_logprobs),
+        ("tail_logmass", rows.tail_logmass),
+    ):
         if np.isnan(values).any() or (values > 0).any():
             return f"its {name} are NaN or above 0"
     return None
@@ -165,14 +201,18 @@ def _batch(names: Sequence[str], records: Sequence[TeacherRows]) -> pa.RecordBat
     """The records as one Arrow batch."""
     top_k = records[0].ids.shape[1]
     layout = schema(top_k)
-    offsets = pa.array(np.concatenate([[0], np.cumsum([len(rows) for rows in records])]).astype(np.int32))
+    offsets = pa.array(
+        np.concatenate([[0], np.cumsum([len(rows) for rows in records])]).astype(np.int32)
+    )
 
     def column(values: list[np.ndarray], kind: type) -> pa.Array:
         return pa.array(np.concatenate([v.reshape(-1) for v in values]).astype(kind))
 
     fields = [
         pa.FixedSizeListArray.from_arrays(column([rows.ids for rows in records], np.int32), top_k),
-        pa.FixedSizeListArray.from_arrays(column([rows.logprobs for rows in records], np.float16), top_k),
+        pa.FixedSizeListArray.from_arrays(
+            column([rows.logprobs for rows in records], np.float16), top_k
+        ),
         column([rows.label_logprobs for rows in records], np.float16),
         column([rows.tail_logmass for rows in records], np.float32),
     ]

@@ -1,4 +1,5 @@
-"""Megatron's datasets provider: packs to train on, and held-out packs that each evaluation reads exactly once."""
+"""Megatron's datasets provider: packs to train on, and held-out packs that each evaluation reads
+exactly once."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,7 +18,8 @@ from megatron_tsft.teacher.reader import CachedTeacher, TeacherCache
 class Datasets:
     """All data sets of a run, planned once and shared by every virtual pipeline stage."""
 
-    is_distributed = True  # every rank reads its own packs: Megatron builds loaders on tensor-parallel rank 0 only else
+    # every rank reads its own packs: Megatron builds loaders on tensor-parallel rank 0 only else
+    is_distributed = True
 
     def __init__(
         self,
@@ -43,12 +45,18 @@ class Datasets:
             taught: whether each data set's objective reads a teacher, the evaluation's last.
 
         Raises:
-            UserError: a conversation is longer than a pack and `truncate` is False, or no cache knows it.
+            UserError: a conversation is longer than a pack and `truncate` is False, or no cache
+                knows it.
         """
         pack = functools.partial(
-            PackedDataset, seq_length=seq_length, seed=seed, truncate=truncate, document_multiple=document_multiple
+            PackedDataset,
+            seq_length=seq_length,
+            seed=seed,
+            truncate=truncate,
+            document_multiple=document_multiple,
         )
-        # an epoch of a mixture's member ends where it likes; a single data set is filled up to whole steps
+        # an epoch of a mixture's member ends where it likes; a single data set is filled up to
+        # whole steps
         per_step = global_batch_size if len(train) == 1 else 1
         self.members = [pack(data, global_batch_size=per_step, split=Split.train) for data in train]
         self.shares = shares
@@ -56,7 +64,10 @@ class Datasets:
         self.eval_iters = 0
         if evaluation is not None:
             self.evaluation = pack(
-                evaluation, global_batch_size=eval_global_batch_size, shuffle=False, split=Split.valid
+                evaluation,
+                global_batch_size=eval_global_batch_size,
+                shuffle=False,
+                split=Split.valid,
             )
             self.eval_iters = self.evaluation.packs_per_epoch // eval_global_batch_size
         packed = [*self.members, *([] if self.evaluation is None else [self.evaluation])]
@@ -69,7 +80,8 @@ class Datasets:
         }
 
     def __call__(self, num_samples: Any, vp_stage: int | None = None) -> tuple[Any, Any, None]:
-        """(train, validation, no test): what Megatron calls; both are endless, so `num_samples` does not matter.
+        """(train, validation, no test): what Megatron calls; both are endless, so `num_samples`
+        does not matter.
 
         Only the stage that computes the loss reads the teacher's records.
         """
@@ -78,7 +90,9 @@ class Datasets:
 
         def dressed(part: PackedDataset) -> PackedDataset:
             teacher = self._teachers.get(id(part)) if last else None
-            return part.with_teacher(teacher, weighted if part is not self.evaluation else part.weighted)
+            return part.with_teacher(
+                teacher, weighted if part is not self.evaluation else part.weighted
+            )
 
         evaluation = None if self.evaluation is None else dressed(self.evaluation)
         return self._train(Split.train, dressed), evaluation, None
@@ -92,6 +106,8 @@ class Datasets:
         packs = self._train(None, lambda part: part)
         return sum(packs.supervised_tokens(index) for index in range(start, stop))
 
-    def _train(self, split: Any, dress: Callable[[PackedDataset], PackedDataset]) -> PackedDataset | BlendedPacks:
+    def _train(
+        self, split: Any, dress: Callable[[PackedDataset], PackedDataset]
+    ) -> PackedDataset | BlendedPacks:
         members = [dress(part) for part in self.members]
         return members[0] if len(members) == 1 else BlendedPacks(members, self.shares, split)

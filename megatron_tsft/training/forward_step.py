@@ -1,4 +1,5 @@
-"""Megatron's forward step: one micro-batch of packs through the model, with our loss as the output hook."""
+"""Megatron's forward step: one micro-batch of packs through the model, with our loss as the output
+hook."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -43,7 +44,8 @@ class ForwardStep:
             check_nan: stop at a loss that is not finite (synchronises).
             fuse_head: the LM head is part of the loss.
             teacher_tail: what a cached teacher says of the tokens outside its top-k.
-            reference_refresh: steps after which the reference takes the student's weights; 0 is never.
+            reference_refresh: steps after which the reference takes the student's weights; 0 is
+                never.
         """
         self.plan, self.vocab_size, self.device = plan.to(device), vocab_size, device
         self.where, self.check_nan, self.fuse_head = where, check_nan, fuse_head
@@ -51,10 +53,13 @@ class ForwardStep:
         self.reference_refresh = reference_refresh
 
     def __call__(
-        self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
+        self,
+        data_iterator: Iterator[dict[str, Tensor]],
+        model: Any,
+        return_schedule_plan: bool = False,
     ) -> tuple[Tensor, LossFunction]:
-        """(the model's output, what turns it into loss, token count and metrics). Every stage and TP rank reads its own
-        packs: cutting them is cheaper than sending them."""
+        """(the model's output, what turns it into loss, token count and metrics). Every stage and
+        TP rank reads its own packs: cutting them is cheaper than sending them."""
         timers: Any = get_timers()
         timers("batch-generator", log_level=2).start()
         chunk = mpu.get_context_parallel_rank(), mpu.get_context_parallel_world_size()
@@ -87,11 +92,17 @@ class ForwardStep:
         )
         return output, partial(self._loss, context)
 
-    def _loss(self, context: LossContext, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        share = 1 / (get_num_microbatches() * mpu.get_data_parallel_world_size(with_context_parallel=True))
+    def _loss(
+        self, context: LossContext, output: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        share = 1 / (
+            get_num_microbatches() * mpu.get_data_parallel_world_size(with_context_parallel=True)
+        )
         loss, tokens, metrics = reduce_loss(context, share, output)
         if self.check_nan and context.training and not bool(torch.isfinite(loss)):
-            raise RuntimeError(f"the loss of a micro-batch is {float(loss)}: {self._where(context)}")
+            raise RuntimeError(
+                f"the loss of a micro-batch is {float(loss)}: {self._where(context)}"
+            )
         return loss, tokens, metrics
 
     def _where(self, context: LossContext) -> str:
@@ -100,7 +111,8 @@ class ForwardStep:
 
 
 def training_step() -> int:
-    """The 0-based step that is being trained, or after which is evaluated (also where a resumed run has none left)."""
+    """The 0-based step that is being trained, or after which is evaluated (also where a resumed run
+    has none left)."""
     args: Any = get_args()
     return max(args.curr_iteration, args.iteration - 1)
 

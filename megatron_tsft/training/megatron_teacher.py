@@ -1,4 +1,5 @@
-"""A teacher from a Megatron checkpoint, computed in Megatron's own pipeline at any tensor and pipeline parallelism."""
+"""A teacher from a Megatron checkpoint, computed in Megatron's own pipeline at any tensor and
+pipeline parallelism."""
 
 import contextlib
 import io
@@ -49,7 +50,8 @@ HEAD_TOKENS = 1024  # whose logits are held at once
 
 @dataclass
 class Asked:
-    """What one micro-batch's output hook needs, and where its answer goes (`output_processor_context=`)."""
+    """What one micro-batch's output hook needs, and where its answer goes
+    (`output_processor_context=`)."""
 
     teacher: "MegatronTeacher"
     batch: MicroBatch
@@ -78,7 +80,8 @@ class MegatronTeacher:
         """Start Megatron and load the model.
 
         Args:
-            folder, card, checkpoint: the teacher's imported or trained folder, its card and its weights.
+            folder, card, checkpoint: the teacher's imported or trained folder, its card and its
+                weights.
             flags: Megatron's own, such as --tensor-model-parallel-size 2.
             dtype: "fp32", "bf16" or "fp16".
             vocab_size: ids at or beyond it get no mass; the data's vocabulary with a token map.
@@ -90,8 +93,22 @@ class MegatronTeacher:
         """
         upstream.apply_all()
         limit = card.megatron_arguments["max_position_embeddings"]
-        argv = [*flags, "--micro-batch-size", "1", "--seq-length", str(min(batch_tokens, limit)), "--train-iters", "1"]
-        argv += ["--lr", "1e-6", "--no-load-optim", "--no-load-rng", *([] if dtype == "fp32" else [f"--{dtype}"])]
+        argv = [
+            *flags,
+            "--micro-batch-size",
+            "1",
+            "--seq-length",
+            str(min(batch_tokens, limit)),
+            "--train-iters",
+            "1",
+        ]
+        argv += [
+            "--lr",
+            "1e-6",
+            "--no-load-optim",
+            "--no-load-rng",
+            *([] if dtype == "fp32" else [f"--{dtype}"]),
+        ]
         given = arguments.given_flags(argv)
         arguments.refuse_flags(given)
         arguments.check_card(given, card, str(folder))
@@ -99,15 +116,19 @@ class MegatronTeacher:
         sizes = (given.get(f"{kind}_parallel_size", 1) for kind in ("expert_model", "context"))
         if max(sizes) > 1 or VIRTUAL & given.keys():
             raise UserError(
-                "a teacher is cached without expert and context parallelism and virtual pipeline stages: leave them out"
+                "a teacher is cached without expert and context parallelism and virtual pipeline"
+                " stages: leave them out"
             )
         defaults = arguments.defaults_for(card, TsftConfig(model=str(folder)), device, given)
         check_precision(defaults | given, device, engine=arguments.engine_installed())
-        defaults["distributed_timeout_minutes"] = 7 * 24 * 60  # a rank that is done waits for the others' last shards
+        defaults["distributed_timeout_minutes"] = (
+            7 * 24 * 60
+        )  # a rank that is done waits for the others' last shards
         vocabulary = TeacherVocabulary(card.vocab_size, token_map)
         ranks = given.get("tensor_model_parallel_size", 1)
         defaults["padded_vocab_size"] = padded_vocab_size(
-            vocab_size if token_map is not None else card.vocab_size, card.make_vocab_size_divisible_by * ranks
+            vocab_size if token_map is not None else card.vocab_size,
+            card.make_vocab_size_divisible_by * ranks,
         )
         with contextlib.redirect_stdout(io.StringIO()):  # the list of 800 arguments
             args = arguments.parse(argv, defaults)
@@ -117,17 +138,26 @@ class MegatronTeacher:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         with contextlib.redirect_stdout(io.StringIO()):
             self.chunks: list[Any] = list(
-                GPTModelBuilder(frozen_config(config)).build_distributed_models(groups, wrap_with_ddp=False)
+                GPTModelBuilder(frozen_config(config)).build_distributed_models(
+                    groups, wrap_with_ddp=False
+                )
             )
         frozen: list[Any] = unwrap_model(self.chunks)  # pyright: ignore[reportAssignmentType]
         load_frozen(frozen, checkpoint, vocabulary)
         for chunk in self.chunks:
             chunk.requires_grad_(False).eval()
         width = args.padded_vocab_size // ranks
-        self.absent = vocabulary.absent(mpu.get_tensor_model_parallel_rank() * width, width, vocab_size)
+        self.absent = vocabulary.absent(
+            mpu.get_tensor_model_parallel_rank() * width, width, vocab_size
+        )
         if self.absent is not None:
             self.absent = self.absent.to(device)
-        self.device, self.top_k, self.temperature, self.vocab_size = device, top_k, temperature, vocab_size
+        self.device, self.top_k, self.temperature, self.vocab_size = (
+            device,
+            top_k,
+            temperature,
+            vocab_size,
+        )
         self.batch_tokens = batch_tokens
         self.share = (mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
         self.writes = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
@@ -137,7 +167,9 @@ class MegatronTeacher:
         packs = self._packs(conversations)
         asked: list[Asked] = []
         batches = iter([self._batch([conversations[i] for i in pack]) for pack in packs])
-        counts = [sum(int(np.count_nonzero(conversations[i].loss_mask)) for i in pack) for pack in packs]
+        counts = [
+            sum(int(np.count_nonzero(conversations[i].loss_mask)) for i in pack) for pack in packs
+        ]
         with torch.no_grad():
             get_forward_backward_func()(
                 forward_step_func=partial(self._forward, asked, iter(counts), progress),
@@ -159,7 +191,9 @@ class MegatronTeacher:
 
     def _packs(self, conversations: Sequence[Sample]) -> list[list[int]]:
         """Which conversations go through the model together."""
-        lengths = np.array([max(len(sample.input_ids) - 1, 1) for sample in conversations], np.int64)
+        lengths = np.array(
+            [max(len(sample.input_ids) - 1, 1) for sample in conversations], np.int64
+        )
         order = np.argsort(-lengths, kind="stable")
         bins = first_fit_decreasing(lengths[order], max(self.batch_tokens, int(lengths.max())))
         return [order[bins == number].tolist() for number in range(int(bins.max()) + 1)]
@@ -168,7 +202,11 @@ class MegatronTeacher:
         """Conversations end to end, the tail padded to a round number of positions."""
         total = sum(max(len(sample.input_ids) - 1, 1) for sample in samples)
         size = -(-total // ALIGNMENT) * ALIGNMENT
-        tokens, labels, positions = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64), np.zeros(size, np.int64)
+        tokens, labels, positions = (
+            np.zeros(size, np.int64),
+            np.full(size, IGNORED, np.int64),
+            np.zeros(size, np.int64),
+        )
         at = 0
         for sample in samples:
             n = len(sample.input_ids) - 1
@@ -177,11 +215,23 @@ class MegatronTeacher:
             labels[place] = np.where(sample.loss_mask[1:], sample.input_ids[1:], IGNORED)
             at += max(n, 1)
         positions[at:] = np.arange(size - at)
-        pack = {"tokens": tokens, "labels": labels, "position_ids": positions, "index": np.zeros(1, np.int64)}
-        return MicroBatch.from_packs({name: torch.from_numpy(value) for name, value in pack.items()}, self.device)
+        pack = {
+            "tokens": tokens,
+            "labels": labels,
+            "position_ids": positions,
+            "index": np.zeros(1, np.int64),
+        }
+        return MicroBatch.from_packs(
+            {name: torch.from_numpy(value) for name, value in pack.items()}, self.device
+        )
 
     def _forward(
-        self, asked: list[Asked], counts: Iterator[int], progress: Progress, batches: Iterator[MicroBatch], model: Any
+        self,
+        asked: list[Asked],
+        counts: Iterator[int],
+        progress: Progress,
+        batches: Iterator[MicroBatch],
+        model: Any,
     ) -> tuple[Tensor, Any]:
         """Megatron's forward step: one pack through this stage."""
         question = Asked(self, next(batches))
@@ -213,7 +263,11 @@ def record_output(
     """Records of the supervised positions go to `context`; their logits alone are computed."""
     teacher = context.teacher
     group: Any = mpu.get_tensor_model_parallel_group()
-    hidden = all_gather(hidden_states, group).flatten(0, 1) if output_layer.sequence_parallel else hidden_states
+    hidden = (
+        all_gather(hidden_states, group).flatten(0, 1)
+        if output_layer.sequence_parallel
+        else hidden_states
+    )
     weight = output_layer.weight if output_weight is None else output_weight
     rows = torch.nonzero(labels[0] != IGNORED)[:, 0]
     parts = [

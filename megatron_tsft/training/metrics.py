@@ -1,4 +1,5 @@
-"""metrics.jsonl: one object a step, written where Megatron keeps its TensorBoard writer, which it still feeds."""
+"""metrics.jsonl: one object a step, written where Megatron keeps its TensorBoard writer, which it
+still feeds."""
 
 import json
 import math
@@ -21,11 +22,23 @@ TRAIN = {
     "grad-norm": "grad_norm",
 }
 HELDOUT = {"loss validation": "loss", "nll validation": "nll"}
-COLUMNS = ("step", "loss", "nll", "gamma", "entropy", "kl", "tokens", "tokens_per_second", "lr", "grad_norm")
+COLUMNS = (
+    "step",
+    "loss",
+    "nll",
+    "gamma",
+    "entropy",
+    "kl",
+    "tokens",
+    "tokens_per_second",
+    "lr",
+    "grad_norm",
+)
 
 
 class MetricsFile:
-    """Appends rows; at the first one of a process, rows that a resumed run computes again are dropped."""
+    """Appends rows; at the first one of a process, rows that a resumed run computes again are
+    dropped."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -64,9 +77,11 @@ class MetricsFile:
 
 
 class MetricsWriter:
-    """Stands in for Megatron's TensorBoard writer on the last rank; passes everything on to the real one, if any.
+    """Stands in for Megatron's TensorBoard writer on the last rank; passes everything on to the
+    real one, if any.
 
-    Megatron writes a step's learning rate, then our metrics, then the gradient norm (training.py, `training_log`).
+    Megatron writes a step's learning rate, then our metrics, then the gradient norm (training.py,
+    `training_log`).
     """
 
     def __init__(
@@ -88,7 +103,8 @@ class MetricsWriter:
             interval: steps between TensorBoard's values; the file gets every step.
             eval_tokens: supervised tokens of an evaluation.
             print_interval: steps between the lines on the console.
-            extra: metrics of this run only (scheduled parameters, values per data set), as Megatron names them.
+            extra: metrics of this run only (scheduled parameters, values per data set), as Megatron
+                names them.
         """
         self.file, self.inner, self.interval, self.eval_tokens = file, inner, interval, eval_tokens
         self.print_interval, self.extra = print_interval, tuple(extra)
@@ -98,7 +114,8 @@ class MetricsWriter:
         self._heldout: dict[str, Any] = {}
 
     def add_scalar(self, name: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
-        """One value of one step. The gradient norm completes a row; a step that fp16 skips has none."""
+        """One value of one step. The gradient norm completes a row; a step that fp16 skips has
+        none."""
         if self._row and (name in HELDOUT or name in self._names and step != self._row["step"]):
             self._finish_step()
         if name in self._names:
@@ -126,8 +143,14 @@ class MetricsWriter:
     def _finish_step(self) -> None:
         step, found, self._row = self._row["step"], self._row, {}
         row = {column: found.get(column) for column in (*COLUMNS, *self.extra)}
-        row |= {name: round(found[name]) for name in self.extra if name.startswith("tokens/") and found.get(name)}
-        if found.get("bad_teacher_rows"):  # tokens that were left out, because the teacher had no finite row for them
+        row |= {
+            name: round(found[name])
+            for name in self.extra
+            if name.startswith("tokens/") and found.get(name)
+        }
+        if found.get(
+            "bad_teacher_rows"
+        ):  # tokens that were left out, because the teacher had no finite row for them
             row["bad_teacher_rows"] = round(found["bad_teacher_rows"])
         self.file.write(row)
         if step % self.print_interval == 0:
@@ -150,7 +173,9 @@ class MetricsWriter:
 def line(row: dict[str, Any]) -> str:
     """A row for the console: Megatron's own line leaves negative values and the speed out."""
     values = (
-        f"{name} {value:.5g}" for name, value in row.items() if name not in ("split", "step") and value is not None
+        f"{name} {value:.5g}"
+        for name, value in row.items()
+        if name not in ("split", "step") and value is not None
     )
     return " | ".join([f"{row.get('split', 'step')} {row['step']}", *values])
 

@@ -1,7 +1,7 @@
 """What a precision asks: Transformer Engine, and a GPU that has its number format.
 
-Megatron's own validation passes FP8 with local layers, without Transformer Engine, and every recipe on every GPU; what
-follows is a crash in the first step, or none and bf16 under the name of FP8.
+Megatron's own validation passes FP8 with local layers, without Transformer Engine, and every recipe
+on every GPU; what follows is a crash in the first step, or none and bf16 under the name of FP8.
 """
 
 import os
@@ -16,10 +16,12 @@ from megatron_tsft.errors import UserError
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to scale 8-bit or 4-bit numbers; its conditions are Transformer Engine's (2.20, pytorch/quantization.py).
+    """A way to scale 8-bit or 4-bit numbers; its conditions are Transformer Engine's (2.20,
+    pytorch/quantization.py).
 
     Attributes:
-        block: what the tokens of one rank must be a multiple of (Megatron's get_fp8_align_size, get_fp4_align_size).
+        block: what the tokens of one rank must be a multiple of (Megatron's get_fp8_align_size,
+            get_fp4_align_size).
         lowest: the first compute capability that has it.
         below: the first one that has it no longer.
         gpus: those, by name.
@@ -74,8 +76,10 @@ def check_precision(
         _check_gpu(text, bits, recipe, capability or gpu_capability(), cuda or cuda_version())
         if name == "delayed" and given.get("fp8_param_gather"):
             raise UserError(
-                "--fp8-param-gather does not go with --fp8-recipe delayed: the imported weights would be rounded to FP8"
-                " with a scale of 1, which loses the small ones. Leave it out, or choose another recipe"
+                "--fp8-param-gather does not go with --fp8-recipe delayed: the imported weights"
+                " would be rounded to FP8"
+                " with a scale of 1, which loses the small ones. Leave it out, or choose another"
+                " recipe"
             )
 
 
@@ -89,14 +93,16 @@ def asked(given: Mapping[str, Any]) -> tuple[str, str, Recipe] | None:
 
 
 def keep_start_weights(args: Any) -> None:
-    """Make the fp32 weights of the optimizer out of the checkpoint, where the model itself holds FP8 ones.
+    """Make the fp32 weights of the optimizer out of the checkpoint, where the model itself holds
+    FP8 ones.
 
-    args: Megatron's, parsed. With --fp8-param-gather Megatron would make them out of the model's FP8 numbers when it
-    loads without an optimizer (training/checkpointing.py, reload_model_params): the start weights would be rounded for
-    good. The flag against it has an assertion, --no-load-optim, that a run which resumes must not meet; so it is set
-    after the parser. It reads the loaded tensors, which are FP8, too, where the loader quantizes as it reads
-    (dist_checkpointing/strategies/torch.py, stream_ckpt_dequant). A run that resumes has these weights from the
-    optimizer's checkpoint: Megatron then reads neither setting.
+    args: Megatron's, parsed. With --fp8-param-gather Megatron would make them out of the model's
+    FP8 numbers when it loads without an optimizer (training/checkpointing.py, reload_model_params):
+    the start weights would be rounded for good. The flag against it has an assertion,
+    --no-load-optim, that a run which resumes must not meet; so it is set after the parser. It reads
+    the loaded tensors, which are FP8, too, where the loader quantizes as it reads
+    (dist_checkpointing/strategies/torch.py, stream_ckpt_dequant). A run that resumes has these
+    weights from the optimizer's checkpoint: Megatron then reads neither setting.
     """
     if args.fp8_param_gather or args.fp4_param_gather:
         args.load_main_params_from_ckpt, args.stream_ckpt_dequant = True, False
@@ -117,37 +123,51 @@ def _need_engine(text: str, given: Mapping[str, Any], device: str, engine: bool)
     """Raise UserError where the layers are not Transformer Engine's; `text` is what needs them."""
     if not engine:
         raise UserError(
-            f"{text} needs Transformer Engine, which is not installed here: take it from NVIDIA's PyTorch container or"
+            f"{text} needs Transformer Engine, which is not installed here: take it from NVIDIA's"
+            " PyTorch container or"
             " pip install 'megatron-core[te]', or leave the flag out"
         )
     if device == "cpu":
         raise UserError(f"{text} needs a GPU, this run is on the CPU: leave it out")
     if given.get("transformer_impl") == "local":
         raise UserError(
-            f"{text} does nothing in local layers: leave --transformer-impl local out, or train in bf16 without it"
+            f"{text} does nothing in local layers: leave --transformer-impl local out, or train in"
+            " bf16 without it"
         )
 
 
 def _check_orphans(given: Mapping[str, Any]) -> None:
-    """Raise UserError for a recipe without its format: Megatron would train without a word in another precision."""
+    """Raise UserError for a recipe without its format: Megatron would train without a word in
+    another precision."""
     for bits, example in (("fp8", "hybrid"), ("fp4", "e2m1")):
         if given.get(f"{bits}_recipe") and not given.get(bits):
             raise UserError(
-                f"--{bits}-recipe {given[f'{bits}_recipe']} does nothing without --{bits}-format: add --{bits}-format"
+                f"--{bits}-recipe {given[f'{bits}_recipe']} does nothing without --{bits}-format:"
+                f" add --{bits}-format"
                 f" {example}, or leave it out"
             )
 
 
-def _check_gpu(text: str, bits: str, recipe: Recipe, capability: tuple[int, int], cuda: tuple[int, int]) -> None:
+def _check_gpu(
+    text: str, bits: str, recipe: Recipe, capability: tuple[int, int], cuda: tuple[int, int]
+) -> None:
     """Raise UserError where the GPU, or its CUDA, lacks what the recipe computes with."""
     if not recipe.runs_on(capability):
-        others = [name for name, other in FP8.items() if name != "custom" and other.runs_on(capability)]
-        instead = f"pass --fp8-format with --fp8-recipe {' or '.join(others)}" if others else "train in bf16"
+        others = [
+            name for name, other in FP8.items() if name != "custom" and other.runs_on(capability)
+        ]
+        instead = (
+            f"pass --fp8-format with --fp8-recipe {' or '.join(others)}"
+            if others
+            else "train in bf16"
+        )
         raise UserError(
-            f"{text} runs on {recipe.gpus}, this GPU has compute capability {capability[0]}.{capability[1]}: {instead}"
+            f"{text} runs on {recipe.gpus}, this GPU has compute capability"
+            f" {capability[0]}.{capability[1]}: {instead}"
         )
     if cuda < recipe.cuda:
         raise UserError(
-            f"{text} needs CUDA {recipe.cuda[0]}.{recipe.cuda[1]}, torch has {cuda[0]}.{cuda[1]}: take a newer"
+            f"{text} needs CUDA {recipe.cuda[0]}.{recipe.cuda[1]}, torch has {cuda[0]}.{cuda[1]}:"
+            " take a newer"
             f" container, or another --{bits}-recipe"
         )

@@ -1,12 +1,15 @@
-"""Fine-tune a GPT model by target-distribution design, in Megatron's own loop. Start it with torchrun:
+"""Fine-tune a GPT model by target-distribution design, in Megatron's own loop. Start it with
+torchrun:
 
-    torchrun --nproc-per-node 2 -m megatron_tsft.training.pretrain_gpt --tensor-model-parallel-size 2 \\
+    torchrun --nproc-per-node 2 -m megatron_tsft.training.pretrain_gpt --tensor-model-parallel-size
+    2 \\
         --tsft-model base --tsft-data data/train --tsft-eval-data data/heldout \\
         --tsft-objective target-sft --tsft-args eta=0.5 --tsft-teacher reference \\
         --seq-length 4096 --micro-batch-size 1 --global-batch-size 32 --train-iters 1000 \\
         --lr 1e-5 --min-lr 1e-6 --lr-decay-style cosine --bf16 --save runs/a
 
-launch/pretrain_gpt_tsft.sh puts such a command together. Started again with the same --save, a run resumes.
+launch/pretrain_gpt_tsft.sh puts such a command together. Started again with the same --save, a run
+resumes.
 """
 
 import argparse
@@ -32,8 +35,12 @@ def choose_device(argv: list[str]) -> str:
         if torch.cuda.is_available():
             return "cuda"
         if wanted == "cuda":
-            raise UserError("--tsft-device cuda: torch sees no GPU; pass --tsft-device cpu for a run on the CPU")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU layer refuses to hide a GPU that could be used
+            raise UserError(
+                "--tsft-device cuda: torch sees no GPU; pass --tsft-device cpu for a run on the CPU"
+            )
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # the CPU layer refuses to hide a GPU that could be used
+    )
     return "cpu"
 
 
@@ -43,7 +50,8 @@ def print_help() -> None:
         prog="python -m megatron_tsft.training.pretrain_gpt",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every flag of Megatron-LM's is accepted too, unless refused by name: --help-megatron lists them.",
+        epilog="Every flag of Megatron-LM's is accepted too, unless refused by name:"
+        " --help-megatron lists them.",
     )
     add_flags(parser).print_help()
 
@@ -54,9 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print_help()
         return 0
-    # Megatron overlaps communication by the order in which kernels are launched, and insists on this
+    # Megatron overlaps communication by the order in which kernels are launched, and insists on
+    # this
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # looking through a million objects of imported modules takes a tenth of the start; run() enables it for the steps
+    # looking through a million objects of imported modules takes a tenth of the start; run()
+    # enables it for the steps
     gc.disable()
     try:
         device = choose_device(argv)
@@ -85,12 +95,15 @@ def say(error: UserError) -> int:
 
     rank, text = os.environ.get("RANK", "0"), f"error: {error}"
     if rank != "0":
-        # most errors meet every rank: rank 0 speaks, and torchrun ends this one; what this rank alone met, it says
+        # most errors meet every rank: rank 0 speaks, and torchrun ends this one; what this rank
+        # alone met, it says
         if not dist.is_initialized() and not error.met_here_alone:
             time.sleep(30)
         text = f"error (rank {rank}): {error}"
     print(text, file=sys.stderr, flush=True)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torch/distributed/elastic/multiprocessing/errors
+    if file := os.environ.get(
+        "TORCHELASTIC_ERROR_FILE"
+    ):  # torch/distributed/elastic/multiprocessing/errors
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
     return 2

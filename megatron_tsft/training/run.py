@@ -1,4 +1,5 @@
-"""A run from its command line to its last checkpoint: check, build, hand over to Megatron's own `pretrain`."""
+"""A run from its command line to its last checkpoint: check, build, hand over to Megatron's own
+`pretrain`."""
 
 import contextlib
 import gc
@@ -44,8 +45,8 @@ def run(argv: Sequence[str], device: str) -> None:
         device: "cuda" or "cpu" (the CPU layer is installed already).
 
     Raises:
-        UserError: something does not fit; nothing has been trained then, and nothing written unless Megatron found it
-            while it loaded the checkpoint.
+        UserError: something does not fit; nothing has been trained then, and nothing written unless
+            Megatron found it while it loaded the checkpoint.
     """
     given = arguments.given_flags(argv)
     applied = upstream.apply_all(asynchronous_saves="async_save" in given)
@@ -68,7 +69,9 @@ def run(argv: Sequence[str], device: str) -> None:
         checks.check_data(data, card)
     explicit = bool({"tsft_objective", "tsft_args"} & given.keys())
     plan = checks.load_objectives(config, sources, train, evaluation, explicit)
-    base, resumed = checks.check_checkpoints(config, card, given, engine=arguments.uses_engine(given, device))
+    base, resumed = checks.check_checkpoints(
+        config, card, given, engine=arguments.uses_engine(given, device)
+    )
     packs = {
         "seq_length": given["seq_length"],
         "seed": given.get("seed", SEED),
@@ -98,10 +101,19 @@ def run(argv: Sequence[str], device: str) -> None:
     args.eval_iters = datasets.eval_iters  # one exact pass
     setattr(args, SAVED, facts)  # checkpoints keep them: a run that resumes is held to them
     if checks.resumes(given):
-        args.load, args.finetune, args.no_load_optim, args.no_load_rng = args.save, False, False, False
-    model_config = build_model_config(args, teachers.riding_teacher(config, card, base, args, given, used))
+        args.load, args.finetune, args.no_load_optim, args.no_load_rng = (
+            args.save,
+            False,
+            False,
+            False,
+        )
+    model_config = build_model_config(
+        args, teachers.riding_teacher(config, card, base, args, given, used)
+    )
     if has_auxiliary_losses(args):
-        model_config.transformer.moe_grad_scale_func = AuxiliaryScale(model_config.transformer, datasets)
+        model_config.transformer.moe_grad_scale_func = AuxiliaryScale(
+            model_config.transformer, datasets
+        )
     if args.rank == 0:
         print("\n".join(describe(plan, config, datasets, args, applied)), flush=True)
     if config.check:
@@ -133,9 +145,12 @@ def run(argv: Sequence[str], device: str) -> None:
             forward_step,
         )
     except ValueError as error:
-        if "Could not find parameter group" in str(error):  # they are told apart by these (core/optimizer/optimizer.py)
+        if "Could not find parameter group" in str(
+            error
+        ):  # they are told apart by these (core/optimizer/optimizer.py)
             raise UserError(
-                f"{args.load} was trained with another --lr, --min-lr or weight decay: pass the same, or start anew"
+                f"{args.load} was trained with another --lr, --min-lr or weight decay: pass the"
+                " same, or start anew"
                 f" from its weights with --load {args.load} --finetune and another --save"
             ) from error
         raise
@@ -150,12 +165,19 @@ def build_model_config(args: Any, riding: RidingTeacher | None) -> GPTModelConfi
     Raises:
         UserError: Megatron refuses the combination of flags.
     """
-    model_config = arguments.model_config(args, GPTModelConfig if riding is None else GuidedModelConfig)
-    # several packs in one row, and the teacher's share of what stages send, have shapes that Megatron does not expect
+    model_config = arguments.model_config(
+        args, GPTModelConfig if riding is None else GuidedModelConfig
+    )
+    # several packs in one row, and the teacher's share of what stages send, have shapes that
+    # Megatron does not expect
     unusual = riding is not None or args.micro_batch_size > 1 or args.eval_micro_batch_size > 1
-    model_config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1 and unusual
+    model_config.transformer.variable_seq_lengths = (
+        args.pipeline_model_parallel_size > 1 and unusual
+    )
     if riding is not None:
-        riding.config.transformer.variable_seq_lengths = model_config.transformer.variable_seq_lengths
+        riding.config.transformer.variable_seq_lengths = (
+            model_config.transformer.variable_seq_lengths
+        )
         model_config.add_teacher(riding)
     return model_config
 
@@ -178,7 +200,8 @@ def install_metrics(args: Any, datasets: Datasets, plan: RunObjectives) -> None:
 
 
 def extra_metrics(datasets: Datasets, plan: RunObjectives) -> list[str]:
-    """Metrics that only some runs have: token weights, scheduled parameters, values of each data set of a mixture."""
+    """Metrics that only some runs have: token weights, scheduled parameters, values of each data
+    set of a mixture."""
     names = ["weight"] if any(part.data.card.weighted for part in datasets.members) else []
     names += plan.scheduled
     if len(plan.names) > 1:
@@ -205,7 +228,9 @@ def describe(
         if found
         else f"{config.model}, imported"
     )
-    saves = f"{args.save}, every {args.save_interval} steps and at the end" if args.save else "nowhere"
+    saves = (
+        f"{args.save}, every {args.save_interval} steps and at the end" if args.save else "nowhere"
+    )
     lines = [
         f"weights: {start}{', as a new run' if found and args.finetune else ''}; saves: {saves}",
         f"model: {config.model}; teacher: {describe_teacher(config)}; upstream repairs:"
@@ -217,18 +242,27 @@ def describe(
     for part, objective, share in zip(datasets.members, plan.members, datasets.shares, strict=True):
         full = 100 * int(part.positions.sum()) / (part.packs * args.seq_length)
         mixed = f"{100 * share / whole:.3g}% of the packs; " if len(datasets.members) > 1 else ""
+        epochs = checks.epochs_text(
+            steps, part.packs_per_epoch, args.global_batch_size, share / whole
+        )
         lines += [
             f"objective: {objective!r}, source: {objective.row.source}"
             f"{', in one with the LM head' if config.fuse_head else ''}",
-            f"train: {part.data.directory}, {len(part.data)} conversations in {part.packs} packs of {args.seq_length}"
+            f"train: {part.data.directory}, {len(part.data)} conversations in {part.packs} packs"
+            f" of {args.seq_length}"
             f" ({full:.0f}% full), {padded}{part.truncated} truncated; {mixed}"
-            f"{checks.epochs_text(steps, part.packs_per_epoch, args.global_batch_size, share / whole)}",
+            f"{epochs}",
         ]
     if datasets.evaluation is not None:
         held = datasets.evaluation
-        when = f"every {args.eval_interval} steps and at the end" if args.eval_interval <= steps else "at the end"
+        when = (
+            f"every {args.eval_interval} steps and at the end"
+            if args.eval_interval <= steps
+            else "at the end"
+        )
         lines.append(
-            f"evaluation: {config.eval_data}, {len(held.data)} conversations in {held.packs} packs, one exact pass"
+            f"evaluation: {config.eval_data}, {len(held.data)} conversations in {held.packs}"
+            " packs, one exact pass"
             f" {when}, by {plan.evaluation!r}"
         )
     return lines

@@ -1,4 +1,5 @@
-"""Which objective a token follows: its data set's, with scheduled parameters at the step's values."""
+"""Which objective a token follows: its data set's, with scheduled parameters at the step's
+values."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from megatron_tsft.objectives import Objective
 class RunObjectives:
     """The objectives of a run.
 
-    names: of the data sets, for metrics. members: the objective of each. evaluation: of the held-out data.
+    names: of the data sets, for metrics. members: the objective of each. evaluation: of the
+        held-out data.
     """
 
     names: Sequence[str]
@@ -24,7 +26,9 @@ class RunObjectives:
 
     def to(self, device: torch.device | str) -> "RunObjectives":
         """The same with their tensors on a device."""
-        return RunObjectives(self.names, [member.to(device) for member in self.members], self.evaluation.to(device))
+        return RunObjectives(
+            self.names, [member.to(device) for member in self.members], self.evaluation.to(device)
+        )
 
     @property
     def all(self) -> list[Objective]:

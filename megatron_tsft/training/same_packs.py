@@ -28,23 +28,34 @@ class Resumed:
     @property
     def anew(self) -> str:
         """What else to do, for messages."""
-        return f"or start anew from its weights with --load {self.load} --finetune and another --save"
+        return (
+            f"or start anew from its weights with --load {self.load} --finetune and another --save"
+        )
 
 
-def facts_of_packs(datasets: Datasets, seq_length: int, seed: int, document_multiple: int) -> dict[str, Any]:
-    """What decides the packs and their order, by the flag that says so; kept in the run's checkpoints."""
+def facts_of_packs(
+    datasets: Datasets, seq_length: int, seed: int, document_multiple: int
+) -> dict[str, Any]:
+    """What decides the packs and their order, by the flag that says so; kept in the run's
+    checkpoints."""
     whole = sum(datasets.shares)
     parts = zip(datasets.members, datasets.shares, strict=True)
     return {
         "--seq-length": seq_length,
         "--seed": seed,
         "--tsft-document-multiple": document_multiple,
-        "--tsft-data": [f"{part.data.card.fingerprint}:{share / whole:.9g}" for part, share in parts],
+        "--tsft-data": [
+            f"{part.data.card.fingerprint}:{share / whole:.9g}" for part, share in parts
+        ],
     }
 
 
 def check_same_packs(
-    resumed: Resumed, facts: Mapping[str, Any], datasets: Datasets, batch: int, given: Mapping[str, Any]
+    resumed: Resumed,
+    facts: Mapping[str, Any],
+    datasets: Datasets,
+    batch: int,
+    given: Mapping[str, Any],
 ) -> None:
     """Raise UserError where conversations would be read twice or never.
 
@@ -56,7 +67,11 @@ def check_same_packs(
         given: the flags on the command line.
     """
     before = resumed.before
-    old = {"--seq-length": before.get("seq_length"), "--seed": before.get("seed"), "--tsft-document-multiple": 1}
+    old = {
+        "--seq-length": before.get("seq_length"),
+        "--seed": before.get("seed"),
+        "--tsft-document-multiple": 1,
+    }
     saved = before.get(SAVED, old)  # checkpoints of earlier versions do not say what data they saw
     for flag, now in facts.items():
         if saved.get(flag, now) != now:
@@ -64,11 +79,15 @@ def check_same_packs(
     if len(datasets.members) > 1:
         return  # a mixture's epochs are not filled up to whole steps
     packs, sizes = datasets.members[0].packs, (before.get("global_batch_size", batch), batch)
-    ends = {-(-packs // size) * size for size in sizes}  # where the first epoch ends, masked packs included
+    ends = {
+        -(-packs // size) * size for size in sizes
+    }  # where the first epoch ends, masked packs included
     if len(ends) > 1 and before.get("consumed_train_samples", 0) > min(ends):
         raise UserError(
-            f"{resumed.checkpoint} was trained with --global-batch-size {sizes[0]}, now it is {sizes[1]}: after the"
-            " first epoch that moves where epochs end, and conversations would be read twice or never. Pass"
+            f"{resumed.checkpoint} was trained with --global-batch-size {sizes[0]}, now it is"
+            f" {sizes[1]}: after the"
+            " first epoch that moves where epochs end, and conversations would be read twice or"
+            " never. Pass"
             f" --global-batch-size {sizes[0]}, {resumed.anew}"
         )
 
@@ -80,7 +99,11 @@ def _refuse(resumed: Resumed, flag: str, then: Any, now: Any, context: int) -> N
         said, fix = "on other --tsft-data, or with other shares", "Pass the same"
     elif flag == "--tsft-document-multiple" and context > 1 and then % (2 * context):
         fits = [str(n) for n in range(1, then + 1) if n == 1 or then % (2 * n) == 0]
-        fix = f"Such conversations are cut for --context-parallel-size {' or '.join(fits)}: pass it and {flag} {then}"
+        fix = (
+            f"Such conversations are cut for --context-parallel-size {' or '.join(fits)}: pass"
+            f" it and {flag} {then}"
+        )
     raise UserError(
-        f"{resumed.checkpoint} was trained {said}: conversations would be read twice or never. {fix}, {resumed.anew}"
+        f"{resumed.checkpoint} was trained {said}: conversations would be read twice or never."
+        f" {fix}, {resumed.anew}"
     )

@@ -1,4 +1,5 @@
-"""`--tsft-data`: one prepared folder, or several with their shares and objectives (DIR:0.7:target-sft,eta=0.5)."""
+"""`--tsft-data`: one prepared folder, or several with their shares and objectives
+(DIR:0.7:target-sft,eta=0.5)."""
 
 import math
 from collections import Counter
@@ -15,8 +16,8 @@ SYNTAX = "DIR, DIR:SHARE or DIR:SHARE:OBJECTIVE, such as data/maths:0.7:target-s
 class Source:
     """One data set of a run.
 
-    share: of the packs, positive; shares need not add up to 1. objective: as on the command line, "" for
-    `--tsft-objective`. name: for metrics.
+    share: of the packs, positive; shares need not add up to 1. objective: as on the command line,
+    "" for `--tsft-objective`. name: for metrics.
     """
 
     directory: str
@@ -34,13 +35,17 @@ def parse_sources(texts: Sequence[str]) -> list[Source]:
     parts = []
     for text in texts:
         # a folder whose own name has a colon is taken as it is
-        directory, share, objective = (text, "", "") if Path(text).is_dir() else (*text.split(":", 2), "", "")[:3]
+        directory, share, objective = (
+            (text, "", "") if Path(text).is_dir() else (*text.split(":", 2), "", "")[:3]
+        )
         try:
             number = float(share) if share else 1.0
         except ValueError:
             number = math.nan
         if not directory or not (math.isfinite(number) and number > 0):
-            raise UserError(f"--tsft-data {text}: the share {share!r} is no positive number; write {SYNTAX}")
+            raise UserError(
+                f"--tsft-data {text}: the share {share!r} is no positive number; write {SYNTAX}"
+            )
         parts.append((directory, number, objective))
     folders = Counter(str(Path(directory).resolve()) for directory, _, _ in parts)
     twice = [folder for folder, count in folders.items() if count > 1]

@@ -1,4 +1,5 @@
-"""What must fit between a student and its teacher, and the teacher as the model or the data want it."""
+"""What must fit between a student and its teacher, and the teacher as the model or the data want
+it."""
 
 import copy
 import os
@@ -42,20 +43,28 @@ UNEVEN = {
 
 
 def check_teacher_flags(config: TsftConfig, given: Mapping[str, Any]) -> None:
-    """Raise UserError for a teacher's flag that is missing, means nothing, or cannot work with another flag."""
+    """Raise UserError for a teacher's flag that is missing, means nothing, or cannot work with
+    another flag."""
     teacher = config.teacher
     if teacher in NEEDED and not getattr(config, NEEDED[teacher]):
         raise UserError(f"--tsft-teacher {teacher} needs {option(NEEDED[teacher])} DIR")
     for field, belongs in BELONGS.items():
         if getattr(config, field) and teacher != belongs:
-            raise UserError(f"{option(field)} belongs to --tsft-teacher {belongs}, which is {teacher}: leave one out")
+            raise UserError(
+                f"{option(field)} belongs to --tsft-teacher {belongs}, which is {teacher}: leave"
+                " one out"
+            )
     if teacher in ("reference", "model") and given.get("moe_token_dispatcher_type") == "allgather":
         raise UserError(
-            f"--tsft-teacher {teacher} makes stages send shapes of their own, which --moe-token-dispatcher-type"
+            f"--tsft-teacher {teacher} makes stages send shapes of their own, which"
+            " --moe-token-dispatcher-type"
             " allgather does not take: leave the flag out"
         )
     if "tsft_teacher_tail" in given and teacher != "cache":
-        raise UserError(f"--tsft-teacher-tail belongs to --tsft-teacher cache, which is {teacher}: leave one out")
+        raise UserError(
+            f"--tsft-teacher-tail belongs to --tsft-teacher cache, which is {teacher}: leave one"
+            " out"
+        )
     refresh = config.reference_refresh
     if refresh < 0:
         raise UserError(f"--tsft-reference-refresh {refresh}: pass a number of steps, at least 1")
@@ -64,21 +73,25 @@ def check_teacher_flags(config: TsftConfig, given: Mapping[str, Any]) -> None:
 
 
 def check_refresh(refresh: int, given: Mapping[str, Any]) -> None:
-    """Raise UserError where the reference of --tsft-reference-refresh could not be had, or not again on resume."""
+    """Raise UserError where the reference of --tsft-reference-refresh could not be had, or not
+    again on resume."""
     if given.get("overlap_param_gather"):
         raise UserError(
-            "--tsft-reference-refresh copies the weights before the first layer runs, when --overlap-param-gather may"
+            "--tsft-reference-refresh copies the weights before the first layer runs, when"
+            " --overlap-param-gather may"
             " still be gathering them: leave one of them out"
         )
     if given.get("finetune"):
         raise UserError(
-            "--tsft-reference-refresh with --finetune: the first steps' reference could not be had again on resume;"
+            "--tsft-reference-refresh with --finetune: the first steps' reference could not be had"
+            " again on resume;"
             " export the weights, import them, and pass them as --tsft-model"
         )
     every = given.get("save_interval", arguments.SAVE_INTERVAL)
     if given.get("save") and every % refresh and refresh % every:
         raise UserError(
-            f"--save-interval {every} and --tsft-reference-refresh {refresh}: one must be a multiple of the other, so"
+            f"--save-interval {every} and --tsft-reference-refresh {refresh}: one must be a"
+            " multiple of the other, so"
             " that a resumed run finds the weights that were the reference"
         )
 
@@ -94,7 +107,9 @@ def load_caches(config: TsftConfig, card: ModelCard) -> list[TeacherCache]:
     for cache in caches:
         total = sum(facts["bytes"] for facts in cache.card.shards.values()) // share[1]
         what, quiet = f"checking {cache.directory}", share[0] > 0
-        with tqdm(total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr, disable=quiet) as bar:
+        with tqdm(
+            total=total, desc=what, unit="B", unit_scale=True, file=sys.stderr, disable=quiet
+        ) as bar:
             try:
                 vocab_size = min(cache.card.identity.vocab_size, card.vocab_size)
                 cache.verify(bar.update, share=share, vocab_size=vocab_size)
@@ -120,7 +135,10 @@ def riding_teacher(
     if config.teacher == "reference":
         card, checkpoint = student, reference_checkpoint(config, base, args, given)
     elif config.teacher == "model":
-        card, checkpoint = ModelCard.load(config.teacher_load), latest_checkpoint(config.teacher_load)
+        card, checkpoint = (
+            ModelCard.load(config.teacher_load),
+            latest_checkpoint(config.teacher_load),
+        )
         compare_keys(expected_keys(card), checkpoint)
         if not config.teacher_token_map:
             flag = "pass a --tsft-teacher-token-map"
@@ -128,20 +146,29 @@ def riding_teacher(
             for part in data:
                 if part.card.vocab_size > card.vocab_size:
                     raise UserError(
-                        f"{part.directory} holds token id {part.card.vocab_size - 1}, the vocabulary of the teacher"
+                        f"{part.directory} holds token id {part.card.vocab_size - 1}, the"
+                        " vocabulary of the teacher"
                         f" {config.teacher_load} ends at {card.vocab_size - 1}: use another teacher"
                     )
     else:
         return None
     token_map = None
     if config.teacher_token_map:
-        token_map = read_token_map(config.teacher_token_map, student.vocab_size, card.vocab_size, data)
+        token_map = read_token_map(
+            config.teacher_token_map, student.vocab_size, card.vocab_size, data
+        )
     vocabulary = TeacherVocabulary(card.vocab_size, token_map)
-    model = frozen_arguments(args, student, card, config.teacher_load) if config.teacher == "model" else args
+    model = (
+        frozen_arguments(args, student, card, config.teacher_load)
+        if config.teacher == "model"
+        else args
+    )
     return RidingTeacher(arguments.model_config(model), checkpoint, vocabulary, student.vocab_size)
 
 
-def reference_checkpoint(config: TsftConfig, base: Path, args: Any, given: Mapping[str, Any]) -> Path:
+def reference_checkpoint(
+    config: TsftConfig, base: Path, args: Any, given: Mapping[str, Any]
+) -> Path:
     """The weights that are the reference when a run starts or goes on.
 
     Raises:
@@ -149,7 +176,11 @@ def reference_checkpoint(config: TsftConfig, base: Path, args: Any, given: Mappi
     """
     if not config.reference_refresh or not args.load or not (Path(args.load) / TRACKER).is_file():
         return base
-    text = (Path(args.load) / TRACKER).read_text().strip() if args.ckpt_step is None else str(args.ckpt_step)
+    text = (
+        (Path(args.load) / TRACKER).read_text().strip()
+        if args.ckpt_step is None
+        else str(args.ckpt_step)
+    )
     step = int(text) if text.isdecimal() else 0
     over = step >= (args.train_iters or step + 1)
     last = step - step % config.reference_refresh
@@ -159,15 +190,19 @@ def reference_checkpoint(config: TsftConfig, base: Path, args: Any, given: Mappi
         last -= config.reference_refresh
     if last <= 0:
         return base
-    for folder in filter(None, (args.load, given.get("load"))):  # the run before this one may have kept them
+    for folder in filter(
+        None, (args.load, given.get("load"))
+    ):  # the run before this one may have kept them
         if (Path(folder) / f"iter_{last:07d}").is_dir():
             return latest_checkpoint(folder, last)
     if over:
         args.eval_iters = 0  # the evaluation that the run ended with stays
         return base
     raise UserError(
-        f"the reference of step {step} is the weights of step {last}, which {args.load} has no longer: resume"
-        f" from a step that is a multiple of {config.reference_refresh} (--ckpt-step), or keep checkpoints"
+        f"the reference of step {step} is the weights of step {last}, which {args.load} has no"
+        " longer: resume"
+        f" from a step that is a multiple of {config.reference_refresh} (--ckpt-step), or keep"
+        " checkpoints"
     )
 
 
@@ -175,20 +210,28 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
     """Megatron's arguments for the teacher's architecture in the student's layout.
 
     Raises:
-        UserError: its heads do not divide over the tensor-parallel ranks, or its layers over the pipeline's stages.
+        UserError: its heads do not divide over the tensor-parallel ranks, or its layers over the
+            pipeline's stages.
     """
-    parallel, experts = args.expert_model_parallel_size, card.megatron_arguments.get("num_experts") or 0
+    parallel, experts = (
+        args.expert_model_parallel_size,
+        card.megatron_arguments.get("num_experts") or 0,
+    )
     if parallel > 1 and (not experts or experts % parallel):
         raise UserError(
-            f"the teacher {folder} has {experts} experts, which do not divide over --expert-model-parallel-size"
+            f"the teacher {folder} has {experts} experts, which do not divide over"
+            " --expert-model-parallel-size"
             f" {parallel}: use 1, or cache the teacher"
         )
     own = copy.deepcopy(args)
     parser = arguments.parser_of()
     for name in student.megatron_arguments.keys() - card.megatron_arguments.keys():
         setattr(own, name, parser.get_default(name))
-    # where the student has experts, Megatron's flags about them are the user's own choice, for the teacher's too
-    choices = arguments.EXPERTS if experts and not student.megatron_arguments.get("num_experts") else {}
+    # where the student has experts, Megatron's flags about them are the user's own choice, for the
+    # teacher's too
+    choices = (
+        arguments.EXPERTS if experts and not student.megatron_arguments.get("num_experts") else {}
+    )
     for name, value in (card.megatron_arguments | choices).items():
         setattr(own, name, value)
     for name, value in UNEVEN.items():
@@ -200,11 +243,13 @@ def frozen_arguments(args: Any, student: ModelCard, card: ModelCard, folder: str
     if not heads_divide(heads, groups, tp):
         raise UserError(
             f"the teacher {folder} has {heads} attention heads and {groups} key-value groups, which"
-            f" --tensor-model-parallel-size {tp} does not divide: use another size, or cache the teacher"
+            f" --tensor-model-parallel-size {tp} does not divide: use another size, or cache the"
+            " teacher"
         )
     if layers % chunks:
         raise UserError(
-            f"the teacher {folder} has {layers} layers, which do not divide over {chunks} pipeline stages: use another"
+            f"the teacher {folder} has {layers} layers, which do not divide over {chunks} pipeline"
+            " stages: use another"
             " --pipeline-model-parallel-size, or cache the teacher"
         )
     return own

@@ -1,7 +1,8 @@
-"""Defects of the installed Megatron-Core, one file each: the reason, the upstream line, when it applies, the repair.
+"""Defects of the installed Megatron-Core, one file each: the reason, the upstream line, when it
+applies, the repair.
 
-Nothing else in this package replaces Megatron's functions. `apply_all` applies what the installation needs, on any
-device, and says what it did.
+Nothing else in this package replaces Megatron's functions. `apply_all` applies what the
+installation needs, on any device, and says what it did.
 """
 
 from types import ModuleType
@@ -15,14 +16,22 @@ from megatron_tsft.upstream import (
     sequence_parallel_norm,
 )
 
-DEFECTS: tuple[ModuleType, ...] = (dataset_helpers, sequence_parallel_norm, optimizer_resume, rope_factor, moe_norm_key)
+DEFECTS: tuple[ModuleType, ...] = (
+    dataset_helpers,
+    sequence_parallel_norm,
+    optimizer_resume,
+    rope_factor,
+    moe_norm_key,
+)
 SYNCHRONOUS_SAVES: tuple[ModuleType, ...] = (save_queue,)
 
 
 def apply_all(*, asynchronous_saves: bool = False) -> list[str]:
-    """Repair each defect that is present; returns the names of the files that applied. Safe to call twice.
+    """Repair each defect that is present; returns the names of the files that applied. Safe to call
+    twice.
 
-    asynchronous_saves: the run uses --async-save, so what is wrong with synchronous saves alone stays.
+    asynchronous_saves: the run uses --async-save, so what is wrong with synchronous saves alone
+        stays.
     """
     applied = []
     for defect in DEFECTS if asynchronous_saves else DEFECTS + SYNCHRONOUS_SAVES:

@@ -1,6 +1,8 @@
-"""The wheel has the built dataset helper but no Makefile, and start-up runs make: rank 0 exits with 1.
+"""The wheel has the built dataset helper but no Makefile, and start-up runs make: rank 0 exits with
+1.
 
-Upstream: megatron/training/initialize.py:178 calls megatron/core/datasets/utils.py:20 `compile_helpers` (0.19.2).
+Upstream: megatron/training/initialize.py:178 calls megatron/core/datasets/utils.py:20
+    `compile_helpers` (0.19.2).
 Applies: any device, where the Makefile is missing and the built helper is there.
 """
 

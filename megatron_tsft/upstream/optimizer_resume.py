@@ -1,8 +1,8 @@
 """Without TE and Apex the distributed optimizer does not resume.
 
-Upstream: megatron/core/optimizer/distrib_optimizer.py (0.19.2): line 839 asserts one `step` before any state exists;
-line 1223 looks up tensors["step"], which is never saved; line 1032 gives every parameter the one step tensor of line
-1028, which torch's Adam then increments once per parameter.
+Upstream: megatron/core/optimizer/distrib_optimizer.py (0.19.2): line 839 asserts one `step` before
+any state exists; line 1223 looks up tensors["step"], which is never saved; line 1032 gives every
+parameter the one step tensor of line 1028, which torch's Adam then increments once per parameter.
 Applies: any device, where HAVE_APEX_OR_TE is False.
 """
 
@@ -18,7 +18,8 @@ def applies() -> bool:
 
 
 def apply() -> None:
-    """Create states before the load asks for them, name the missing step, and give every parameter its own."""
+    """Create states before the load asks for them, name the missing step, and give every parameter
+    its own."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     sharded_state_dict = DistributedOptimizer.sharded_state_dict
@@ -26,7 +27,11 @@ def apply() -> None:
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def sharded_state_dict_with_states(
-        self: Any, model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+        self: Any,
+        model_sharded_state_dict: Any,
+        is_loading: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if is_loading and not self.optimizer.state:
             self._init_optimizer_states_with_dummy_values()

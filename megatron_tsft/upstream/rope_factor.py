@@ -1,7 +1,7 @@
 """`--rope-scaling-factor` never reaches the model: a Llama 3.2 with factor 32 is built with 8.
 
-Upstream: megatron/training/argument_utils.py:464 `gpt_config_from_args` copies rope_scaling and leaves
-rope_scaling_factor at its default (0.19.2).
+Upstream: megatron/training/argument_utils.py:464 `gpt_config_from_args` copies rope_scaling and
+leaves rope_scaling_factor at its default (0.19.2).
 Applies: any device, while that function does not read the argument.
 """
 

@@ -1,9 +1,10 @@
-"""Every first save starts a process that imports the program again (seconds, 300 MB) and that outlives a kill -9.
+"""Every first save starts a process that imports the program again (seconds, 300 MB) and that
+outlives a kill -9.
 
-Upstream: megatron/core/dist_checkpointing/strategies/filesystem_async.py:65 makes a `multiprocessing.Manager` for the
-queue of write results (0.19.2). An asynchronous save writes in another process and needs it; a synchronous one writes
-in threads of its own process, where a plain queue does the same.
-Applies: any device, for runs without --async-save.
+Upstream: megatron/core/dist_checkpointing/strategies/filesystem_async.py:65 makes a
+`multiprocessing.Manager` for the queue of write results (0.19.2). An asynchronous save writes in
+another process and needs it; a synchronous one writes in threads of its own process, where a plain
+queue does the same. Applies: any device, for runs without --async-save.
 """
 
 import queue

@@ -1,9 +1,11 @@
-"""Torch's norms refuse sequence parallelism only because nobody tags their parameters for the gradient all-reduce.
+"""Torch's norms refuse sequence parallelism only because nobody tags their parameters for the
+gradient all-reduce.
 
-Upstream: megatron/core/transformer/torch_norm.py:50 asserts `not config.sequence_parallel` (0.19.2); TE's and Apex's
-norms set `parameter.sequence_parallel`, which core/distributed/finalize_model_grads.py:452 reads. Line 48 refuses
-`persist_layer_norm`, a choice of kernel that torch's norm may ignore.
-Applies: any device; it matters where a layer spec takes torch's norm (the local one without Apex).
+Upstream: megatron/core/transformer/torch_norm.py:50 asserts `not config.sequence_parallel`
+(0.19.2); TE's and Apex's norms set `parameter.sequence_parallel`, which
+core/distributed/finalize_model_grads.py:452 reads. Line 48 refuses `persist_layer_norm`, a choice
+of kernel that torch's norm may ignore. Applies: any device; it matters where a layer spec takes
+torch's norm (the local one without Apex).
 """
 
 import copy

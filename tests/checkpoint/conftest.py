@@ -1,4 +1,5 @@
-"""Tiny random models on disk, with weights large enough that every part of the computation shows in the logits."""
+"""Tiny random models on disk, with weights large enough that every part of the computation shows in
+the logits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ LLAMA3_ROPE = {
 }
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
 
-# 8 heads over 2 groups and a head_dim that is not hidden / heads; 1003 is prime, so the vocabulary needs padding
+# 8 heads over 2 groups and a head_dim that is not hidden / heads; 1003 is prime, so the vocabulary
+# needs padding
 TINY = {
     "vocab_size": 1003,
     "hidden_size": 64,
@@ -37,7 +39,11 @@ FAMILIES: dict[str, dict[str, Any]] = {  # arguments of make_hf, below
     "llama3.2: scaled rope, tied": {"rope_factor": 32.0, "tie_word_embeddings": True},
     "mistral": {"architecture": "MistralForCausalLM", "sliding_window": None},
     "qwen2: biases": {"architecture": "Qwen2ForCausalLM", "head_dim": 8, "rms_norm_eps": 1e-6},
-    "qwen2.5: biases, tied": {"architecture": "Qwen2ForCausalLM", "head_dim": 8, "tie_word_embeddings": True},
+    "qwen2.5: biases, tied": {
+        "architecture": "Qwen2ForCausalLM",
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+    },
     "qwen3: norms, head size": {"architecture": "Qwen3ForCausalLM", "head_dim": 24},
     "qwen3-moe": {
         "architecture": "Qwen3MoeForCausalLM",
@@ -68,10 +74,16 @@ def save_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = ["<unk>", "<s>", "</s>", "one", "two", "three", "and", "is", "plus", "user"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
     )
     tokenizer.save_pretrained(str(folder))
 
@@ -84,7 +96,8 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_hf(tmp_path: Path) -> Callable[..., Path]:
-    """make_hf(architecture, dtype=, name=, tokenizer=, shard=, rope_factor=, **config) -> folder of a random model."""
+    """make_hf(architecture, dtype=, name=, tokenizer=, shard=, rope_factor=, **config) -> folder of
+    a random model."""
 
     def make(
         architecture: str = "LlamaForCausalLM",
@@ -120,7 +133,11 @@ def make_hf(tmp_path: Path) -> Callable[..., Path]:
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""A program for the tests: one rank loads an imported folder at some TP and PP and saves it as a training run does.
+"""A program for the tests: one rank loads an imported folder at some TP and PP and saves it as a
+training run does.
 
     save_sharded.py RANK STORE SOURCE TARGET TP PP
-The embedding is padded for 128 x TP, weights are fp32, and Adam's first moment lies beside them as optimizer state.
+The embedding is padded for 128 x TP, weights are fp32, and Adam's first moment lies beside them as
+optimizer state.
 """
 
 import copy
@@ -33,7 +35,9 @@ def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) ->
 
     parallel_state.initialize_model_parallel(tp, pp)
     card = ModelCard.load(source)
-    card = dataclasses.replace(card, make_vocab_size_divisible_by=192)  # 1152 at TP 2: not the import's 1024
+    card = dataclasses.replace(
+        card, make_vocab_size_divisible_by=192
+    )  # 1152 at TP 2: not the import's 1024
     model = build_model(card, Layout(tp, pp))
     load_weights(model, latest_checkpoint(source))
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -43,7 +47,9 @@ def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) ->
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     moments = get_param_id_to_sharded_param_map(copy.copy(state), parameters)
     optimizer = {
-        index: make_sharded_optimizer_tensor(moments[index], torch.full_like(parameter, 7.0), "optimizer.state.exp_avg")
+        index: make_sharded_optimizer_tensor(
+            moments[index], torch.full_like(parameter, 7.0), "optimizer.state.exp_avg"
+        )
         for index, parameter in enumerate(parameters)
         if index in moments
     }
@@ -51,7 +57,12 @@ def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) ->
     if rank == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    everything = {"args": Namespace(num_layers=3), "iteration": 20, "model": state, "optimizer": optimizer}
+    everything = {
+        "args": Namespace(num_layers=3),
+        "iteration": 20,
+        "model": state,
+        "optimizer": optimizer,
+    }
     dist_checkpointing.save(everything, str(folder), content_metadata=content)
     if rank == 0:
         (target / TRACKER).write_text("20")
@@ -60,4 +71,11 @@ def main(rank: int, store: str, source: Path, target: Path, tp: int, pp: int) ->
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]))
+    main(
+        int(sys.argv[1]),
+        sys.argv[2],
+        Path(sys.argv[3]),
+        Path(sys.argv[4]),
+        int(sys.argv[5]),
+        int(sys.argv[6]),
+    )

@@ -90,33 +90,52 @@ def test_import_from_the_shell(make_hf: Make, tmp_path: Path) -> None:
     source, megatron = make_hf(), tmp_path / "megatron"
     done = shell("import", "--hf", source, "--megatron", megatron, "--verify")
     assert done.returncode == 0, done.stderr
-    assert f"wrote {megatron}: LlamaForCausalLM, 3 layers, float32, vocabulary 1003 padded to 1024" in done.stdout
+    assert (
+        f"wrote {megatron}: LlamaForCausalLM, 3 layers, float32, vocabulary 1003 padded to 1024"
+        in done.stdout
+    )
     assert (
         "the models agree: 30 of 30 tensors are identical; logits at 256 positions" in done.stdout
         and "100%" in done.stderr
     )
 
 
-def test_import_export_and_verify(command: Command, make_hf: Make, assert_same_tensors: Same, tmp_path: Path) -> None:
+def test_import_export_and_verify(
+    command: Command, make_hf: Make, assert_same_tensors: Same, tmp_path: Path
+) -> None:
     source, megatron, back = make_hf(), tmp_path / "megatron", tmp_path / "back"
     assert command("import", "--hf", source, "--megatron", megatron)[0] == 0
     status, out, err = command("export", "--megatron", megatron, "--hf", back, "--no-progress")
-    assert status == 0 and f"wrote {back} from {megatron / 'release'}: 30 tensors" in out and not err
+    assert (
+        status == 0 and f"wrote {back} from {megatron / 'release'}: 30 tensors" in out and not err
+    )
     assert_same_tensors(source, back)
     other = make_hf(name="other", rms_norm_eps=1e-6)
-    (other / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes()[:-4] + b"\0\0\0\1")
+    (other / "model.safetensors").write_bytes(
+        (other / "model.safetensors").read_bytes()[:-4] + b"\0\0\0\1"
+    )
     status, out, _ = command("verify", "--hf", other, "--megatron", megatron)
     assert status == 1 and "29 of 30" in out and "the models DIFFER" in out
 
 
-def test_verify_prints_the_logits_and_nothing_of_megatrons(command: Command, make_hf: Make, tmp_path: Path) -> None:
+def test_verify_prints_the_logits_and_nothing_of_megatrons(
+    command: Command, make_hf: Make, tmp_path: Path
+) -> None:
     source, megatron, text = make_hf(tokenizer=True), tmp_path / "megatron", tmp_path / "text.txt"
     text.write_text("one and two is three " * 10)
     command("import", "--hf", source, "--megatron", megatron)
-    status, out, err = command("verify", "--hf", source, "--megatron", megatron, "--text", text, "--no-progress")
+    status, out, err = command(
+        "verify", "--hf", source, "--megatron", megatron, "--text", text, "--no-progress"
+    )
     assert status == 0
-    assert out.startswith("the models agree: 30 of 30 tensors are identical; logits at 50 positions differ by at most")
-    assert out.count("\n") == 1 and "same argmax at 100.00%" in out and out.endswith("same tokenizer\n")
+    assert out.startswith(
+        "the models agree: 30 of 30 tensors are identical; logits at 50 positions differ by at most"
+    )
+    assert (
+        out.count("\n") == 1
+        and "same argmax at 100.00%" in out
+        and out.endswith("same tokenizer\n")
+    )
     assert "DEPRECATED" not in err and "not installed" not in err
 
 
@@ -124,8 +143,20 @@ def test_a_mistake_is_one_line(command: Command, make_hf: Make, tmp_path: Path) 
     source, megatron = make_hf(), tmp_path / "megatron"
     command("import", "--hf", source, "--megatron", megatron)
     mistakes = {
-        ("import", "--hf", source, "--megatron", megatron): f"{megatron} exists already: .* pass --overwrite",
-        ("import", "--hf", tmp_path / "nowhere", "--megatron", tmp_path / "m"): "nowhere does not exist",
+        (
+            "import",
+            "--hf",
+            source,
+            "--megatron",
+            megatron,
+        ): f"{megatron} exists already: .* pass --overwrite",
+        (
+            "import",
+            "--hf",
+            tmp_path / "nowhere",
+            "--megatron",
+            tmp_path / "m",
+        ): "nowhere does not exist",
         ("import", "--hf", tmp_path, "--megatron", tmp_path.parent / "m"): "has no config.json",
         ("export", "--megatron", source, "--hf", tmp_path / "h"): "has no tsft_model.json",
         (
@@ -135,7 +166,15 @@ def test_a_mistake_is_one_line(command: Command, make_hf: Make, tmp_path: Path) 
             "--hf",
             tmp_path / "h",
         ): "m does not exist: name a",
-        ("export", "--megatron", megatron, "--hf", tmp_path / "h", "--iteration", 5): "iter_0000005 does not exist",
+        (
+            "export",
+            "--megatron",
+            megatron,
+            "--hf",
+            tmp_path / "h",
+            "--iteration",
+            5,
+        ): "iter_0000005 does not exist",
         ("verify", "--hf", tmp_path / "nowhere", "--megatron", megatron): "nowhere does not exist",
         (
             "verify",
@@ -153,8 +192,26 @@ def test_a_mistake_is_one_line(command: Command, make_hf: Make, tmp_path: Path) 
         assert err.startswith("error: ") and err.count("\n") == 1
     for flags in (
         ("import", "--hf", source, "--megatron", tmp_path / "m", "--text", ROOT / "LICENSE"),
-        ("import", "--hf", source, "--megatron", tmp_path / "m", "--verify", "--text", tmp_path / "t"),
-        ("verify", "--hf", source, "--megatron", megatron, "--weights-only", "--text", ROOT / "LICENSE"),
+        (
+            "import",
+            "--hf",
+            source,
+            "--megatron",
+            tmp_path / "m",
+            "--verify",
+            "--text",
+            tmp_path / "t",
+        ),
+        (
+            "verify",
+            "--hf",
+            source,
+            "--megatron",
+            megatron,
+            "--weights-only",
+            "--text",
+            ROOT / "LICENSE",
+        ),
     ):
         with pytest.raises(SystemExit, match="2"):
             command(*flags)
@@ -165,10 +222,13 @@ def test_a_mistake_is_one_line(command: Command, make_hf: Make, tmp_path: Path) 
 def test_ctrl_c_is_one_line_and_leaves_nothing(make_hf: Make, tmp_path: Path) -> None:
     """Also in the thread that fills boxes, and while the files are flushed."""
     source = make_hf()
-    wait = "print('now', flush=True); time.sleep(15)"  # the interrupt comes first, also on a busy machine
+    # the interrupt comes first, also on a busy machine
+    wait = "print('now', flush=True); time.sleep(15)"
     slow = {
-        "writing": f"from megatron_tsft.checkpoint import torch_dist as m; m.Ring.take = lambda *_: exec({wait!r})",
-        "flushing": f"from megatron_tsft import atomic as m; m.fsync_path = lambda _: exec({wait!r})",
+        "writing": "from megatron_tsft.checkpoint import torch_dist as m; m.Ring.take = lambda"
+        f" *_: exec({wait!r})",
+        "flushing": "from megatron_tsft import atomic as m; m.fsync_path = lambda _:"
+        f" exec({wait!r})",
     }
     for name, patch in slow.items():
         target = tmp_path / name
@@ -176,7 +236,16 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(make_hf: Make, tmp_path: Path) ->
         hear = "signal.signal(signal.SIGINT, signal.default_int_handler)"
         run = "from tools.convert_checkpoint import main; sys.exit(main(sys.argv[1:]))"
         program = f"import signal, sys, time; {hear}; {patch}; {run}"
-        line = [sys.executable, "-c", program, "import", "--hf", str(source), "--megatron", str(target)]
+        line = [
+            sys.executable,
+            "-c",
+            program,
+            "import",
+            "--hf",
+            str(source),
+            "--megatron",
+            str(target),
+        ]
         with subprocess.Popen(line, stdout=-1, stderr=-1, text=True, env=environment()) as process:
             try:
                 assert process.stdout is not None and process.stdout.readline() == "now\n"
@@ -190,7 +259,9 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(make_hf: Make, tmp_path: Path) ->
         assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(command: Command, make_hf: Make, tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    command: Command, make_hf: Make, tmp_path: Path
+) -> None:
     source, imported = make_hf(), tmp_path / "imported"
     import_hf(source, imported, progress=False)
     names = {path.name for path in tmp_path.iterdir()}
@@ -199,13 +270,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(command: Command, make_hf: M
         ("import", "--hf", source, "--megatron", tmp_path / "megatron"),
         ("export", "--megatron", imported, "--hf", tmp_path / "back"),
     ):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))  # the error comes in the middle of the weights
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (300_000, hard)
+        )  # the error comes in the middle of the weights
         try:
             status, _, err = command(*arguments, "--no-progress")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert status == 2
-        assert err == f"error: {arguments[0]} stopped: [Errno 27] File too large; nothing is left half-written\n"
+        assert (
+            err == f"error: {arguments[0]} stopped: [Errno 27] File too large; nothing is left"
+            " half-written\n"
+        )
         assert {path.name for path in tmp_path.iterdir()} == names
 
 
@@ -218,13 +294,17 @@ def test_help_shows_examples_and_does_not_wait_for_torch() -> None:
         assert "argparse" in done.stderr and "torch" not in done.stderr
 
 
-def test_a_killed_export_leaves_no_folder_that_loads(make_hf: Make, assert_same_tensors: Same, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_folder_that_loads(
+    make_hf: Make, assert_same_tensors: Same, tmp_path: Path
+) -> None:
     source, megatron, back = make_hf(), tmp_path / "megatron", tmp_path / "back"
     import_hf(source, megatron, progress=False)
     kill_in_the_middle(SLOW_EXPORT, megatron, back)
     assert not back.exists()
     (partial,) = tmp_path.glob(".back*")
-    assert (partial / "model.safetensors").stat().st_size > 0 and not (partial / "config.json").exists()
+    assert (partial / "model.safetensors").stat().st_size > 0 and not (
+        partial / "config.json"
+    ).exists()
     with pytest.raises(UserError):
         import_hf(partial, tmp_path / "again", progress=False)
     export_hf(megatron, back, progress=False)

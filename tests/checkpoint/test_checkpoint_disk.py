@@ -1,4 +1,5 @@
-"""A disk that is really full, a small tmpfs: one clear line, nothing half-written, and what was there stays."""
+"""A disk that is really full, a small tmpfs: one clear line, nothing half-written, and what was
+there stays."""
 
 import functools
 import json
@@ -15,13 +16,16 @@ import pytest
 from megatron_tsft.checkpoint.convert import import_hf
 
 ROOT = Path(__file__).resolve().parents[2]
-FULL = r"error: \w+ stopped: \[Errno 28\] No space left on device.*; nothing is left half-written\n"  # one line
+# one line
+FULL = r"error: \w+ stopped: \[Errno 28\] No space left on device.*; nothing is left half-written\n"
 
-# mounts a tmpfs of $1 bytes on $2, which only this process and its children see, and becomes the rest
+# mounts a tmpfs of $1 bytes on $2, which only this process and its children see, and becomes the
+# rest
 MOUNTED = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
 
-# Runs one command (import or export of a source) on the disk again and again, each time with another number of free
-# bytes, and prints as JSON what each ended with: its exit status, stderr, and the names that are on the disk.
+# Runs one command (import or export of a source) on the disk again and again, each time with
+# another number of free bytes, and prints as JSON what each ended with: its exit status, stderr,
+# and the names that are on the disk.
 ATTEMPTS = """
 import contextlib, io, json, os, shutil, sys
 from pathlib import Path
@@ -29,7 +33,10 @@ from megatron_tsft.checkpoint import convert
 from tools.convert_checkpoint import main
 kind, source, disk = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 target, other, page = disk / "new", disk / "other", 4096
-places = {"import": ["--hf", source, "--megatron", str(target)], "export": ["--megatron", source, "--hf", str(target)]}
+places = {
+    "import": ["--hf", source, "--megatron", str(target)],
+    "export": ["--megatron", source, "--hf", str(target)],
+}
 def free():
     return os.statvfs(disk).f_bfree * page
 def attempt(space, *flags):
@@ -38,12 +45,15 @@ def attempt(space, *flags):
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         status = main([kind, *places[kind], "--no-progress", *flags])
-    return [status, errors.getvalue(), sorted(path.name for path in disk.iterdir() if path != other)]
+    left = sorted(path.name for path in disk.iterdir() if path != other)
+    return [status, errors.getvalue(), left]
 def content():
-    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in target.rglob("*") if path.is_file()}
+    files = [path for path in target.rglob("*") if path.is_file()]
+    return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 size = free()
 report = {"too small": attempt(size)}
-convert._check_space = lambda target, needed: None  # as where somebody else fills the disk a moment later
+# as where somebody else fills the disk a moment later
+convert._check_space = lambda target, needed: None
 report["alone"] = attempt(size)
 used = size - free()
 before = content()
@@ -62,7 +72,9 @@ def unshare(place: str) -> list[str] | None:
     """The command that gives a process mounts of its own; None where the system forbids it."""
     for line in (["unshare", "--mount"], ["unshare", "--map-root-user", "--mount"]):
         try:
-            done = subprocess.run([*line, "sh", "-c", MOUNTED, "sh", "65536", place, "true"], capture_output=True)
+            done = subprocess.run(
+                [*line, "sh", "-c", MOUNTED, "sh", "65536", place, "true"], capture_output=True
+            )
         except OSError:
             return None
         if done.returncode == 0:
@@ -71,7 +83,9 @@ def unshare(place: str) -> list[str] | None:
 
 
 @pytest.mark.parametrize("kind", ["import", "export"])
-def test_a_disk_that_is_full_at_any_moment(kind: str, make_hf: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_disk_that_is_full_at_any_moment(
+    kind: str, make_hf: Callable[..., Path], tmp_path: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     prefix = unshare(str(disk))
@@ -81,19 +95,41 @@ def test_a_disk_that_is_full_at_any_moment(kind: str, make_hf: Callable[..., Pat
     if kind == "export":
         import_hf(source, tmp_path / "megatron", progress=False)
         source = tmp_path / "megatron"
-    line = [*prefix, "sh", "-c", MOUNTED, "sh", str(4 * 2**20), str(disk), sys.executable, "-c", ATTEMPTS, kind]
+    line = [
+        *prefix,
+        "sh",
+        "-c",
+        MOUNTED,
+        "sh",
+        str(4 * 2**20),
+        str(disk),
+        sys.executable,
+        "-c",
+        ATTEMPTS,
+        kind,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*line, str(source), str(disk)], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [*line, str(source), str(disk)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
 
     status, error, names = report["too small"]
     assert status == 2 and names == []
-    assert error.startswith(f"error: {disk} has 0.00 GB free, new needs ") and error.count("\n") == 1
+    assert (
+        error.startswith(f"error: {disk} has 0.00 GB free, new needs ") and error.count("\n") == 1
+    )
     assert report["alone"] == [0, "", ["new"]]
     assert len(report["filling up"]) > 20
     assert report["just enough"] == [0, "", ["new"]]
     for attempts, left in ((report["filling up"], []), (report["over"], ["new"])):
         for status, error, names in attempts:
-            assert status == 2 and re.fullmatch(FULL, error) and kind in error and names == left, error
+            assert status == 2 and re.fullmatch(FULL, error) and kind in error and names == left, (
+                error
+            )
     assert report["kept"]

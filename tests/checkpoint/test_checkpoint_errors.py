@@ -1,4 +1,5 @@
-"""Whatever is wrong with a folder is said in one line, with the value and the remedy, before anything is written."""
+"""Whatever is wrong with a folder is said in one line, with the value and the remedy, before
+anything is written."""
 
 import json
 import shutil
@@ -34,7 +35,12 @@ def edit_config(source: Path, **values: object) -> None:
     (source / "config.json").write_text(json.dumps(config | values))
 
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+}
 BAD_CONFIGS = {
     "another family": ({"architectures": ["OPTForCausalLM"]}, "OPTForCausalLM.*LlamaForCausalLM"),
     "attention bias": ({"attention_bias": True}, "attention_bias=True"),
@@ -42,8 +48,14 @@ BAD_CONFIGS = {
     "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
     "window": ({"sliding_window": 512}, "sliding_window=512"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    "linear rope": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "'linear'"),
-    "old-style yarn": ({"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "'yarn'"),
+    "linear rope": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+        "'linear'",
+    ),
+    "old-style yarn": (
+        {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+        "'yarn'",
+    ),
     "llama3 low": (
         {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0, "high_freq_factor": 4.0}},
         "low_freq_factor=2.0: Megatron hard-codes 1.0",
@@ -55,20 +67,29 @@ BAD_CONFIGS = {
     "llama3 original": (
         {
             "rope_parameters": LLAMA3
-            | {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 4096}
+            | {
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 4096,
+            }
         },
         "original_max_position_embeddings=4096: Megatron hard-codes 8192",
     ),
     "another width": ({"intermediate_size": 96}, "gate_proj.weight is .112, 64.*says .96, 64"),
     "another depth": ({"num_hidden_layers": 4}, "9 missing tensors.*layers.3"),
     "another depth, fewer": ({"num_hidden_layers": 2}, "9 unexpected tensors.*layers.2"),
-    "llama3 without its constants": ({"rope_parameters": LLAMA3}, "cannot be read.*low_freq_factor"),
+    "llama3 without its constants": (
+        {"rope_parameters": LLAMA3},
+        "cannot be read.*low_freq_factor",
+    ),
     "nonsense": ({"hidden_size": "wide"}, "cannot be read"),
 }
 
 
 @pytest.mark.parametrize(("values", "words"), BAD_CONFIGS.values(), ids=BAD_CONFIGS.keys())
-def test_a_config_that_megatron_cannot_express(values: dict, words: str, make_hf: Make, tmp_path: Path) -> None:
+def test_a_config_that_megatron_cannot_express(
+    values: dict, words: str, make_hf: Make, tmp_path: Path
+) -> None:
     source = make_hf()
     edit_config(source, **values)
     refused(source, tmp_path / "megatron", words)
@@ -101,19 +122,27 @@ def test_folders_that_are_not_complete(make_hf: Make, tmp_path: Path) -> None:
     refused(source, target, "no config.json")
 
 
-def test_tensors_that_the_table_does_not_know(make_hf: Make, read_tensors: Read, tmp_path: Path) -> None:
+def test_tensors_that_the_table_does_not_know(
+    make_hf: Make, read_tensors: Read, tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
     source, target = make_hf(tie_word_embeddings=True), tmp_path / "megatron"
     tensors = read_tensors(source)
     harmless = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),  # what old transformers saved of tied models
+        "lm_head.weight": tensors[
+            "model.embed_tokens.weight"
+        ].clone(),  # what old transformers saved of tied models
     }
     save_file(tensors | harmless, source / "model.safetensors", metadata={"format": "pt"})
     import_hf(source, target, progress=False)
     shutil.rmtree(target)
-    save_file(tensors | {"model.extra": torch.ones(2)}, source / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors | {"model.extra": torch.ones(2)},
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     refused(source, target, "1 unexpected tensors, e.g. model.extra")
     del tensors["model.norm.weight"]
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
@@ -130,7 +159,9 @@ def test_a_damaged_tokenizer(make_hf: Make, tmp_path: Path) -> None:
         refused(source, tmp_path / "megatron", f"no tokenizer could be loaded from {source}")
 
 
-def test_no_space_on_the_disk(make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_on_the_disk(
+    make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     refused(make_hf(), tmp_path / "megatron", "0.00 GB free")
@@ -142,7 +173,9 @@ def test_only_folders_of_ours_are_overwritten(make_hf: Make, tmp_path: Path) -> 
     target.mkdir()
     precious.touch()
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="holds other files and no tsft_model.json, so it is kept"):
+        with pytest.raises(
+            UserError, match="holds other files and no tsft_model.json, so it is kept"
+        ):
             import_hf(source, target, overwrite=overwrite, progress=False)
     precious.unlink()
     import_hf(source, target, progress=False)
@@ -203,7 +236,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(make_hf: Make, tmp_pat
     checkpoint = latest_checkpoint(tmp_path / "a")
     expected = expected_keys(card)
     compare_keys(expected, checkpoint)
-    compare_keys(expected | {"output_layer.weight": (1152, 64)}, checkpoint)  # padded for another TP
+    compare_keys(
+        expected | {"output_layer.weight": (1152, 64)}, checkpoint
+    )  # padded for another TP
     norm = "decoder.layers.self_attention.q_layernorm.weight"
     with pytest.raises(UserError, match=f"missing: {norm}"):
         compare_keys(expected | {norm: (3, 16)}, checkpoint)
@@ -213,7 +248,9 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(make_hf: Make, tmp_pat
     final = "decoder.final_layernorm.weight"
     with pytest.raises(UserError, match=rf"{final} is \[64\], the model's is \[65\]"):
         compare_keys(expected | {final: (65,)}, checkpoint)
-    with pytest.raises(UserError, match=r"word_embeddings.weight is \[1024, 64\], the model's is \[1024, 32\]"):
+    with pytest.raises(
+        UserError, match=r"word_embeddings.weight is \[1024, 64\], the model's is \[1024, 32\]"
+    ):
         compare_keys(expected | {"embedding.word_embeddings.weight": (1024, 32)}, checkpoint)
 
 
@@ -226,7 +263,9 @@ def test_cards(make_hf: Make, tmp_path: Path) -> None:
     copy_card(tmp_path / "a", save)  # a second time, as a resumed run does
     assert ModelCard.load(save) == card
     names = {path.name for path in (tmp_path / "a" / "hf").iterdir()}
-    assert {path.name for path in (save / "hf").iterdir()} == names > {"config.json", "tokenizer.json"}
+    assert (
+        {path.name for path in (save / "hf").iterdir()} == names > {"config.json", "tokenizer.json"}
+    )
     import_hf(make_hf(name="other", hidden_size=32), tmp_path / "b", progress=False)
     with pytest.raises(UserError, match="belongs to another model"):
         copy_card(tmp_path / "b", save)
@@ -253,6 +292,8 @@ def test_a_table_that_contradicts_itself() -> None:
 
     from megatron_tsft.checkpoint.families.llama import FAMILY
 
-    wrong = Row("decoder.layers.x.weight", "qkv", (Source("model.layers.{layer}.x", ("hidden_size",)),))
+    wrong = Row(
+        "decoder.layers.x.weight", "qkv", (Source("model.layers.{layer}.x", ("hidden_size",)),)
+    )
     with pytest.raises(UserError, match="decoder.layers.x.weight is wrong"):
         check_table(dataclasses.replace(FAMILY, rows=(wrong,)))

@@ -1,4 +1,5 @@
-"""Where numbers lie: literal tiny layouts, the model card of a config, and the keys that Megatron itself writes."""
+"""Where numbers lie: literal tiny layouts, the model card of a config, and the keys that Megatron
+itself writes."""
 
 import argparse
 from argparse import Namespace
@@ -24,7 +25,9 @@ Make = Callable[..., Path]
 Read = Callable[[Path], dict[str, torch.Tensor]]
 
 
-def lay_out(key: str, tensors: dict[str, list[float]], arguments: dict[str, int], padded: int = 0) -> list[float]:
+def lay_out(
+    key: str, tensors: dict[str, list[float]], arguments: dict[str, int], padded: int = 0
+) -> list[float]:
     """One layer of a Megatron key made from literal columns."""
     row = next(row for row in FAMILY.rows if row.megatron == key)
     index = (0,) if row.leading({"num_layers": 1}) else ()
@@ -55,7 +58,10 @@ def test_qkv_lies_group_by_group() -> None:
 
 
 def test_gate_lies_above_up_and_the_vocabulary_above_zeros() -> None:
-    gate_up = {"model.layers.0.mlp.gate_proj.weight": [1.0, 2.0], "model.layers.0.mlp.up_proj.weight": [3.0, 4.0]}
+    gate_up = {
+        "model.layers.0.mlp.gate_proj.weight": [1.0, 2.0],
+        "model.layers.0.mlp.up_proj.weight": [3.0, 4.0],
+    }
     assert lay_out("decoder.layers.mlp.linear_fc1.weight", gate_up, {}) == [1, 2, 3, 4]
     vocabulary = {"model.embed_tokens.weight": [1.0, 2.0, 3.0]}
     assert lay_out("embedding.word_embeddings.weight", vocabulary, {}, padded=5) == [1, 2, 3, 0, 0]
@@ -103,8 +109,13 @@ def test_keys_and_shapes_are_those_that_megatron_saves(
     assert card.megatron_arguments.keys() <= {action.dest for action in parser._actions}
     own = tmp_path / "own"
     own.mkdir()
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)  # Megatron's writer calls it on any machine
-    content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}  # as training/checkpointing.py
+    monkeypatch.setattr(
+        torch.cuda, "synchronize", lambda *_: None
+    )  # Megatron's writer calls it on any machine
+    content = {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }  # as training/checkpointing.py
     with cpu_ranks():
         model = build_model(card)
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -117,19 +128,32 @@ def test_keys_and_shapes_are_those_that_megatron_saves(
         dist_checkpointing.save(state, str(own), content_metadata=content)
     ours = read_metadata(latest_checkpoint(tmp_path / "megatron")).state_dict_metadata
     theirs = read_metadata(own).state_dict_metadata
-    assert checkpoint_keys(own) == checkpoint_keys(tmp_path / "megatron" / "release") == expected_keys(card)
+    assert (
+        checkpoint_keys(own)
+        == checkpoint_keys(tmp_path / "megatron" / "release")
+        == expected_keys(card)
+    )
     objects = {key for key, value in ours.items() if isinstance(value, BytesStorageMetadata)}
     own_objects = {key for key, value in theirs.items() if isinstance(value, BytesStorageMetadata)}
     assert own_objects <= objects  # Megatron raises on load where one is missing
-    # what Transformer Engine's modules add, listed from a model of its layers (2.20.2, built on CPU)
+    # what Transformer Engine's modules add, listed from a model of its layers (2.20.2, built on
+    # CPU)
     engine = {"decoder.final_layernorm._extra_state/shard_0_1"}
     names = (
-        ["self_attention.q_layernorm", "self_attention.k_layernorm"] if card.megatron_arguments["qk_layernorm"] else []
+        ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+        if card.megatron_arguments["qk_layernorm"]
+        else []
     )
     names += ["pre_mlp_layernorm"] if "num_experts" in card.megatron_arguments else []
-    engine |= {f"decoder.layers.{name}._extra_state/shard_{layer}_3" for name in names for layer in range(3)}
+    engine |= {
+        f"decoder.layers.{name}._extra_state/shard_{layer}_3"
+        for name in names
+        for layer in range(3)
+    }
     assert objects - own_objects == engine
-    assert (own / "metadata.json").read_text() == (tmp_path / "megatron" / "release" / "metadata.json").read_text()
+    assert (own / "metadata.json").read_text() == (
+        tmp_path / "megatron" / "release" / "metadata.json"
+    ).read_text()
 
 
 def test_megatron_reads_the_common_state(make_hf: Make, tmp_path: Path) -> None:
@@ -148,21 +172,34 @@ def test_a_stacked_key_holds_the_layers_in_order_and_padding_is_zero(
 ) -> None:
     source = make_hf()
     import_hf(source, tmp_path / "megatron", progress=False)
-    tensors, reader = read_tensors(source), CheckpointReader(latest_checkpoint(tmp_path / "megatron"))
+    tensors, reader = (
+        read_tensors(source),
+        CheckpointReader(latest_checkpoint(tmp_path / "megatron")),
+    )
     key = "decoder.layers.mlp.linear_fc2.weight"
     stacked = reader.read(key, (0, 0, 0), (3, 64, 112))
     for layer in range(3):
         assert torch.equal(stacked[layer], tensors[f"model.layers.{layer}.mlp.down_proj.weight"])
     embedding = reader.read("embedding.word_embeddings.weight", (0, 0), (1024, 64))
-    assert torch.equal(embedding[:1003], tensors["model.embed_tokens.weight"]) and not embedding[1003:].any()
+    assert (
+        torch.equal(embedding[:1003], tensors["model.embed_tokens.weight"])
+        and not embedding[1003:].any()
+    )
 
 
-def test_chunks_that_cannot_be_mapped_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transposed tensor, as a run may save one, and a torch that does not tell where in the file a tensor lies."""
+def test_chunks_that_cannot_be_mapped_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transposed tensor, as a run may save one, and a torch that does not tell where in the file
+    a tensor lies."""
     from torch.distributed.checkpoint import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    tensors = {"a": torch.randn(5, 7).t(), "b": torch.randn(3, 4).bfloat16(), "step": torch.tensor(7)}
+    tensors = {
+        "a": torch.randn(5, 7).t(),
+        "b": torch.randn(3, 4).bfloat16(),
+        "step": torch.tensor(7),
+    }
     save(dict(tensors), storage_writer=FileSystemWriter(str(tmp_path)), no_dist=True)
     (tmp_path / "metadata.json").write_text("{}")
     load = torch.load
@@ -177,5 +214,7 @@ def test_chunks_that_cannot_be_mapped_are_read(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(torch, "load", replaced)
         reader = CheckpointReader(tmp_path)
         for name, tensor in tensors.items():
-            assert torch.equal(reader.read(name, (0,) * tensor.dim(), tuple(tensor.shape)), tensor), name
+            assert torch.equal(
+                reader.read(name, (0,) * tensor.dim(), tuple(tensor.shape)), tensor
+            ), name
         assert torch.equal(reader.read("a", (2, 1), (3, 2)), tensors["a"][2:5, 1:3])

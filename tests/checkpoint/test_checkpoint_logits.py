@@ -1,4 +1,5 @@
-"""Megatron's own GPTModel, loaded by Megatron's own loader, computes the logits of transformers: every family."""
+"""Megatron's own GPTModel, loaded by Megatron's own loader, computes the logits of transformers:
+every family."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,9 @@ def rank_logits(_: int, folder: Path, ids: torch.Tensor, layout: Layout) -> torc
 
 
 @pytest.mark.parametrize("case", FAMILIES.values(), ids=FAMILIES.keys())
-def test_every_family_in_every_layout(case: dict, make_hf: Make, assert_same_tensors: Same, tmp_path: Path) -> None:
+def test_every_family_in_every_layout(
+    case: dict, make_hf: Make, assert_same_tensors: Same, tmp_path: Path
+) -> None:
     source = make_hf(**case, num_attention_heads=8, num_hidden_layers=2)
     megatron = tmp_path / "megatron"
     card = import_hf(source, megatron, progress=False)
@@ -57,7 +60,9 @@ def test_without_its_scaling_a_model_is_another_one(make_hf: Make, tmp_path: Pat
     source = make_hf(rope_factor=32.0, num_hidden_layers=2)
     import_hf(source, tmp_path / "megatron", progress=False)
     ids = random_ids(POSITIONS)
-    ours, without = (megatron_logits(tmp_path / "megatron", ids, rope_scaling=scaled) for scaled in (True, False))
+    ours, without = (
+        megatron_logits(tmp_path / "megatron", ids, rope_scaling=scaled) for scaled in (True, False)
+    )
     assert (ours - without).abs().max() > 0.1
 
 
@@ -69,8 +74,12 @@ def test_bf16_files_give_the_logits_of_their_numbers(make_hf: Make, tmp_path: Pa
     assert len(result.layers) == 3 and max(result.layers) < 1e-5
 
 
-def test_ranks_may_share_a_key_value_head_and_pad_the_vocabulary_more(make_hf: Make, tmp_path: Path) -> None:
-    source = make_hf(num_key_value_heads=1, vocab_size=1100)  # padded to 1152 in the checkpoint, to 1280 at TP 2
+def test_ranks_may_share_a_key_value_head_and_pad_the_vocabulary_more(
+    make_hf: Make, tmp_path: Path
+) -> None:
+    source = make_hf(
+        num_key_value_heads=1, vocab_size=1100
+    )  # padded to 1152 in the checkpoint, to 1280 at TP 2
     import_hf(source, tmp_path / "megatron", progress=False)
     ids = random_ids(64)
     for logits in run_ranks(2, rank_logits, tmp_path / "megatron", ids, LAYOUTS["tp2"]):
@@ -88,11 +97,19 @@ def test_verify_compares_logits_and_tokenizers(make_hf: Make, tmp_path: Path) ->
     assert result.tokenizer == "" and "same argmax at 100.00%, worst layer" in result.summary
     assert verify(source, megatron, progress=False).logits is not None  # a text of our own
     only = verify(source, megatron, weights_only=True, progress=False)
-    assert only.passed and only.logits is None and "logits not compared (--weights-only)" in only.summary
+    assert (
+        only.passed
+        and only.logits is None
+        and "logits not compared (--weights-only)" in only.summary
+    )
     template = source / "chat_template.jinja"
     template.write_text(template.read_text() + "!")
     result = verify(source, megatron, progress=False)
-    assert not result.passed and "the models DIFFER" in result.summary and "another chat template" in result.summary
+    assert (
+        not result.passed
+        and "the models DIFFER" in result.summary
+        and "another chat template" in result.summary
+    )
     (source / "tokenizer.json").unlink()
     (source / "tokenizer_config.json").unlink()
     result = verify(source, megatron, progress=False)
@@ -105,10 +122,16 @@ def test_verify_names_the_layer_where_the_models_part(make_hf: Make, tmp_path: P
     source = make_hf()
     import_hf(source, tmp_path / "megatron", progress=False)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))  # the weights stay the same
+    (source / "config.json").write_text(
+        json.dumps(config | {"rms_norm_eps": 0.1})
+    )  # the weights stay the same
     result = verify(source, tmp_path / "megatron", progress=False)
     assert not result.passed and not result.different and result.tokenizer is None
-    assert result.logits is not None and min(result.logits.layers) > 1e-3 and result.logits.positions == 256
+    assert (
+        result.logits is not None
+        and min(result.logits.layers) > 1e-3
+        and result.logits.positions == 256
+    )
     assert "of 3: " in result.summary and "no tokenizer" in result.summary
     changed = "config.json: layernorm_epsilon is 0.1, in the checkpoint 1e-05"
     assert changed in result.summary
@@ -125,7 +148,9 @@ def test_verify_of_a_rounded_export(make_hf: Make, tmp_path: Path) -> None:
     assert "30 after rounding to the file's dtype" in result.summary
 
 
-def test_verify_without_the_memory(make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_without_the_memory(
+    make_hf: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import psutil
 
     source = make_hf(tokenizer=True)
@@ -133,17 +158,23 @@ def test_verify_without_the_memory(make_hf: Make, tmp_path: Path, monkeypatch: p
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=1000))
     result = verify(source, tmp_path / "megatron", progress=False)
-    assert result.passed and result.logits is None and "GB of memory, 0 GB are free" in result.summary
+    assert (
+        result.passed and result.logits is None and "GB of memory, 0 GB are free" in result.summary
+    )
     text = tmp_path / "text.txt"
     text.write_text("one and two")
     with pytest.raises(UserError, match="leave --text out, or use a machine with more memory"):
         verify(source, tmp_path / "megatron", text, progress=False)
 
 
-def test_verify_says_what_is_wrong_with_a_text_or_the_numbers(make_hf: Make, tmp_path: Path) -> None:
+def test_verify_says_what_is_wrong_with_a_text_or_the_numbers(
+    make_hf: Make, tmp_path: Path
+) -> None:
     import json
 
-    source = make_hf(tokenizer=True, dtype=torch.bfloat16, vocab_size=9)  # the tokenizer has ten words
+    source = make_hf(
+        tokenizer=True, dtype=torch.bfloat16, vocab_size=9
+    )  # the tokenizer has ten words
     import_hf(source, tmp_path / "megatron", progress=False)
     text = tmp_path / "text.txt"
     text.write_bytes(b"one and \xff\xfe")

@@ -12,7 +12,9 @@ MEGABYTE = 2**20
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_memory_is_bounded_whatever_the_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_is_bounded_whatever_the_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--output", str(tmp_path / "bench"), "--gigabytes", "1.5"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     print(result)

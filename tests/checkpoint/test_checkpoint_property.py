@@ -1,4 +1,5 @@
-"""For any family, shape, dtype and sharding: every bit comes back, and lies where plain reshapes say it lies."""
+"""For any family, shape, dtype and sharding: every bit comes back, and lies where plain reshapes
+say it lies."""
 
 import tempfile
 from pathlib import Path
@@ -17,7 +18,8 @@ from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.verify import verify
 
-# architecture -> (an expert's names for gate, up and down, or the dense layer's; fields of its own that are fixed)
+# architecture -> (an expert's names for gate, up and down, or the dense layer's; fields of its own
+# that are fixed)
 DENSE = "mlp.{}_proj.weight"
 ARCHITECTURES: dict[str, tuple[str, tuple[str, str, str], dict[str, Any]]] = {
     "LlamaForCausalLM": (DENSE, ("gate", "up", "down"), {}),
@@ -25,7 +27,11 @@ ARCHITECTURES: dict[str, tuple[str, tuple[str, str, str], dict[str, Any]]] = {
     "Qwen2ForCausalLM": (DENSE, ("gate", "up", "down"), {}),
     "Qwen3ForCausalLM": (DENSE, ("gate", "up", "down"), {}),
     "Qwen3MoeForCausalLM": ("mlp.experts.@.{}_proj.weight", ("gate", "up", "down"), {}),
-    "MixtralForCausalLM": ("block_sparse_moe.experts.@.{}.weight", ("w1", "w3", "w2"), {"sliding_window": None}),
+    "MixtralForCausalLM": (
+        "block_sparse_moe.experts.@.{}.weight",
+        ("w1", "w3", "w2"),
+        {"sliding_window": None},
+    ),
 }
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 BYTES = [1, 150, 999, 4096, 2**25]  # of a box or a file: less than a row, a few rows, everything
@@ -55,9 +61,15 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "eos_token_id": None,
     }
     if "@" in ARCHITECTURES[architecture][0]:
-        config |= {"num_local_experts": experts, "num_experts_per_tok": draw(st.integers(1 + renormalised, experts))}
+        config |= {
+            "num_local_experts": experts,
+            "num_experts_per_tok": draw(st.integers(1 + renormalised, experts)),
+        }
     if architecture == "Qwen3MoeForCausalLM":
-        config |= {"moe_intermediate_size": draw(st.integers(2, 20)), "norm_topk_prob": renormalised}
+        config |= {
+            "moe_intermediate_size": draw(st.integers(2, 20)),
+            "norm_topk_prob": renormalised,
+        }
     return {
         "architecture": architecture,
         "config": config | ARCHITECTURES[architecture][2],
@@ -70,22 +82,31 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def save_model(folder: Path, problem: dict[str, Any]) -> None:
-    """A model of random bits (NaN with any payload, infinity, subnormal numbers and -0 among them)."""
+    """A model of random bits (NaN with any payload, infinity, subnormal numbers and -0 among
+    them)."""
     import transformers
 
     config_class = getattr(transformers, problem["architecture"].replace("ForCausalLM", "Config"))
-    model = getattr(transformers, problem["architecture"])(config_class(**problem["config"])).to(problem["dtype"])
+    model = getattr(transformers, problem["architecture"])(config_class(**problem["config"])).to(
+        problem["dtype"]
+    )
     generator = torch.Generator().manual_seed(problem["seed"])
     integer = INTEGERS[problem["dtype"]]
     limits = torch.iinfo(integer)
     for parameter in model.parameters():
-        bits = torch.randint(limits.min, limits.max, parameter.shape, generator=generator, dtype=integer)
+        bits = torch.randint(
+            limits.min, limits.max, parameter.shape, generator=generator, dtype=integer
+        )
         parameter.data.copy_(bits.view(problem["dtype"]))
     model.save_pretrained(str(folder), max_shard_size=problem["hf_shard"])
 
 
 def load_all(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def same(ours: Tensor, theirs: Tensor) -> bool:
@@ -98,11 +119,14 @@ def query_key_value(tensors: dict[str, Tensor], layer: int, kind: str, groups: i
     """A group's query heads, then its key head, then its value head; group after group."""
     parts = [tensors[f"model.layers.{layer}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
     columns = parts[0].shape[1:]
-    return torch.cat([part.reshape(groups, -1, *columns) for part in parts], dim=1).reshape(-1, *columns)
+    return torch.cat([part.reshape(groups, -1, *columns) for part in parts], dim=1).reshape(
+        -1, *columns
+    )
 
 
 def check_layout(problem: dict[str, Any], tensors: dict[str, Tensor], checkpoint: Path) -> None:
-    """Every layer's attention and MLP and both vocabulary tensors of a checkpoint, against the Hugging Face tensors."""
+    """Every layer's attention and MLP and both vocabulary tensors of a checkpoint, against the
+    Hugging Face tensors."""
     config, reader = problem["config"], CheckpointReader(checkpoint)
     template, names, _ = ARCHITECTURES[problem["architecture"]]
 
@@ -146,7 +170,9 @@ def test_every_bit_comes_back_and_lies_where_it_should(problem: dict[str, Any]) 
         card = import_hf(source, megatron, progress=False)
         assert (card.dtype, card.other_dtypes) == (str(problem["dtype"]).removeprefix("torch."), {})
         check_layout(problem, tensors, latest_checkpoint(megatron))
-        assert verify(source, megatron, weights_only=True, progress=False).passed  # logits of NaN are NaN
+        assert verify(
+            source, megatron, weights_only=True, progress=False
+        ).passed  # logits of NaN are NaN
         done = export_hf(megatron, back, progress=False, max_shard_bytes=problem["export_shard"])
         returned = load_all(back)
         assert returned.keys() == tensors.keys() and done.tensors == len(tensors)

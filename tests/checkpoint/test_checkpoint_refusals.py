@@ -1,4 +1,5 @@
-"""What each family refuses by name, and damage to weights and their index, before anything is written."""
+"""What each family refuses by name, and damage to weights and their index, before anything is
+written."""
 
 import json
 import re
@@ -29,8 +30,16 @@ SERVED: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": None},
     "Qwen2ForCausalLM": {},
     "Qwen3ForCausalLM": {},
-    "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    },
+    "MixtralForCausalLM": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
 }
 MOE = {name: SERVED[name] for name in ("Qwen3MoeForCausalLM", "MixtralForCausalLM")}
 
@@ -38,7 +47,11 @@ KINDS = {
     "linear": {"factor": 2.0},
     "dynamic": {"factor": 2.0},
     "yarn": {"factor": 2.0},
-    "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 4096},
+    "longrope": {
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 4096,
+    },
     "spiral": {},  # nobody's
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 0}
@@ -49,9 +62,21 @@ WRONG = {
     "Qwen3, window": ("Qwen3ForCausalLM", WINDOW, "sliding_window=512"),
     "Qwen3-MoE, window": ("Qwen3MoeForCausalLM", WINDOW, "sliding_window=512"),
     "Qwen3, bias": ("Qwen3ForCausalLM", {"attention_bias": True}, "attention_bias=True: Qwen3"),
-    "Qwen3-MoE, bias": ("Qwen3MoeForCausalLM", {"attention_bias": True}, "attention_bias=True: Qwen3"),
-    "every second layer dense": ("Qwen3MoeForCausalLM", {"decoder_sparse_step": 2}, "decoder_sparse_step=2: dense"),
-    "first layer dense": ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\]: dense layers"),
+    "Qwen3-MoE, bias": (
+        "Qwen3MoeForCausalLM",
+        {"attention_bias": True},
+        "attention_bias=True: Qwen3",
+    ),
+    "every second layer dense": (
+        "Qwen3MoeForCausalLM",
+        {"decoder_sparse_step": 2},
+        "decoder_sparse_step=2: dense",
+    ),
+    "first layer dense": (
+        "Qwen3MoeForCausalLM",
+        {"mlp_only_layers": [0]},
+        r"mlp_only_layers=\[0\]: dense layers",
+    ),
     "Qwen3-MoE, one expert a token": (
         "Qwen3MoeForCausalLM",
         {"num_experts_per_tok": 1, "norm_topk_prob": True},
@@ -62,13 +87,22 @@ WRONG = {
         {"num_experts_per_tok": 1},
         "num_experts_per_tok=1: Megatron needs two",
     ),
-    "jitter": ("MixtralForCausalLM", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1: noise"),
+    "jitter": (
+        "MixtralForCausalLM",
+        {"router_jitter_noise": 0.1},
+        "router_jitter_noise=0.1: noise",
+    ),
     "another task": (
         "LlamaForCausalLM",
         {"architectures": ["LlamaForSequenceClassification"]},
-        r"architectures=\['LlamaForSequenceClassification'\]: this converter serves .*Mixtral.*Qwen3Moe",
+        r"architectures=\['LlamaForSequenceClassification'\]: this converter serves "
+        r".*Mixtral.*Qwen3Moe",
     ),
-    "no architecture": ("LlamaForCausalLM", {"architectures": None}, r"architectures=\[\]: this converter serves"),
+    "no architecture": (
+        "LlamaForCausalLM",
+        {"architectures": None},
+        r"architectures=\[\]: this converter serves",
+    ),
     "an unknown model type": (
         "LlamaForCausalLM",
         {"model_type": "nobody", "architectures": ["NobodyForCausalLM"]},
@@ -78,47 +112,78 @@ WRONG = {
 
 
 def write_config(folder: Path, architecture: str, **values: Any) -> Path:
-    """A folder with the config.json of a tiny model, without weights: a config is refused before they are missed."""
+    """A folder with the config.json of a tiny model, without weights: a config is refused before
+    they are missed."""
     config_class = getattr(transformers, re.sub("For.*", "Config", architecture))
-    config_class(**(TINY | SERVED[architecture]), architectures=[architecture]).save_pretrained(str(folder))
+    config_class(**(TINY | SERVED[architecture]), architectures=[architecture]).save_pretrained(
+        str(folder)
+    )
     edit_config(folder, **values)
     return folder
 
 
 @pytest.mark.parametrize(("architecture", "values", "words"), WRONG.values(), ids=WRONG.keys())
-def test_a_config_of_its_family(architecture: str, values: dict, words: str, tmp_path: Path) -> None:
+def test_a_config_of_its_family(
+    architecture: str, values: dict, words: str, tmp_path: Path
+) -> None:
     refused(write_config(tmp_path / "hf", architecture, **values), tmp_path / "megatron", words)
 
 
 @pytest.mark.parametrize("architecture", SERVED)
 def test_positions_and_windows_of_every_family(architecture: str, tmp_path: Path) -> None:
     source, target = tmp_path / "hf", tmp_path / "megatron"
-    refused(write_config(source, architecture), target, "holds no model.safetensors")  # the config itself is served
+    refused(
+        write_config(source, architecture), target, "holds no model.safetensors"
+    )  # the config itself is served
     for kind, values in KINDS.items():
         rope = {"rope_type": kind, "rope_theta": 1e4} | values
-        refused(write_config(source, architecture, rope_parameters=rope), target, f"rope_type='{kind}'")
+        refused(
+            write_config(source, architecture, rope_parameters=rope), target, f"rope_type='{kind}'"
+        )
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    refused(write_config(source, architecture, rope_parameters=rope), target, "partial_rotary_factor=0.5")
-    refused(write_config(source, architecture, partial_rotary_factor=0.25), target, "partial_rotary_factor=0.25")
+    refused(
+        write_config(source, architecture, rope_parameters=rope),
+        target,
+        "partial_rotary_factor=0.5",
+    )
+    refused(
+        write_config(source, architecture, partial_rotary_factor=0.25),
+        target,
+        "partial_rotary_factor=0.25",
+    )
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     refused(
         write_config(source, architecture, layer_types=kinds),
         target,
         "layer_types=.*sliding_attention|reads config.json as MinistralConfig",
     )
-    refused(write_config(source, architecture, num_key_value_heads=3), target, "8 attention heads and 3 key-value")
+    refused(
+        write_config(source, architecture, num_key_value_heads=3),
+        target,
+        "8 attention heads and 3 key-value",
+    )
 
 
-@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
+)
 def test_a_window_that_is_switched_off_is_no_window(architecture: str, tmp_path: Path) -> None:
     values = WINDOW | {"use_sliding_window": False}  # as every Qwen2.5 says
-    refused(write_config(tmp_path / "hf", architecture, **values), tmp_path / "megatron", "holds no model.safetensors")
+    refused(
+        write_config(tmp_path / "hf", architecture, **values),
+        tmp_path / "megatron",
+        "holds no model.safetensors",
+    )
 
 
 @pytest.mark.parametrize(
     ("architecture", "values", "words"),
     [
-        ("LlamaForCausalLM", {"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "rope_theta"),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+            "rope_theta",
+        ),
         ("LlamaForCausalLM", {"num_key_value_heads": 0}, "num_key_value_heads|key-value heads"),
         ("LlamaForCausalLM", {"num_hidden_layers": 0}, "num_hidden_layers"),
         ("LlamaForCausalLM", {"vocab_size": 0}, "vocab_size"),
@@ -129,14 +194,18 @@ def test_a_window_that_is_switched_off_is_no_window(architecture: str, tmp_path:
         ("MixtralForCausalLM", {"num_experts_per_tok": 5}, "num_experts_per_tok"),
     ],
 )
-def test_numbers_that_no_model_has(architecture: str, values: dict, words: str, make_hf: Make, tmp_path: Path) -> None:
+def test_numbers_that_no_model_has(
+    architecture: str, values: dict, words: str, make_hf: Make, tmp_path: Path
+) -> None:
     source = make_hf(architecture, **SERVED[architecture])
     edit_config(source, **values)
     refused(source, tmp_path / "megatron", words)
 
 
 @pytest.mark.parametrize("architecture", REFUSED)
-def test_an_architecture_that_megatron_does_not_express_is_told_why(architecture: str, tmp_path: Path) -> None:
+def test_an_architecture_that_megatron_does_not_express_is_told_why(
+    architecture: str, tmp_path: Path
+) -> None:
     config_class = getattr(transformers, re.sub("For.*", "Config", architecture))
     config_class(architectures=[architecture]).save_pretrained(str(tmp_path / "hf"))
     refused(tmp_path / "hf", tmp_path / "megatron", re.escape(f"{architecture} is not supported"))
@@ -181,7 +250,10 @@ def test_experts_that_are_missing_or_too_many_or_of_another_shape(
     refused(source, target, "9 missing tensors, e.g. .*experts.4")
 
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\n"
+    b"size 12345\n"
+)
 DAMAGES: dict[str, Damage] = {
     "empty": lambda content: b"",
     "cut in the length": lambda content: content[:5],
@@ -206,10 +278,22 @@ def test_a_damaged_file(damage: Damage, shard: str, make_hf: Make, tmp_path: Pat
 
 NORM = "model.norm.weight"
 INDEXES: dict[str, tuple[Edit, str]] = {
-    "a tensor that no shard holds": (lambda where, files: where.update(ghost=files[0]), "ghost is not in .*00001-of-"),
-    "a tensor in another shard": (lambda where, files: where.update({NORM: files[0]}), f"{NORM} is not in .*00001-of-"),
-    "a shard that is not there": (lambda where, files: where.update({NORM: "x.safetensors"}), "x.safetensors is miss"),
-    "a shard elsewhere": (lambda where, files: where.update({NORM: f"../{files[-1]}"}), "is missing"),
+    "a tensor that no shard holds": (
+        lambda where, files: where.update(ghost=files[0]),
+        "ghost is not in .*00001-of-",
+    ),
+    "a tensor in another shard": (
+        lambda where, files: where.update({NORM: files[0]}),
+        f"{NORM} is not in .*00001-of-",
+    ),
+    "a shard that is not there": (
+        lambda where, files: where.update({NORM: "x.safetensors"}),
+        "x.safetensors is miss",
+    ),
+    "a shard elsewhere": (
+        lambda where, files: where.update({NORM: f"../{files[-1]}"}),
+        "is missing",
+    ),
     "a folder": (lambda where, files: where.update({NORM: ""}), "is missing"),
     "no file": (lambda where, files: where.update({NORM: None}), "index.json is damaged"),
     "a number": (lambda where, files: where.update({NORM: 3}), "index.json is damaged"),
@@ -218,7 +302,9 @@ INDEXES: dict[str, tuple[Edit, str]] = {
 
 
 @pytest.mark.parametrize(("edit", "words"), INDEXES.values(), ids=INDEXES.keys())
-def test_an_index_that_the_shards_contradict(edit: Edit, words: str, make_hf: Make, tmp_path: Path) -> None:
+def test_an_index_that_the_shards_contradict(
+    edit: Edit, words: str, make_hf: Make, tmp_path: Path
+) -> None:
     source = make_hf(shard="60KB")
     edit_index(source, edit)
     refused(source, tmp_path / "megatron", words)
@@ -242,10 +328,14 @@ def test_shards_that_hold_more_than_the_index_says(make_hf: Make, tmp_path: Path
     save_file(tensors, last, metadata={"format": "pt"})
     save_file(load_file(first) | {NORM: torch.full((64,), 7.0)}, first, metadata={"format": "pt"})
     edit_index(source, lambda where, files: where.update({NORM: files[0]}))
-    refused(source, target, f"{NORM} is in .*{first.name} and .*{last.name}")  # which one it is, nobody knows
+    refused(
+        source, target, f"{NORM} is in .*{first.name} and .*{last.name}"
+    )  # which one it is, nobody knows
 
 
-def test_a_shard_may_hold_a_tensor_of_the_model_that_the_index_forgot(make_hf: Make, tmp_path: Path) -> None:
+def test_a_shard_may_hold_a_tensor_of_the_model_that_the_index_forgot(
+    make_hf: Make, tmp_path: Path
+) -> None:
     """As in transformers, which loads whatever the named shards hold."""
     source = make_hf(shard="60KB")
     whole = import_hf(source, tmp_path / "whole", progress=False).source_hash
@@ -260,7 +350,9 @@ def test_a_stray_field_does_not_hide_a_window(make_hf: Make, tmp_path: Path) -> 
     refused(source, tmp_path / "megatron", "sliding_window=512")
 
 
-def test_a_head_that_is_no_copy_of_the_embedding(make_hf: Make, read_tensors: Read, tmp_path: Path) -> None:
+def test_a_head_that_is_no_copy_of_the_embedding(
+    make_hf: Make, read_tensors: Read, tmp_path: Path
+) -> None:
     """transformers uses such a head, whatever tie_word_embeddings says."""
     from safetensors.torch import save_file
 
@@ -277,7 +369,8 @@ def test_a_config_of_two_minds(make_hf: Make, tmp_path: Path) -> None:
     refused(
         source,
         tmp_path / "megatron",
-        "reads config.json as GraniteConfig, which does not go with architectures=.'LlamaForCausalLM",
+        "reads config.json as GraniteConfig, which does not go with"
+        " architectures=.'LlamaForCausalLM",
     )
 
 
@@ -296,11 +389,18 @@ def test_adapters(make_hf: Make, tmp_path: Path) -> None:
 def test_verify_of_two_models(make_hf: Make, tmp_path: Path) -> None:
     source, other = make_hf(), make_hf("Qwen3ForCausalLM", name="other")
     import_hf(source, tmp_path / "megatron", progress=False)
-    with pytest.raises(UserError, match="other holds .*Qwen3.* made from LlamaForCausalLM: name the two folders"):
+    with pytest.raises(
+        UserError, match="other holds .*Qwen3.* made from LlamaForCausalLM: name the two folders"
+    ):
         verify(other, tmp_path / "megatron", progress=False)
-    edit_config(source, head_dim=32, num_attention_heads=4, num_key_value_heads=1)  # other shapes, the same tensors
+    edit_config(
+        source, head_dim=32, num_attention_heads=4, num_key_value_heads=1
+    )  # other shapes, the same tensors
     result = verify(source, tmp_path / "megatron", progress=False)
     assert not result.passed and "kv_channels is 32, in the checkpoint 16" in result.summary
     edit_config(source, head_dim=8, num_attention_heads=8)
     result = verify(source, tmp_path / "megatron", progress=False)
-    assert not result.passed and "logits not compared (config.json asks for other shapes)" in result.summary
+    assert (
+        not result.passed
+        and "logits not compared (config.json asks for other shapes)" in result.summary
+    )

@@ -1,4 +1,5 @@
-"""Hugging Face -> Megatron -> Hugging Face gives back every bit, and a folder that transformers loads."""
+"""Hugging Face -> Megatron -> Hugging Face gives back every bit, and a folder that transformers
+loads."""
 
 import json
 from collections.abc import Callable
@@ -42,7 +43,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_every_bit_comes_back(case: dict, make_hf: Make, assert_same_tensors: Same, tmp_path: Path) -> None:
+def test_every_bit_comes_back(
+    case: dict, make_hf: Make, assert_same_tensors: Same, tmp_path: Path
+) -> None:
     source, megatron, target = make_hf(**case), tmp_path / "megatron", tmp_path / "back"
     card = import_hf(source, megatron, progress=False)
     done = export_hf(megatron, target, progress=False, max_shard_bytes=150_000)
@@ -53,7 +56,9 @@ def test_every_bit_comes_back(case: dict, make_hf: Make, assert_same_tensors: Sa
     assert json.loads((target / "config.json").read_text())["torch_dtype"] == card.dtype
 
 
-def test_transformers_loads_the_export_without_missing_or_unexpected_keys(make_hf: Make, tmp_path: Path) -> None:
+def test_transformers_loads_the_export_without_missing_or_unexpected_keys(
+    make_hf: Make, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     source = make_hf(dtype=torch.bfloat16, rope_factor=8.0)
@@ -64,7 +69,9 @@ def test_transformers_loads_the_export_without_missing_or_unexpected_keys(make_h
     for folder in (source, tmp_path / "back"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(str(folder), output_loading_info=True)
         model, info = loaded
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert (
+            not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+        )
         assert model.dtype == torch.bfloat16
         with torch.no_grad():
             logits.append(model(input_ids=ids).logits)
@@ -72,11 +79,18 @@ def test_transformers_loads_the_export_without_missing_or_unexpected_keys(make_h
 
 
 def test_the_export_generates_what_the_original_does(make_hf: Make, tmp_path: Path) -> None:
-    """As a user of transformers: the chat template's prompt in, greedy tokens out; from several files, in bf16."""
+    """As a user of transformers: the chat template's prompt in, greedy tokens out; from several
+    files, in bf16."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = make_hf(dtype=torch.bfloat16, tokenizer=True, tie_word_embeddings=True, shard="60KB")
-    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_new_tokens": 12, "do_sample": False}
+    settings = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "max_new_tokens": 12,
+        "do_sample": False,
+    }
     (source / "generation_config.json").write_text(json.dumps(settings))
     import_hf(source, tmp_path / "megatron", progress=False)
     export_hf(tmp_path / "megatron", tmp_path / "back", progress=False, max_shard_bytes=50_000)
@@ -92,7 +106,9 @@ def test_the_export_generates_what_the_original_does(make_hf: Make, tmp_path: Pa
     assert answers[0] == answers[1] and len(answers[0][0]) > 8
 
 
-def test_tokenizer_template_and_generation_config_travel_through(make_hf: Make, tmp_path: Path) -> None:
+def test_tokenizer_template_and_generation_config_travel_through(
+    make_hf: Make, tmp_path: Path
+) -> None:
     source = make_hf(tokenizer=True)
     (source / "LICENSE").write_text("free")
     (source / "pytorch_model.bin").write_bytes(b"weights in another format")
@@ -123,7 +139,8 @@ def test_tensors_of_several_dtypes_keep_their_own(
 
     source = make_hf(dtype=torch.bfloat16)
     tensors = read_tensors(source)
-    layer = "model.layers.1.input_layernorm.weight"  # one layer of a stacked key, and fp32 that bf16 cannot hold
+    # one layer of a stacked key, and fp32 that bf16 cannot hold
+    layer = "model.layers.1.input_layernorm.weight"
     tensors[layer] = torch.full_like(tensors[layer], 1.0, dtype=torch.float32) + 1e-6
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
     card = import_hf(source, tmp_path / "megatron", progress=False)
@@ -138,13 +155,17 @@ def test_boxes_smaller_than_a_tensor_give_the_same_checkpoint(
 ) -> None:
     source = make_hf()
     whole = import_hf(source, tmp_path / "whole", progress=False)
-    monkeypatch.setattr("megatron_tsft.checkpoint.units.BOX_BYTES", 1000)  # 3 rows of 64 fp32: cuts across heads
+    monkeypatch.setattr(
+        "megatron_tsft.checkpoint.units.BOX_BYTES", 1000
+    )  # 3 rows of 64 fp32: cuts across heads
     assert import_hf(source, tmp_path / "cut", progress=False) == whole
     export_hf(tmp_path / "cut", tmp_path / "back", progress=False)
     assert_same_tensors(source, tmp_path / "back")
 
 
-def test_the_hash_follows_the_weights_and_not_their_shards(make_hf: Make, read_tensors: Read, tmp_path: Path) -> None:
+def test_the_hash_follows_the_weights_and_not_their_shards(
+    make_hf: Make, read_tensors: Read, tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
     one, many = make_hf(name="one"), make_hf(name="many", shard="60KB")

@@ -1,4 +1,5 @@
-"""Checkpoints that Megatron itself saved at TP 2 or PP 2, with optimizer state, export to the original bits."""
+"""Checkpoints that Megatron itself saved at TP 2 or PP 2, with optimizer state, export to the
+original bits."""
 
 import os
 import subprocess
@@ -22,7 +23,11 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("tp", "pp", "tied"),
     [
-        (2, 1, False),  # qkv and gate/up split inside a layer; both vocabulary tensors padded otherwise
+        (
+            2,
+            1,
+            False,
+        ),  # qkv and gate/up split inside a layer; both vocabulary tensors padded otherwise
         (1, 2, True),  # layers in two files; the last stage has its own copy of the tied embedding
     ],
 )
@@ -42,7 +47,10 @@ def test_a_sharded_training_checkpoint_exports_to_the_original(
     parts = [str(tmp_path / "store"), str(base), str(save), str(tp), str(pp)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(program), str(rank), *parts], env=environment, stderr=subprocess.PIPE, text=True
+            [sys.executable, str(program), str(rank), *parts],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -56,7 +64,9 @@ def test_a_sharded_training_checkpoint_exports_to_the_original(
     saved = checkpoint_keys(save / "iter_0000020")
     assert saved.keys() == expected_keys(card).keys()
     assert saved["embedding.word_embeddings.weight"] == (1152, 64)  # 1024 in the import
-    assert any(key.startswith("optimizer.state.exp_avg") for key in _all_keys(save / "iter_0000020"))
+    assert any(
+        key.startswith("optimizer.state.exp_avg") for key in _all_keys(save / "iter_0000020")
+    )
     copy_card(base, save)
     done = export_hf(save, tmp_path / "back", progress=False)
     assert done.checkpoint.name == "iter_0000020" and done.dtype == "bfloat16"

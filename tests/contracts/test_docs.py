@@ -1,4 +1,5 @@
-"""Pages say what is true: generated tables are current, links lead somewhere, code blocks run, flags exist."""
+"""Pages say what is true: generated tables are current, links lead somewhere, code blocks run,
+flags exist."""
 
 import functools
 import importlib.util
@@ -15,7 +16,9 @@ from tests.training.matrix import CELLS, FUSED, MODELS
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 SCRIPTS = sorted(
-    path for path in (*REPOSITORY.glob("launch/**/*"), *REPOSITORY.glob("examples/**/*.sh")) if path.is_file()
+    path
+    for path in (*REPOSITORY.glob("launch/**/*"), *REPOSITORY.glob("examples/**/*.sh"))
+    if path.is_file()
 )
 MATRIX = REPOSITORY / "docs" / "benchmark" / "matrix.json"
 TOOLS = sorted(REPOSITORY.glob("tools/*.py"))
@@ -23,7 +26,9 @@ TOOLS = sorted(REPOSITORY.glob("tools/*.py"))
 
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced code blocks of a page in one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
 
 
 @functools.cache  # a tool imports for seconds before it helps
@@ -35,7 +40,9 @@ def help_of(tool: Path, *command: str) -> str:
 
 
 def test_generated_tables_are_current() -> None:
-    spec = importlib.util.spec_from_file_location("write_docs", REPOSITORY / "tools" / "write_docs.py")
+    spec = importlib.util.spec_from_file_location(
+        "write_docs", REPOSITORY / "tools" / "write_docs.py"
+    )
     assert spec is not None and spec.loader is not None
     write_docs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(write_docs)
@@ -45,10 +52,18 @@ def test_generated_tables_are_current() -> None:
 
 
 def test_the_matrix_shows_every_cell() -> None:
-    """The figures are those of a run of the cells that there are now; TSFT_MATRIX=FILE writes them."""
-    shown = [(row["cell"], row["flags"], row["ranks"]) for row in json.loads(MATRIX.read_text(encoding="utf-8"))]
+    """The figures are those of a run of the cells that there are now; TSFT_MATRIX=FILE writes
+    them."""
+    shown = [
+        (row["cell"], row["flags"], row["ranks"])
+        for row in json.loads(MATRIX.read_text(encoding="utf-8"))
+    ]
     heads = (("", ""), (", fused head", f" {FUSED}"))
-    cells = [(name + title, (of.flags + flag).strip(), of.ranks) for name, of in CELLS.items() for title, flag in heads]
+    cells = [
+        (name + title, (of.flags + flag).strip(), of.ranks)
+        for name, of in CELLS.items()
+        for title, flag in heads
+    ]
     assert shown == [(f"{model}, one rank", "", 1) for model in MODELS] + cells
 
 
@@ -62,12 +77,18 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks_run(page: Path) -> None:
     for block in blocks(page, "python"):
-        done = subprocess.run([sys.executable, "-c", block], cwd=REPOSITORY, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=REPOSITORY, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
 
 
 def test_json_rows_of_the_data_page_are_rows() -> None:
-    rows = [json.loads(line) for block in blocks(REPOSITORY / "docs/data.md", "json") for line in block.splitlines()]
+    rows = [
+        json.loads(line)
+        for block in blocks(REPOSITORY / "docs/data.md", "json")
+        for line in block.splitlines()
+    ]
     assert len(rows) >= 4
     assert all("messages" in row or {"prompt", "completion"} <= row.keys() for row in rows)
 
@@ -97,7 +118,9 @@ def test_named_tools_and_their_flags_exist() -> None:
     commands = [
         " ".join(block.replace("\\\n", " ").split())
         for page in PAGES
-        for block in re.findall(r"(?<!tests/)(tools/\w+\.py(?:[^\n`]|\\\n)*)", page.read_text(encoding="utf-8"))
+        for block in re.findall(
+            r"(?<!tests/)(tools/\w+\.py(?:[^\n`]|\\\n)*)", page.read_text(encoding="utf-8")
+        )
     ]
     assert len(commands) > 5
     for command in commands:

@@ -1,4 +1,5 @@
-"""Who may import whom: the rooms of the package form an order, and imports point downwards only (CONTRIBUTING.md)."""
+"""Who may import whom: the rooms of the package form an order, and imports point downwards only
+(CONTRIBUTING.md)."""
 
 import ast
 import subprocess
@@ -11,7 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_tsft"
 
-# a room may import rooms of a smaller number, and itself; training and bridge share one, so neither sees the other
+# a room may import rooms of a smaller number, and itself; training and bridge share one, so neither
+# sees the other
 ORDER = {
     "training": 7,
     "bridge": 7,
@@ -27,7 +29,9 @@ ORDER = {
 # in this order, and usable by every room but the two that import torch only
 BOTTOM = {"errors": 0, "atomic": 1, "cards": 2}
 TORCH_ONLY = {"schedules", "objectives", "loss"}
-KERNELS = "loss/triton"  # may import triton too; loss/dispatch.py imports it when a kernel is wanted
+KERNELS = (
+    "loss/triton"  # may import triton too; loss/dispatch.py imports it when a kernel is wanted
+)
 BELOW_TRAINING = set(ORDER) - {"training"}
 
 
@@ -37,7 +41,8 @@ def room_of(module: str) -> str:
 
 
 def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every import anywhere in a file, also inside functions and by importlib.
+    """(line, absolute dotted name) of every import anywhere in a file, also inside functions and by
+    importlib.
 
     `from a import b` gives 'a.b', because b may be a module.
     """
@@ -49,7 +54,10 @@ def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{PACKAGE}.relative-import"
             else:
                 yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "__import__",
+        ):
             literal = node.args[0] if node.args else None
             if isinstance(literal, ast.Constant) and isinstance(literal.value, str):
                 yield node.lineno, literal.value
@@ -57,7 +65,9 @@ def imported_modules(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def is_entry_point(tree: ast.Module) -> bool:
     """A file that is run: it ends in `if __name__ == "__main__"`."""
-    return any(isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body)
+    return any(
+        isinstance(node, ast.If) and "__name__" in ast.unparse(node.test) for node in tree.body
+    )
 
 
 def reads_global_args(tree: ast.AST) -> Iterator[int]:
@@ -71,19 +81,31 @@ def reads_global_args(tree: ast.AST) -> Iterator[int]:
         elif isinstance(node, ast.Import):
             if any(alias.name == "megatron.training.global_vars" for alias in node.names):
                 yield node.lineno
-        elif isinstance(node, ast.Attribute) and node.attr == "get_args" and ast.unparse(node.value) != "typing":
+        elif (
+            isinstance(node, ast.Attribute)
+            and node.attr == "get_args"
+            and ast.unparse(node.value) != "typing"
+        ):
             yield node.lineno
 
 
 def violations(room: str, tree: ast.Module, kernels: bool = False) -> list[str]:
-    """What a file of `room` ('' for the package's own __init__; `kernels`: in KERNELS) imports against the rules."""
+    """What a file of `room` ('' for the package's own __init__; `kernels`: in KERNELS) imports
+    against the rules."""
     found = []
     for line, name in imported_modules(tree):
         top, target = name.split(".")[0], room_of(name)
         if top != PACKAGE:
-            allowed = top == "torch" or top in sys.stdlib_module_names or (top == "triton" and kernels)
-            if room in TORCH_ONLY | BOTTOM.keys() and not (allowed and (top != "torch" or room in TORCH_ONLY)):
-                found.append(f"{line}: {room} imports {name}, but may import the standard library and torch only")
+            allowed = (
+                top == "torch" or top in sys.stdlib_module_names or (top == "triton" and kernels)
+            )
+            if room in TORCH_ONLY | BOTTOM.keys() and not (
+                allowed and (top != "torch" or room in TORCH_ONLY)
+            ):
+                found.append(
+                    f"{line}: {room} imports {name}, but may import the standard library and torch"
+                    " only"
+                )
         elif target == "relative-import":
             found.append(f"{line}: a relative import hides its room: write {PACKAGE}...")
         elif target == room:
@@ -105,11 +127,16 @@ def violations(room: str, tree: ast.Module, kernels: bool = False) -> list[str]:
                 found.append(f"{line}: cpu imports {name}, but stands outside the order")
         elif room == "":
             if target not in TORCH_ONLY:
-                found.append(f"{line}: the package's __init__ imports {name}, but `import {PACKAGE}` needs torch only")
+                found.append(
+                    f"{line}: the package's __init__ imports {name}, but `import {PACKAGE}` needs"
+                    " torch only"
+                )
         elif target not in ORDER or ORDER[target] >= ORDER[room]:
             found.append(f"{line}: {room} imports {name}, which does not lie below it")
     if room in BELOW_TRAINING:
-        found += [f"{line}: {room} reads Megatron's global arguments" for line in reads_global_args(tree)]
+        found += [
+            f"{line}: {room} reads Megatron's global arguments" for line in reads_global_args(tree)
+        ]
     return found
 
 
@@ -122,10 +149,14 @@ def room_of_file(path: Path) -> str:
     return "" if first == "__init__.py" else first.removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", package_files(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "path", package_files(), ids=lambda path: str(path.relative_to(REPOSITORY))
+)
 def test_imports_point_downwards(path: Path) -> None:
     room = room_of_file(path)
-    assert room in {"", "cpu", *ORDER, *BOTTOM}, f"{room} is a room without a place in the order: give it one here"
+    assert room in {"", "cpu", *ORDER, *BOTTOM}, (
+        f"{room} is a room without a place in the order: give it one here"
+    )
     kernels = path.is_relative_to(REPOSITORY / PACKAGE / KERNELS)
     assert violations(room, ast.parse(path.read_text(encoding="utf-8")), kernels) == []
 
@@ -133,7 +164,9 @@ def test_imports_point_downwards(path: Path) -> None:
 def test_the_package_never_imports_scripts_or_tests() -> None:
     for path in package_files():
         for line, name in imported_modules(ast.parse(path.read_text(encoding="utf-8"))):
-            assert name.split(".")[0] not in ("tools", "examples", "launch", "tests"), f"{path}:{line} imports {name}"
+            assert name.split(".")[0] not in ("tools", "examples", "launch", "tests"), (
+                f"{path}:{line} imports {name}"
+            )
 
 
 @pytest.mark.parametrize(
@@ -171,10 +204,20 @@ def test_a_wrong_import_is_found(room: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("room", "source"),
     [
-        ("loss", "from typing import get_args\nimport torch.distributed\nfrom megatron_tsft import objectives"),
+        (
+            "loss",
+            "from typing import get_args\nimport torch.distributed\nfrom megatron_tsft import"
+            " objectives",
+        ),
         ("atomic", "import os\nfrom megatron_tsft.errors import UserError"),
-        ("training", "from megatron_tsft.cpu import install\nif __name__ == '__main__':\n    install()"),
-        ("training", "from megatron.training import get_args\nfrom megatron_tsft.model import output_hook"),
+        (
+            "training",
+            "from megatron_tsft.cpu import install\nif __name__ == '__main__':\n    install()",
+        ),
+        (
+            "training",
+            "from megatron.training import get_args\nfrom megatron_tsft.model import output_hook",
+        ),
         ("cpu", "from megatron_tsft.upstream import dataset_helpers\nimport torch"),
     ],
 )
@@ -188,6 +231,8 @@ def test_the_loss_loads_without_megatron_and_transformers() -> None:
         "loaded = {name.split('.')[0] for name in sys.modules}\n"
         "print(sorted(loaded & {'megatron', 'transformers', 'datasets', 'triton'}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,5 @@
-"""Every shipped shell script parses, and the launchers put together the commands that their help promises."""
+"""Every shipped shell script parses, and the launchers put together the commands that their help
+promises."""
 
 import argparse
 import os
@@ -13,12 +14,15 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 LAUNCH = REPOSITORY / "launch" / "pretrain_gpt_tsft.sh"
 SLURM = REPOSITORY / "launch" / "slurm_pretrain_gpt_tsft.sbatch"
-PRESETS = sorted((REPOSITORY / "launch" / "presets").glob("*.sh"))  # data that the launcher reads, no scripts
+PRESETS = sorted(
+    (REPOSITORY / "launch" / "presets").glob("*.sh")
+)  # data that the launcher reads, no scripts
 SCRIPTS = sorted(
     path
     for folder in ("launch", "examples", "tools", ".ci")
     for path in (REPOSITORY / folder).rglob("*")
-    if (path.suffix in (".sh", ".sbatch") or path == REPOSITORY / ".ci" / "run") and path not in PRESETS
+    if (path.suffix in (".sh", ".sbatch") or path == REPOSITORY / ".ci" / "run")
+    and path not in PRESETS
 )
 REQUIRED = {"MODEL": "base", "DATA": "data/train", "SAVE": "runs/a", "TRAIN_ITERS": "40"}
 CPU = REQUIRED | {"DEVICE": "cpu"}
@@ -30,7 +34,12 @@ def start(
     """Run a script with nothing in its environment but PATH, DRY_RUN=1 and `variables`."""
     environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1"} | variables
     return subprocess.run(
-        ["bash", str(script), *arguments], env=environment, cwd=cwd, capture_output=True, text=True, timeout=60
+        ["bash", str(script), *arguments],
+        env=environment,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -59,7 +68,9 @@ def test_it_parses_and_can_be_run(script: Path) -> None:
     assert os.access(script, os.X_OK) or script.suffix == ".sbatch"
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.suffix == ".sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", [s for s in SCRIPTS if s.suffix == ".sh"], ids=lambda path: path.name
+)
 def test_help_has_an_example(script: Path, tmp_path: Path) -> None:
     done = start(script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -87,16 +98,46 @@ def test_defaults_on_one_cpu_node(tmp_path: Path) -> None:
         "--save-interval": "200",
     }
     assert {flag: value(flags, flag) for flag in expected} == expected
-    assert not {"--bf16", "--use-distributed-optimizer", "--sequence-parallel", "--tsft-eval-data"} & set(flags)
+    assert not {
+        "--bf16",
+        "--use-distributed-optimizer",
+        "--sequence-parallel",
+        "--tsft-eval-data",
+    } & set(flags)
 
 
 def test_variables_reach_their_flags() -> None:
     words = command(
         **CPU
-        | {"TP": "3", "PP": "2", "CP": "1", "MBS": "2", "GBS": "4", "SEQ_LENGTH": "128", "LR": "1e-4", "MIN_LR": "3e-5"}
-        | {"OBJECTIVE": "idft", "OBJECTIVE_ARGS": "weight_min=0.2 weight_max=0.9", "EVAL_DATA": "data/held out"}
-        | {"EVAL_INTERVAL": "7", "SAVE_INTERVAL": "5", "WARMUP_ITERS": "3", "DTYPE": "bf16", "SEQUENCE_PARALLEL": "1"}
-        | {"ADAM_BETA2": "0.99", "WEIGHT_DECAY": "0.1", "CLIP_GRAD": "0.5", "LR_DECAY_STYLE": "constant", "SEED": "5"}
+        | {
+            "TP": "3",
+            "PP": "2",
+            "CP": "1",
+            "MBS": "2",
+            "GBS": "4",
+            "SEQ_LENGTH": "128",
+            "LR": "1e-4",
+            "MIN_LR": "3e-5",
+        }
+        | {
+            "OBJECTIVE": "idft",
+            "OBJECTIVE_ARGS": "weight_min=0.2 weight_max=0.9",
+            "EVAL_DATA": "data/held out",
+        }
+        | {
+            "EVAL_INTERVAL": "7",
+            "SAVE_INTERVAL": "5",
+            "WARMUP_ITERS": "3",
+            "DTYPE": "bf16",
+            "SEQUENCE_PARALLEL": "1",
+        }
+        | {
+            "ADAM_BETA2": "0.99",
+            "WEIGHT_DECAY": "0.1",
+            "CLIP_GRAD": "0.5",
+            "LR_DECAY_STYLE": "constant",
+            "SEED": "5",
+        }
     )
     expected = {
         "--nproc-per-node": "6",
@@ -128,15 +169,31 @@ def test_variables_reach_their_flags() -> None:
 
 def test_gpus_get_what_a_cluster_run_wants() -> None:
     words = command(**REQUIRED | {"DEVICE": "cuda", "GPUS_PER_NODE": "8", "TP": "2"})
-    wanted = {"--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--sequence-parallel"}
+    wanted = {
+        "--bf16",
+        "--use-distributed-optimizer",
+        "--overlap-grad-reduce",
+        "--sequence-parallel",
+    }
     assert wanted <= set(words)
     assert value(words, "--nproc-per-node") == "8"
 
 
 def test_several_nodes() -> None:
-    nodes = {"NUM_NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "7000", "GPUS_PER_NODE": "8"}
+    nodes = {
+        "NUM_NODES": "2",
+        "NODE_RANK": "1",
+        "MASTER_ADDR": "node0",
+        "MASTER_PORT": "7000",
+        "GPUS_PER_NODE": "8",
+    }
     words = command(**REQUIRED | nodes | {"DEVICE": "cuda"})
-    expected = {"--nnodes": "2", "--node-rank": "1", "--master-addr": "node0", "--master-port": "7000"}
+    expected = {
+        "--nnodes": "2",
+        "--node-rank": "1",
+        "--master-addr": "node0",
+        "--master-port": "7000",
+    }
     assert {flag: value(words, flag) for flag in expected} == expected
 
 
@@ -157,16 +214,25 @@ def test_extra_arguments_come_last_and_keep_their_spaces(tmp_path: Path) -> None
         ({"TRAIN_ITERS": "many"}, "TRAIN_ITERS=many is not a whole number"),
         ({"DEVICE": "tpu"}, "DEVICE=tpu: cuda or cpu"),
         ({"DTYPE": "fp8"}, "DTYPE=fp8"),
-        ({"DTYPE": "fp32", "GRAD_REDUCE": "bf16"}, "GRAD_REDUCE=bf16 goes with DTYPE=bf16, which is fp32"),
+        (
+            {"DTYPE": "fp32", "GRAD_REDUCE": "bf16"},
+            "GRAD_REDUCE=bf16 goes with DTYPE=bf16, which is fp32",
+        ),
         ({"GRAD_REDUCE": "fp8"}, "GRAD_REDUCE=fp8: fp32 or bf16"),
         ({"PRESET": "h100"}, f"PRESET=h100: one of {', '.join(path.stem for path in PRESETS)}\n"),
         ({"PRESET": "../presets/h100-bf16"}, "PRESET=../presets/h100-bf16: one of"),
         ({"PRESET": "h100-bf16"}, "PRESET=h100-bf16 is for GPUs: leave it out with DEVICE=cpu"),
         ({"TP": "3", "GPUS_PER_NODE": "4"}, "4 processes are not a multiple of TP*PP*CP"),
-        ({"GPUS_PER_NODE": "3", "GBS": "32"}, "GBS=32 is not a multiple of MBS * data parallel = 1 * 3"),
+        (
+            {"GPUS_PER_NODE": "3", "GBS": "32"},
+            "GBS=32 is not a multiple of MBS * data parallel = 1 * 3",
+        ),
         ({"NUM_NODES": "2", "GPUS_PER_NODE": "1"}, "MASTER_ADDR is not set"),
         ({"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "a"}, "NODE_RANK is not set"),
-        ({"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK=2"),
+        (
+            {"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MASTER_ADDR": "a", "NODE_RANK": "2"},
+            "NODE_RANK=2",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(change: dict[str, str], message: str) -> None:
@@ -182,12 +248,15 @@ GPUS = REQUIRED | {"DEVICE": "cuda", "GPUS_PER_NODE": "8"}
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_a_preset_is_data(preset: Path) -> None:
-    """A line that says what it is, then variables that the user's environment wins over, and one array of flags."""
+    """A line that says what it is, then variables that the user's environment wins over, and one
+    array of flags."""
     first, *rest = preset.read_text().splitlines()
     assert first.startswith("# ")
     before = rest[: rest.index("PRESET_ARGS=(")]
     assert before and all(re.fullmatch(r"([A-Z_]+)=\$\{\1:-\w+\}", line) for line in before)
-    assert rest[-1] == ")" and all(re.fullmatch(r"  --[-\w ]+", line) for line in rest[len(before) + 1 : -1])
+    assert rest[-1] == ")" and all(
+        re.fullmatch(r"  --[-\w ]+", line) for line in rest[len(before) + 1 : -1]
+    )
 
 
 def test_help_lists_the_presets() -> None:
@@ -201,7 +270,9 @@ def test_a_preset_adds_its_flags_and_takes_none_away(preset: Path) -> None:
     """Beside what GPUs get anyway, in front of the user's own flags."""
     plain, words = command(**GPUS), command("--lr", "3e-6", **GPUS | {"PRESET": preset.stem})
     text = preset.read_text()
-    own = text[text.index("PRESET_ARGS=(") :].removeprefix("PRESET_ARGS=(").rsplit(")", 1)[0].split()
+    own = (
+        text[text.index("PRESET_ARGS=(") :].removeprefix("PRESET_ARGS=(").rsplit(")", 1)[0].split()
+    )
     at = words.index("--bf16")
     assert words[at + 1 : at + 2 + len(own)] == ["--grad-reduce-in-bf16", *own]
     assert words[: at + 1] + words[at + 2 + len(own) :] == [*plain, "--lr", "3e-6"]
@@ -213,38 +284,59 @@ def test_variables_and_flags_win_over_a_preset() -> None:
     assert {"--fp16", "--fp8-format"} <= set(command(**fp8 | {"DTYPE": "fp16"}))
     assert not {"--bf16", "--grad-reduce-in-bf16"} & set(command(**fp8 | {"DTYPE": "fp16"}))
     words = command("--attention-backend", "auto", "--fp8-recipe", "tensorwise", **fp8)
-    assert (value(words, "--attention-backend"), value(words, "--fp8-recipe")) == ("auto", "tensorwise")
+    assert (value(words, "--attention-backend"), value(words, "--fp8-recipe")) == (
+        "auto",
+        "tensorwise",
+    )
 
 
 def test_every_megatron_flag_exists() -> None:
-    """What the launcher passes beside --tsft-* is known to the installed Megatron (presets: test_presets.py)."""
+    """What the launcher passes beside --tsft-* is known to the installed Megatron (presets:
+    test_presets.py)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Megatron says at import what is not installed
         from megatron.training.arguments import add_megatron_arguments
-    known = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))._option_string_actions
+    known = add_megatron_arguments(
+        argparse.ArgumentParser(allow_abbrev=False)
+    )._option_string_actions
     variables = REQUIRED | {"DEVICE": "cuda", "GPUS_PER_NODE": "8", "TP": "2", "EVAL_DATA": "e"}
     words = command(**variables)
-    flags = [word for word in words[words.index("megatron_tsft.training.pretrain_gpt") :] if word.startswith("--")]
+    flags = [
+        word
+        for word in words[words.index("megatron_tsft.training.pretrain_gpt") :]
+        if word.startswith("--")
+    ]
     assert len(flags) > 20
     assert [flag for flag in flags if not flag.startswith("--tsft-") and flag not in known] == []
 
 
 def test_slurm_starts_one_launcher_a_node(tmp_path: Path) -> None:
-    """The real script between stand-ins for SLURM's two programs: each task sees its own rank and the first node."""
+    """The real script between stand-ins for SLURM's two programs: each task sees its own rank and
+    the first node."""
     (tmp_path / "scontrol").write_text("#!/usr/bin/env bash\nprintf 'alpha\\nbeta\\n'\n")
     (tmp_path / "srun").write_text(
-        '#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\nfor i in 0 1; do SLURM_NODEID=$i "$@"; done\n'
+        "#!/usr/bin/env bash\nwhile [[ $1 == --* ]]; do shift; done\nfor i in 0 1; do"
+        ' SLURM_NODEID=$i "$@"; done\n'
     )
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_JOB_NODELIST": "[alpha,beta]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "123"}
+    slurm = {
+        "SLURM_JOB_NODELIST": "[alpha,beta]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "123",
+    }
     slurm |= {"SLURM_GPUS_ON_NODE": "h100:4(S:0-1)", "SLURM_SUBMIT_DIR": str(REPOSITORY)}
     variables = REQUIRED | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DEVICE": "cuda"}
     done = start(SLURM, "--lr", "2e-5", cwd=tmp_path, **variables)
     assert done.returncode == 0, done.stderr
     first, second = (shlex.split(line) for line in done.stdout.splitlines())
     for rank, words in enumerate((first, second)):
-        expected = {"--nnodes": "2", "--node-rank": str(rank), "--master-addr": "alpha", "--nproc-per-node": "4"}
+        expected = {
+            "--nnodes": "2",
+            "--node-rank": str(rank),
+            "--master-addr": "alpha",
+            "--nproc-per-node": "4",
+        }
         assert {flag: value(words, flag) for flag in expected} == expected
         assert words[-2:] == ["--lr", "2e-5"]
     assert value(first, "--master-port") == value(second, "--master-port") == "20123"

@@ -1,8 +1,9 @@
-"""Every preset's command passes our checks, Megatron's real parser, its validation and its configurations.
+"""Every preset's command passes our checks, Megatron's real parser, its validation and its
+configurations.
 
-Where Transformer Engine is not installed (this test needs none) the cases ask for its layers by --transformer-impl, and
-the entry point's other defaults are those without it: no rope fusion, no persistent layer norm. So what is checked is
-what Megatron says of the flags; nothing is computed.
+Where Transformer Engine is not installed (this test needs none) the cases ask for its layers by
+--transformer-impl, and the entry point's other defaults are those without it: no rope fusion, no
+persistent layer norm. So what is checked is what Megatron says of the flags; nothing is computed.
 """
 
 import importlib.util
@@ -24,7 +25,11 @@ LAUNCH = REPOSITORY / "launch" / "pretrain_gpt_tsft.sh"
 PRESETS = {path.stem: path for path in sorted((REPOSITORY / "launch" / "presets").glob("*.sh"))}
 ENGINE = ("--transformer-impl", "transformer_engine")
 GATHER, REUSE = ("--fp8-param-gather",), ("--reuse-grad-buf-for-mxfp8-param-ag",)
-GPU = {"a100": (8, 0), "h100": (9, 0), "b200": (10, 0)}  # compute capability, by the first word of a preset's name
+GPU = {
+    "a100": (8, 0),
+    "h100": (9, 0),
+    "b200": (10, 0),
+}  # compute capability, by the first word of a preset's name
 ONE = {"GPUS_PER_NODE": "1"}
 EIGHT = {"GPUS_PER_NODE": "8", "TP": "2", "PP": "2", "CP": "2"}
 ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -34,15 +39,45 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5} | {
     "original_max_position_embeddings": 8192,
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "Llama": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    "Llama": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+    }
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072}
     | {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5},  # Llama 3.1 8B
-    "Qwen3": {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
-    | {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 40960, "head_dim": 128}
+    "Qwen3": {
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+    }
+    | {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 40960,
+        "head_dim": 128,
+    }
     | {"rope_parameters": ROPE, "tie_word_embeddings": True},  # 0.6B
-    "Qwen3Moe": {"vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48}
-    | {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 40960, "head_dim": 128}
-    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+    "Qwen3Moe": {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+    }
+    | {
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 40960,
+        "head_dim": 128,
+    }
+    | {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+    }
     | {"decoder_sparse_step": 1, "mlp_only_layers": [], "rope_parameters": ROPE},  # 30B-A3B
 }
 
@@ -50,20 +85,37 @@ MODELS: dict[str, dict[str, Any]] = {
 def command(preset: str, *flags: str, **variables: str) -> list[str]:
     """The flags that the launcher gives the entry point."""
     environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", "DEVICE": "cuda", "PRESET": preset}
-    environment |= {"MODEL": "base", "DATA": "data/train", "SAVE": "runs/a", "TRAIN_ITERS": "40"} | variables
-    done = subprocess.run(["bash", str(LAUNCH), *flags], env=environment, capture_output=True, text=True, timeout=60)
+    environment |= {
+        "MODEL": "base",
+        "DATA": "data/train",
+        "SAVE": "runs/a",
+        "TRAIN_ITERS": "40",
+    } | variables
+    done = subprocess.run(
+        ["bash", str(LAUNCH), *flags], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
     return words[words.index("megatron_tsft.training.pretrain_gpt") + 1 :]
 
 
 def case(
-    preset: str, variables: dict[str, str], *flags: str, model: str = "Llama", engine: bool | None = None
+    preset: str,
+    variables: dict[str, str],
+    *flags: str,
+    model: str = "Llama",
+    engine: bool | None = None,
 ) -> dict[str, Any]:
-    """What `configure_one` is asked. engine: Transformer Engine is there; None: where the preset needs it."""
+    """What `configure_one` is asked. engine: Transformer Engine is there; None: where the preset
+    needs it."""
     engine = "fp8" in preset if engine is None else engine
     argv = command(preset, *(ENGINE if engine else ()), *flags, **variables)
-    return {"argv": argv, "world": int(variables["GPUS_PER_NODE"]), "model": model, "engine": engine}
+    return {
+        "argv": argv,
+        "world": int(variables["GPUS_PER_NODE"]),
+        "model": model,
+        "engine": engine,
+    }
 
 
 def cases() -> dict[str, dict[str, Any]]:
@@ -73,10 +125,16 @@ def cases() -> dict[str, dict[str, Any]]:
         found[preset] = case(preset, ONE)
         found[f"{preset} 8 ranks"] = case(preset, EIGHT, model="Qwen3")
         if "fp8" in preset:
-            found[f"{preset} gather"] = case(preset, EIGHT, *GATHER, *(REUSE if "mxfp8" in preset else ()))
-            found[f"{preset} in local layers"] = case(preset, ONE, "--transformer-impl", "local", engine=False)
+            found[f"{preset} gather"] = case(
+                preset, EIGHT, *GATHER, *(REUSE if "mxfp8" in preset else ())
+            )
+            found[f"{preset} in local layers"] = case(
+                preset, ONE, "--transformer-impl", "local", engine=False
+            )
         else:
-            found[f"{preset} with Transformer Engine"] = case(preset, EIGHT, model="Qwen3", engine=True)
+            found[f"{preset} with Transformer Engine"] = case(
+                preset, EIGHT, model="Qwen3", engine=True
+            )
     for preset in ("h100-bf16", "h100-fp8-delayed"):
         found[f"{preset} experts"] = case(preset, EIGHT, model="Qwen3Moe")
     found["bf16 layers with delayed"] = case("h100-fp8-delayed", ONE, "--first-last-layers-bf16")
@@ -85,7 +143,8 @@ def cases() -> dict[str, dict[str, Any]]:
 
 
 def configure(asked: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Run each case as training/run.py does, without a GPU: what our check says, what Megatron makes of the flags."""
+    """Run each case as training/run.py does, without a GPU: what our check says, what Megatron
+    makes of the flags."""
     from megatron_tsft.cpu import install
 
     install()
@@ -116,15 +175,23 @@ def configure_one(argv: list[str], world: int, model: str, engine: bool) -> dict
     from megatron_tsft.training.pack_length import check_pack
     from megatron_tsft.training.precision import check_precision
 
-    os.environ.update(WORLD_SIZE=str(world), RANK="0", LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1")
-    hf = getattr(transformers, f"{model}Config")(**MODELS[model], architectures=[f"{model}ForCausalLM"])
+    os.environ.update(
+        WORLD_SIZE=str(world), RANK="0", LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1"
+    )
+    hf = getattr(transformers, f"{model}Config")(
+        **MODELS[model], architectures=[f"{model}ForCausalLM"]
+    )
     family = family_of(hf)
     shape = family.arguments(hf)
-    card = ModelCard(family.name, hf.architectures[0], shape, hf.vocab_size, 128, 0, "bfloat16", "", None)
+    card = ModelCard(
+        family.name, hf.architectures[0], shape, hf.vocab_size, 128, 0, "bfloat16", "", None
+    )
     given = arguments.given_flags(argv)
     config = TsftConfig.from_given(given)
     defaults = arguments.defaults_for(card, config, "cuda", given)
-    run = given | {"sequence_parallel": given.get("sequence_parallel", defaults.get("sequence_parallel"))}
+    run = given | {
+        "sequence_parallel": given.get("sequence_parallel", defaults.get("sequence_parallel"))
+    }
     result: dict[str, Any] = {"ours": dict.fromkeys(GPU, ""), "megatron": ""}
     for name, capability in GPU.items():
         try:
@@ -144,18 +211,38 @@ def configure_one(argv: list[str], world: int, model: str, engine: bool) -> dict
 def facts(args: Namespace, layers: Any, container: Any) -> dict[str, Any]:
     """What Megatron's configurations say of precision and layout."""
     names = (
-        "bf16 fp16 fp8 fp8_recipe fp8_param fp8_amax_history_len fp8_amax_compute_algo first_last_layers_bf16"
-        " num_layers_at_start_in_bf16 sequence_parallel tensor_model_parallel_size pipeline_model_parallel_size"
-        " context_parallel_size calculate_per_token_loss fp8_output_proj transformer_impl num_moe_experts"
+        "bf16 fp16 fp8 fp8_recipe fp8_param fp8_amax_history_len fp8_amax_compute_algo"
+        " first_last_layers_bf16"
+        " num_layers_at_start_in_bf16 sequence_parallel tensor_model_parallel_size"
+        " pipeline_model_parallel_size"
+        " context_parallel_size calculate_per_token_loss fp8_output_proj transformer_impl"
+        " num_moe_experts"
     ).split()
     values = {name: getattr(layers, name) for name in names}
-    values |= {name: str(getattr(layers, name)) for name in ("params_dtype", "pipeline_dtype", "attention_backend")}
+    values |= {
+        name: str(getattr(layers, name))
+        for name in ("params_dtype", "pipeline_dtype", "attention_backend")
+    }
     ddp, optimizer = container.ddp, container.optimizer
     values |= {"reduce_in_fp32": ddp.grad_reduce_in_fp32, "ddp_gather": ddp.fp8_param_gather}
-    values |= {"overlap": [ddp.overlap_grad_reduce, ddp.overlap_param_gather], "optimizer_recipe": optimizer.fp8_recipe}
-    values |= {"reuse": [ddp.reuse_grad_buf_for_mxfp8_param_ag, optimizer.reuse_grad_buf_for_mxfp8_param_ag]}
-    values |= {"distributed": ddp.use_distributed_optimizer, "manual_gc": [args.manual_gc, args.manual_gc_interval]}
-    return values | {"timeout": args.distributed_timeout_minutes, "data_parallel": args.data_parallel_size}
+    values |= {
+        "overlap": [ddp.overlap_grad_reduce, ddp.overlap_param_gather],
+        "optimizer_recipe": optimizer.fp8_recipe,
+    }
+    values |= {
+        "reuse": [
+            ddp.reuse_grad_buf_for_mxfp8_param_ag,
+            optimizer.reuse_grad_buf_for_mxfp8_param_ag,
+        ]
+    }
+    values |= {
+        "distributed": ddp.use_distributed_optimizer,
+        "manual_gc": [args.manual_gc, args.manual_gc_interval],
+    }
+    return values | {
+        "timeout": args.distributed_timeout_minutes,
+        "data_parallel": args.data_parallel_size,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +267,11 @@ def test_a_preset_is_taken(preset: str, variant: str, configured: Configured) ->
     assert (found["ours"][home(preset)], found["megatron"]) == ("", "")
     assert (found["bf16"], found["fp16"], found["params_dtype"]) == (True, False, "torch.bfloat16")
     assert found["pipeline_dtype"] == "torch.bfloat16"
-    assert (found["reduce_in_fp32"], found["overlap"], found["distributed"]) == (False, [True, True], True)
+    assert (found["reduce_in_fp32"], found["overlap"], found["distributed"]) == (
+        False,
+        [True, True],
+        True,
+    )
     assert (found["manual_gc"], found["timeout"]) == ([True, 100], 60)
     assert found["calculate_per_token_loss"]
     recipe = preset.split("-")[-1]
@@ -190,10 +281,16 @@ def test_a_preset_is_taken(preset: str, variant: str, configured: Configured) ->
     else:
         assert found["fp8"] is None and recipe == "bf16"
     assert found["transformer_impl"] == ("local" if recipe == "bf16" else "transformer_engine")
-    assert found["attention_backend"] == ("AttnBackend.auto" if preset == "a100-bf16" else "AttnBackend.fused")
+    assert found["attention_backend"] == (
+        "AttnBackend.auto" if preset == "a100-bf16" else "AttnBackend.fused"
+    )
     assert not found["fp8_output_proj"]  # the head, and so the loss, sees bf16
-    assert not found["fp8_param"] and not found["ddp_gather"]  # precision.keep_start_weights says why
-    sizes = [found[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context")]
+    assert (
+        not found["fp8_param"] and not found["ddp_gather"]
+    )  # precision.keep_start_weights says why
+    sizes = [
+        found[f"{name}_parallel_size"] for name in ("tensor_model", "pipeline_model", "context")
+    ]
     assert sizes == ([2, 2, 2] if variant else [1, 1, 1])
     assert (found["data_parallel"], found["sequence_parallel"]) == (1, bool(variant))
 
@@ -202,7 +299,10 @@ def test_what_the_recipes_add(configured: Configured) -> None:
     delayed, tensorwise = configured["h100-fp8-delayed"], configured["h100-fp8-tensorwise"]
     assert (delayed["fp8_amax_history_len"], delayed["fp8_amax_compute_algo"]) == (1024, "max")
     assert not delayed["first_last_layers_bf16"]
-    assert (tensorwise["first_last_layers_bf16"], tensorwise["num_layers_at_start_in_bf16"]) == (True, 1)
+    assert (tensorwise["first_last_layers_bf16"], tensorwise["num_layers_at_start_in_bf16"]) == (
+        True,
+        1,
+    )
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in IN_FP8])
@@ -234,7 +334,8 @@ def test_parameters_in_fp8_are_a_flag_more(preset: str, configured: Configured) 
 
 @pytest.mark.parametrize("preset", IN_FP8)
 def test_megatron_takes_what_our_check_refuses(preset: str, configured: Configured) -> None:
-    """Why there is a check: local layers would compute in bf16, and another GPU would fail in the first step."""
+    """Why there is a check: local layers would compute in bf16, and another GPU would fail in the
+    first step."""
     local, right = configured[f"{preset} in local layers"], configured[preset]
     assert (local["megatron"], local["transformer_impl"], bool(local["fp8"])) == ("", "local", True)
     assert "needs Transformer Engine" in local["ours"]["h100"]

@@ -56,9 +56,17 @@ def devices() -> dict[str, Any]:
             str(made["to keyword"].dtype),
             str(host.to(torch.int8).dtype),
         ],
-        "same object": [host.cuda() is host, host.cuda(0) is host, host.pin_memory() is host, host.to("cuda") is host],
+        "same object": [
+            host.cuda() is host,
+            host.cuda(0) is host,
+            host.pin_memory() is host,
+            host.to("cuda") is host,
+        ],
         "cpu stays": torch.zeros(1, device="cpu").device.type,
-        "types": [torch.zeros(1, dtype=dtype).type() for dtype in (torch.float32, torch.bfloat16, torch.int64)],
+        "types": [
+            torch.zeros(1, dtype=dtype).type()
+            for dtype in (torch.float32, torch.bfloat16, torch.int64)
+        ],
         "cast": [
             host.type(torch.float16).dtype == torch.float16,
             host.type("torch.FloatTensor").dtype == torch.float32,
@@ -75,13 +83,18 @@ def test_cuda_devices_land_on_the_cpu(installed: dict[str, Any]) -> None:
     assert result["dtypes"] == ["torch.bfloat16", "torch.float64", "torch.int8"]
     assert result["same object"] == [True] * 4
     assert result["cpu stays"] == "cpu"
-    assert result["types"] == ["torch.cuda.FloatTensor", "torch.cuda.BFloat16Tensor", "torch.cuda.LongTensor"]
+    assert result["types"] == [
+        "torch.cuda.FloatTensor",
+        "torch.cuda.BFloat16Tensor",
+        "torch.cuda.LongTensor",
+    ]
     assert result["cast"] == [True, True]
     assert result["available"] is False and result["megatron"]
 
 
 def loop_names() -> dict[str, Any]:
-    """What Megatron's loop asks of torch.cuda: streams, events, memory, random states, a backward that allocates."""
+    """What Megatron's loop asks of torch.cuda: streams, events, memory, random states, a backward
+    that allocates."""
     from megatron.core import tensor_parallel
     from megatron.training import training
 
@@ -97,7 +110,10 @@ def loop_names() -> dict[str, Any]:
 
     torch.cuda.manual_seed(7)
     state = torch.cuda.get_rng_state()
-    drawn = [torch.rand(3, device="cuda").tolist(), torch.manual_seed(7).seed and torch.rand(3).tolist()]
+    drawn = [
+        torch.rand(3, device="cuda").tolist(),
+        torch.manual_seed(7).seed and torch.rand(3).tolist(),
+    ]
     torch.cuda.set_rng_state(state)
     drawn.append(torch.rand(3).tolist())
 
@@ -112,7 +128,11 @@ def loop_names() -> dict[str, Any]:
     torch.manual_seed(1)
     return {
         "ids": [torch.cuda.current_device(), torch.cuda.device_count()],
-        "memory": [torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0] > 0, torch.cuda.memory_stats()["any"]],
+        "memory": [
+            torch.cuda.memory_allocated(),
+            torch.cuda.mem_get_info()[0] > 0,
+            torch.cuda.memory_stats()["any"],
+        ],
         "time": start.elapsed_time(end),
         "drawn": drawn,
         "outside": [outside, [torch.rand(1).item(), torch.rand(1).item()]],
@@ -124,7 +144,8 @@ def loop_names() -> dict[str, Any]:
 
 
 class Allocates(torch.autograd.Function):
-    """As Megatron's layers do under sequence parallel, the backward makes its buffer on the current CUDA device."""
+    """As Megatron's layers do under sequence parallel, the backward makes its buffer on the current
+    CUDA device."""
 
     where: list[str] = []
 
@@ -150,7 +171,13 @@ def call_autograd(loss: torch.Tensor) -> None:
 def call_engine(loss: torch.Tensor) -> None:
     """As Megatron's pipeline schedule does."""
     torch.autograd.Variable._execution_engine.run_backward(
-        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        (loss,),
+        (torch.ones_like(loss),),
+        False,
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
     )
 
 
@@ -168,14 +195,17 @@ def test_the_names_of_torch_cuda_that_the_loop_uses(installed: dict[str, Any]) -
     assert result["memory"] == [0, True, 0]
     assert 0 <= result["time"] < 60_000
     assert result["drawn"][0] == result["drawn"][1] == result["drawn"][2]  # one generator
-    assert result["outside"][0] == result["outside"][1]  # a fork of Megatron's tracker leaves the outer state alone
+    assert (
+        result["outside"][0] == result["outside"][1]
+    )  # a fork of Megatron's tracker leaves the outer state alone
     assert result["inside"][0] == result["inside"][1]
     assert result["backward"] == [["cpu", [2.0] * 3, "cpu"]] * 3
     assert result["initialize"] == {"allow_no_cuda": True} and result["warm-up"] is None
 
 
 def without_the_layer() -> dict[str, Any]:
-    """What the layer says where there is a GPU, what importing the package brings in, and what the layer says then."""
+    """What the layer says where there is a GPU, what importing the package brings in, and what the
+    layer says then."""
     from megatron_tsft import cpu
 
     torch.cuda.is_available = lambda: True
@@ -186,14 +216,25 @@ def without_the_layer() -> dict[str, Any]:
         del sys.modules[name]  # so that the imports below are seen
 
     files = sorted(
-        path.relative_to(REPOSITORY).with_suffix("") for path in (REPOSITORY / "megatron_tsft").rglob("*.py")
+        path.relative_to(REPOSITORY).with_suffix("")
+        for path in (REPOSITORY / "megatron_tsft").rglob("*.py")
     )
     rooms = {"cpu", "triton"}  # the layer itself, and what needs a GPU to be imported
-    names = [".".join(file.parts).removesuffix(".__init__") for file in files if not rooms & set(file.parts)]
+    names = [
+        ".".join(file.parts).removesuffix(".__init__")
+        for file in files
+        if not rooms & set(file.parts)
+    ]
     for name in names:
         importlib.import_module(name)
     layer = [name for name in sys.modules if name.startswith("megatron_tsft.cpu")]
-    return {"gpu": said, "names": names, "layer": layer, "late": refusal(cpu.install), "type": torch.zeros(1).type()}
+    return {
+        "gpu": said,
+        "names": names,
+        "layer": layer,
+        "late": refusal(cpu.install),
+        "type": torch.zeros(1).type(),
+    }
 
 
 def refusal(action: Any) -> str:

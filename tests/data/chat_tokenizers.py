@@ -1,4 +1,5 @@
-"""Real tokenizers, trained here on a little text, with chat templates of the kinds that models come with."""
+"""Real tokenizers, trained here on a little text, with chat templates of the kinds that models come
+with."""
 
 import functools
 from typing import Any
@@ -12,7 +13,16 @@ Hello there, how are you today? I am fine, thank you.  def add(a, b):
 user system assistant tool question answer one two three four five six seven eight nine ten"""
 
 SPECIAL = (
-    *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"),
+    *(
+        "<s>",
+        "</s>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|user|>",
+        "<|assistant|>",
+        "<|end|>",
+    ),
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
 
@@ -28,7 +38,9 @@ LLAMA3 = """{{- bos_token -}}
 {%- for m in messages -%}
 {{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif -%}"""
+{%- if add_generation_prompt -%}
+{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif -%}"""
 
 MISTRAL = """{{- bos_token -}}
 {%- for m in messages -%}
@@ -41,7 +53,8 @@ MISTRAL = """{{- bos_token -}}
 
 GENERATION = """{%- for m in messages -%}
 {%- if m.role == 'assistant' -%}
-{{ '<|im_start|>assistant\n' }}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}
+{{ '<|im_start|>assistant\n' -}}
+{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}
 {%- else -%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
@@ -54,20 +67,25 @@ LONG_BLOCK = GENERATION.replace(BLOCK_END, " + '<|im_end|>\n' }}{% endgeneration
 # two blocks in a turn that has thinking
 TWO_BLOCKS = GENERATION.replace(
     "{% generation %}{{ m.content",
-    "{% generation %}{{ m.thinking | default('so') }}{% endgeneration %}{{ '\n\n' }}{% generation %}{{ m.content",
+    "{% generation %}{{ m.thinking | default('so') }}{% endgeneration %}{{ '\n\n' }}{% generation"
+    " %}{{ m.content",
 )
 
 # an EOS behind the last message only, as Phi-3's
-PHI3 = """{%- for m in messages -%}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{%- endfor -%}
+PHI3 = """{%- for m in messages -%}
+{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- else -%}{{ eos_token }}{%- endif -%}"""
 
-# an empty thought before the last answer only, and thoughts of earlier turns are dropped, as Qwen3's
+# an empty thought before the last answer only, and thoughts of earlier turns are dropped, as
+# Qwen3's
 QWEN3 = """{%- for m in messages -%}
 {%- set content = m.content.split('</think>')[-1].lstrip('\n') -%}
 {{ '<|im_start|>' + m.role + '\n' }}
 {%- if m.role == 'assistant' and loop.last -%}
 {%- set thought = m.reasoning_content | default('') -%}
-{%- if '</think>' in m.content -%}{%- set thought = m.content.split('</think>')[0].split('<think>')[-1] -%}{%- endif -%}
+{%- if '</think>' in m.content -%}
+{%- set thought = m.content.split('</think>')[0].split('<think>')[-1] -%}
+{%- endif -%}
 {{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}
 {%- endif -%}
 {{ content + '<|im_end|>\n' }}
@@ -75,10 +93,15 @@ QWEN3 = """{%- for m in messages -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"""
 
 # the generation prompt opens a thought, so no answer without one can follow it
-OPEN_THOUGHT = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+OPEN_THOUGHT = CHATML.replace(
+    "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"
+)
 NO_END = CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'")
 NO_PROMPT = CHATML.split("{%- if add_generation_prompt")[0]
-TOOLS = "{%- if tools -%}{{ '<|im_start|>tools\n' }}{{ tools | tojson }}{{ '<|im_end|>\n' }}{%- endif -%}" + CHATML
+TOOLS = (
+    "{%- if tools -%}{{ '<|im_start|>tools\n' }}{{ tools | tojson }}{{ '<|im_end|>\n' }}{%- endif"
+    " -%}" + CHATML
+)
 
 EOS = {LLAMA3: "<|eot_id|>", MISTRAL: "</s>", PHI3: "<|endoftext|>"}
 BOS = {LLAMA3: "<|begin_of_text|>", MISTRAL: "<s>"}
@@ -86,7 +109,8 @@ BOS = {LLAMA3: "<|begin_of_text|>", MISTRAL: "<s>"}
 
 @functools.cache
 def byte_level(template: str | None = CHATML) -> Any:
-    """A byte-level BPE tokenizer (SmolLM2, Llama 3, Qwen); it adds BOS to plain text where the template has one."""
+    """A byte-level BPE tokenizer (SmolLM2, Llama 3, Qwen); it adds BOS to plain text where the
+    template has one."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     inner.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
@@ -110,17 +134,23 @@ def sentencepiece_like(template: str | None = MISTRAL) -> Any:
     """A BPE with a space marker, a dummy prefix and byte fallback (Llama 2, Mistral)."""
     inner = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")  # pyright: ignore[reportAttributeAccessIssue]
-    last: Any = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
+    last: Any = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")]
+    )
     inner.decoder = last
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *SPECIAL, *fallback], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", *SPECIAL, *fallback], show_progress=False
+    )
     inner.train_from_iterator([TEXT] * 2, trainer)
     inner.post_processor = _bos(inner, "<s>")
     return _wrap(inner, template, "<s>")
 
 
 def _bos(inner: Tokenizer, bos: str) -> Any:
-    return processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, inner.token_to_id(bos))])
+    return processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, inner.token_to_id(bos))]
+    )
 
 
 def _wrap(inner: Tokenizer, template: str | None, bos: str | None) -> Any:

@@ -1,4 +1,5 @@
-"""Shares of a blend hold at every prefix, each member's items come in order, and item i follows from i alone."""
+"""Shares of a blend hold at every prefix, each member's items come in order, and item i follows
+from i alone."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -36,18 +37,22 @@ def counts(places: Sequence[tuple[int, int]], members: int) -> list[int]:
 
 
 def assert_fair(taken: Sequence[int], n: int, shares: Sequence[float]) -> None:
-    """Of n items each member has its share: half an item at most is lost or won at each split that it passes."""
+    """Of n items each member has its share: half an item at most is lost or won at each split that
+    it passes."""
     assert sum(taken) == n
     whole = sum(map(Fraction, shares))
     for i, count in enumerate(taken):
         splits = min(i + 1, len(shares) - 1)
-        allowed = Fraction(splits, 2) + splits * Fraction(n + 1, PARTS)  # shares are rounded to PARTS
+        allowed = Fraction(splits, 2) + splits * Fraction(
+            n + 1, PARTS
+        )  # shares are rounded to PARTS
         assert abs(count - n * Fraction(shares[i]) / whole) <= allowed, (n, i, count)
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 def test_every_prefix_has_its_shares(shares: list[float]) -> None:
-    """With two or three members to within one item a member; more splits may cost half an item each."""
+    """With two or three members to within one item a member; more splits may cost half an item
+    each."""
     taken, whole = [0] * len(shares), sum(shares)
     for index in range(5000):
         taken[blend_place(index, shares)[0]] += 1
@@ -63,7 +68,9 @@ def test_any_shares(shares: list[float], n: int) -> None:
     places = [blend_place(index, shares) for index in range(n)]
     assert_fair(counts(places, len(shares)), n, shares)
     for i in range(len(shares)):
-        assert [own for member, own in places if member == i] == list(range(counts(places, len(shares))[i]))
+        assert [own for member, own in places if member == i] == list(
+            range(counts(places, len(shares))[i])
+        )
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
@@ -79,7 +86,8 @@ def test_each_member_counts_up_without_gap(shares: list[float]) -> None:
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 @pytest.mark.parametrize("start", [10**12, (1 << 53) - 500, 10**17 + 7])
 def test_exact_at_huge_indices(shares: list[float], start: int) -> None:
-    """Beyond 2^53, where a float cannot count any more: no gap, no item twice, and the shares still hold."""
+    """Beyond 2^53, where a float cannot count any more: no gap, no item twice, and the shares still
+    hold."""
     following: dict[int, int] = {}
     for index in range(start, start + 3000):
         member, own = blend_place(index, shares)
@@ -99,7 +107,9 @@ def test_neighbours_at_any_index(shares: list[float], index: int) -> None:
 
 def test_the_scale_of_shares_does_not_matter() -> None:
     for shares, scaled in (([0.75, 0.25], [3, 1]), ([0.5, 0.25, 0.25], [8, 4, 4])):
-        assert [blend_place(i, shares) for i in range(1000)] == [blend_place(i, scaled) for i in range(1000)]
+        assert [blend_place(i, shares) for i in range(1000)] == [
+            blend_place(i, scaled) for i in range(1000)
+        ]
 
 
 # ---- packs
@@ -107,12 +117,18 @@ def test_the_scale_of_shares_does_not_matter() -> None:
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[PackedDataset]:
-    """Three data sets of different sizes, so that their epochs end at different items; the second has weights."""
+    """Three data sets of different sizes, so that their epochs end at different items; the second
+    has weights."""
     root = tmp_path_factory.mktemp("blend")
     make_tokenizer().save_pretrained(str(root / "tokenizer"))
     members = []
     for i, (rows, extra) in enumerate(((9, {}), (20, {"weight": 0.5}), (31, {}))):
-        prepare(write_rows(root / f"{i}.jsonl", rows, i, **extra), root / "tokenizer", root / str(i), progress=False)
+        prepare(
+            write_rows(root / f"{i}.jsonl", rows, i, **extra),
+            root / "tokenizer",
+            root / str(i),
+            progress=False,
+        )
         data = PreparedData.load(root / str(i))
         members.append(PackedDataset(data, seq_length=48, global_batch_size=1, seed=1))
     return members
@@ -131,7 +147,11 @@ def test_items_are_the_members_own(parts: list[PackedDataset]) -> None:
         own = parts[member][following[member]]
         assert item.keys() == own.keys() | {"dataset"}
         assert all(torch.equal(item[name], own[name]) for name in own if name != "index")
-        assert int(item["index"]) == index and item["dataset"].dtype == torch.int64 and item["dataset"].dim() == 0
+        assert (
+            int(item["index"]) == index
+            and item["dataset"].dtype == torch.int64
+            and item["dataset"].dim() == 0
+        )
         assert (item["labels"] != -100).any()  # with global_batch_size=1 no pack is masked
         following[member] += 1
     assert all(count > part.packs_per_epoch for count, part in zip(following, parts, strict=True))
@@ -163,7 +183,9 @@ def test_messages_name_the_members_pack(parts: list[PackedDataset]) -> None:
 
 
 def test_a_micro_batch_says_where_each_token_comes_from(parts: list[PackedDataset]) -> None:
-    dressed = [part.with_teacher(None, True) for part in parts]  # all with weights, so that they stack
+    dressed = [
+        part.with_teacher(None, True) for part in parts
+    ]  # all with weights, so that they stack
     blend = BlendedPacks(dressed, SPLIT)
     items = [blend[index] for index in range(4)]
     batch = MicroBatch.from_packs(default_collate(items), "cpu")
@@ -171,7 +193,9 @@ def test_a_micro_batch_says_where_each_token_comes_from(parts: list[PackedDatase
     members = [blend_place(index, SPLIT)[0] for index in range(4)]
     assert len(set(members)) > 1
     assert batch.dataset_ids.tolist() == [[member for member in members for _ in range(48)]]
-    assert batch.index == [0, 1, 2, 3] and torch.equal(batch.tokens[0], torch.cat([item["tokens"] for item in items]))
+    assert batch.index == [0, 1, 2, 3] and torch.equal(
+        batch.tokens[0], torch.cat([item["tokens"] for item in items])
+    )
     supervised = batch.labels != -100
     for member, weight in enumerate((1.0, 0.5, 1.0)):
         chosen = batch.token_weights[supervised & (batch.dataset_ids == member)]

@@ -1,4 +1,5 @@
-"""Packs hold whole conversations, labels shifted inside each; item i depends on the seed and i, and on nothing else."""
+"""Packs hold whole conversations, labels shifted inside each; item i depends on the seed and i, and
+on nothing else."""
 
 import json
 from collections import Counter
@@ -20,7 +21,9 @@ from tests.training.runs import make_tokenizer, write_rows
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("packed")
     make_tokenizer().save_pretrained(str(root / "tokenizer"))
-    prepare(write_rows(root / "rows.jsonl", 40, 0), root / "tokenizer", root / "plain", progress=False)
+    prepare(
+        write_rows(root / "rows.jsonl", 40, 0), root / "tokenizer", root / "plain", progress=False
+    )
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
     for i, row in enumerate(rows):
         row["weight"] = float(i)
@@ -37,11 +40,15 @@ def documents(item: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     """A pack cut at its positions of 0."""
     starts = torch.nonzero(item["position_ids"] == 0)[:, 0].tolist() + [len(item["tokens"])]
     names = [name for name in item if name != "index"]
-    return [{name: item[name][a:b] for name in names} for a, b in zip(starts, starts[1:], strict=False)]
+    return [
+        {name: item[name][a:b] for name in names} for a, b in zip(starts, starts[1:], strict=False)
+    ]
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 16])
-def test_an_epoch_is_every_conversation_once_with_its_own_labels(folder: Path, multiple: int) -> None:
+def test_an_epoch_is_every_conversation_once_with_its_own_labels(
+    folder: Path, multiple: int
+) -> None:
     data = PreparedData.load(folder / "plain")
     packs = packed(data, document_multiple=multiple)
     assert packs.packs_per_epoch % 4 == 0 and packs.packs_per_epoch - packs.packs < 4
@@ -55,7 +62,9 @@ def test_an_epoch_is_every_conversation_once_with_its_own_labels(folder: Path, m
             assert document["position_ids"].tolist() == list(range(len(tokens)))
             assert len(tokens) % multiple == 0
             known = labels != -100
-            if known.any():  # every row ends with a supervised token: what follows is padding, less than one multiple
+            # every row ends with a supervised token: what follows is padding, less than one
+            # multiple
+            if known.any():
                 end = int(torch.nonzero(known)[-1]) + 1
                 assert len(tokens) - end < multiple and not tokens[end:].any()
                 labels, tokens, known = labels[:end], tokens[:end], known[:end]
@@ -109,13 +118,17 @@ def test_too_long_is_refused_or_cut_and_counted(folder: Path) -> None:
     data = PreparedData.load(folder / "plain")
     long = int((data.lengths > 17).sum())
     assert 0 < long < len(data)
-    with pytest.raises(UserError, match=rf"{long} of 40 .* 17 tokens .*--seq-length is 16.*truncate"):
+    with pytest.raises(
+        UserError, match=rf"{long} of 40 .* 17 tokens .*--seq-length is 16.*truncate"
+    ):
         packed(data, seq_length=16)
     cut = packed(data, seq_length=16, truncate=True)
     assert cut.truncated == long
     row = int(data.lengths.argmax())
     index = next(i for i in range(cut.packs) if row in cut.rows(i))
-    assert torch.equal(cut[index]["tokens"], torch.from_numpy(data.row(row).input_ids[:16].astype("int64")))
+    assert torch.equal(
+        cut[index]["tokens"], torch.from_numpy(data.row(row).input_ids[:16].astype("int64"))
+    )
     assert cut.supervised.sum() < data.card.supervised_tokens
     for index in range(cut.packs):
         assert cut.supervised_tokens(index) == int((cut[index]["labels"] != -100).sum())
@@ -128,6 +141,8 @@ def test_a_micro_batch_lays_packs_end_to_end(folder: Path) -> None:
     assert sum(batch.lengths) == 128 and batch.num_sequences == len(batch.lengths)
     assert batch.index == [0, 1] and batch.token_weights is None
     assert len(documents(packs[0])) + len(documents(packs[1])) == batch.num_sequences
-    expected = torch.repeat_interleave(torch.arange(batch.num_sequences), torch.tensor(batch.lengths))
+    expected = torch.repeat_interleave(
+        torch.arange(batch.num_sequences), torch.tensor(batch.lengths)
+    )
     assert torch.equal(batch.sequence_ids[0], expected)
     assert torch.equal(batch.tokens[0, 64:], packs[1]["tokens"])

@@ -1,4 +1,5 @@
-"""First-fit decreasing against the textbook loop, and epochs that hold every conversation once, in a new order."""
+"""First-fit decreasing against the textbook loop, and epochs that hold every conversation once, in
+a new order."""
 
 import numpy as np
 import pytest

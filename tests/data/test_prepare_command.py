@@ -39,7 +39,13 @@ def tool() -> ModuleType:
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     byte_level().save_pretrained(str(tmp_path / "tokenizer"))
-    lines = [json.dumps(ROWS[0]), *["{"] * 6, json.dumps(ROWS[1]), json.dumps(ROWS[0]), json.dumps({"messages": []})]
+    lines = [
+        json.dumps(ROWS[0]),
+        *["{"] * 6,
+        json.dumps(ROWS[1]),
+        json.dumps(ROWS[0]),
+        json.dumps({"messages": []}),
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     places = {"--input": "in.jsonl", "--tokenizer": "tokenizer", "--output": "out"}
     return [word for flag, name in places.items() for word in (flag, str(tmp_path / name))]
@@ -49,48 +55,75 @@ def start(*words: object) -> subprocess.Popen[str]:
     """tools/prepare_data.py as a user starts it."""
     line = [sys.executable, str(TOOL), *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
-def test_the_report(tool: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report(
+    tool: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tool.main([*arguments, "--show", "2"]) == 0
     out, err = capsys.readouterr()
     card = DataCard.load(tmp_path / "out")
     assert (
-        f"wrote {tmp_path / 'out'}: 3 conversations, {card.tokens} tokens, {card.supervised_tokens} supervised (" in out
+        f"wrote {tmp_path / 'out'}: 3 conversations, {card.tokens} tokens,"
+        f" {card.supervised_tokens} supervised (" in out
     )
     assert f"longest {card.longest}\n" in out
     assert "truncated: 0, duplicates (kept): 1, with token weights\n" in out
-    assert "refused: 7\n  6: bad JSON (lines 2, 3, 4, 5, 6, ...)\n  1: no assistant turn (lines 10)\n" in out
-    assert "<|im_start|>assistant\n[[three<|im_end|>]]\n" in out and "The answer[[ is five.<|im_end|>]]\n" in out
+    assert (
+        "refused: 7\n  6: bad JSON (lines 2, 3, 4, 5, 6, ...)\n  1: no assistant turn (lines 10)\n"
+        in out
+    )
+    assert (
+        "<|im_start|>assistant\n[[three<|im_end|>]]\n" in out
+        and "The answer[[ is five.<|im_end|>]]\n" in out
+    )
     assert "tokenising: 100%" in err
     assert card.refused == {"bad JSON": 6, "no assistant turn": 1}
     assert card.refused_lines == {"bad JSON": [2, 3, 4, 5, 6], "no assistant turn": [10]}
 
 
-def test_errors_are_one_line(tool: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(
+    tool: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tool.main([*arguments, "--no-progress", "--strict"]) == 2
     out, err = capsys.readouterr()
     assert not out and err.count("\n") == 1
     assert err.startswith("error: ") and "in.jsonl, line 2: bad JSON (" in err
-    assert tool.main([*arguments, "--no-progress", "--max-tokens", "12", "--too-long", "refuse"]) == 0
+    assert (
+        tool.main([*arguments, "--no-progress", "--max-tokens", "12", "--too-long", "refuse"]) == 0
+    )
     out, err = capsys.readouterr()
     assert not err and "longer than --max-tokens 12 (lines 1, 9)" in out
     assert tool.main([*arguments, "--no-progress"]) == 2
-    assert "exists already: name another folder, delete it, or pass --overwrite" in capsys.readouterr().err
+    assert (
+        "exists already: name another folder, delete it, or pass --overwrite"
+        in capsys.readouterr().err
+    )
     assert tool.main([*arguments, "--no-progress", "--overwrite"]) == 0
 
 
 def test_help_shows_an_example(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as done:
         tool.main(["--help"])
-    assert done.value.code == 0 and "examples:\n  tools/prepare_data.py --input" in capsys.readouterr().out
+    assert (
+        done.value.code == 0
+        and "examples:\n  tools/prepare_data.py --input" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_run_leaves_no_folder_that_loads(arguments: list[str], tmp_path: Path, workers: int) -> None:
-    """Killed while it tokenises: nothing loads, no worker stays behind, and the next run succeeds."""
-    rows = [json.dumps({"messages": [user(f"{i} plus one?"), assistant(f"{i + 1} " * 20)]}) for i in range(20000)]
+def test_a_killed_run_leaves_no_folder_that_loads(
+    arguments: list[str], tmp_path: Path, workers: int
+) -> None:
+    """Killed while it tokenises: nothing loads, no worker stays behind, and the next run
+    succeeds."""
+    rows = [
+        json.dumps({"messages": [user(f"{i} plus one?"), assistant(f"{i + 1} " * 20)]})
+        for i in range(20000)
+    ]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
     process = start(*arguments, "--workers", workers)
     partial = tmp_path / ".out.partial"
@@ -115,7 +148,10 @@ def test_a_killed_run_leaves_no_folder_that_loads(arguments: list[str], tmp_path
             PreparedData.load(folder)
     (tmp_path / "in.jsonl").write_text("\n".join(rows[:10]))
     card = prepare(tmp_path / "in.jsonl", tmp_path / "tokenizer", tmp_path / "out", progress=False)
-    assert card.conversations == len(PreparedData.load(tmp_path / "out")) == 10 and not partial.exists()
+    assert (
+        card.conversations == len(PreparedData.load(tmp_path / "out")) == 10
+        and not partial.exists()
+    )
 
 
 def test_from_the_shell(arguments: list[str], tmp_path: Path) -> None:

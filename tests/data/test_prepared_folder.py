@@ -1,4 +1,5 @@
-"""The job and the folder it writes: what is counted, that it is the same every time, and that damage is found."""
+"""The job and the folder it writes: what is counted, that it is the same every time, and that
+damage is found."""
 
 import gzip
 import json
@@ -24,7 +25,14 @@ Prepare = Callable[..., DataCard]
 
 GOOD: Rows = [
     {"messages": [user("one plus two?"), assistant("three")]},
-    {"messages": [user("hello"), assistant("how are you today?"), user("fine"), assistant("thank you")]},
+    {
+        "messages": [
+            user("hello"),
+            assistant("how are you today?"),
+            user("fine"),
+            assistant("thank you"),
+        ]
+    },
     {"prompt": "The answer", "completion": " is five."},
 ]
 
@@ -60,11 +68,20 @@ def test_rows_come_back_as_they_were_encoded(run: Prepare, tmp_path: Path) -> No
     assert data.lengths.tolist() == [len(row.input_ids) for row in encoded]
     for i, row in enumerate(encoded):
         sample = data.row(i)
-        assert np.array_equal(sample.input_ids, row.input_ids) and sample.input_ids.dtype == np.int32
-        assert np.array_equal(sample.loss_mask, row.loss_mask) and sample.loss_mask.dtype == np.bool_
+        assert (
+            np.array_equal(sample.input_ids, row.input_ids) and sample.input_ids.dtype == np.int32
+        )
+        assert (
+            np.array_equal(sample.loss_mask, row.loss_mask) and sample.loss_mask.dtype == np.bool_
+        )
         assert sample.token_weights is None
-        assert sample.sample_id == sample_id(row.input_ids, row.loss_mask) and len(sample.sample_id) == 32
-        assert not sample.input_ids.flags.owndata and not sample.input_ids.flags.writeable  # a view of the file
+        assert (
+            sample.sample_id == sample_id(row.input_ids, row.loss_mask)
+            and len(sample.sample_id) == 32
+        )
+        assert (
+            not sample.input_ids.flags.owndata and not sample.input_ids.flags.writeable
+        )  # a view of the file
     for index in (-1, 3):
         with pytest.raises(IndexError):
             data.row(index)
@@ -87,11 +104,16 @@ def test_datasets_opens_the_folder(run: Prepare, tmp_path: Path) -> None:
     assert data[1]["input_ids"] == PreparedData.load(tmp_path / "out").row(1).input_ids.tolist()
 
 
-def test_many_batches_and_files(run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_batches_and_files(
+    run: Prepare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows of any batch and file are found, also with the weights of some of them."""
     monkeypatch.setattr(writer, "BATCH_ROWS", 7)
     monkeypatch.setattr("datasets.config.MAX_SHARD_SIZE", 4000)
-    rows = [{"prompt": "two", "completion": " five" * (i % 5 + 1) + f" {i}", "weight": i / 4} for i in range(100)]
+    rows = [
+        {"prompt": "two", "completion": " five" * (i % 5 + 1) + f" {i}", "weight": i / 4}
+        for i in range(100)
+    ]
     rows[13] = {"prompt": "two", "completion": " six"}
     card = run(rows)
     assert len(card.files) > 2 and card.weighted
@@ -121,7 +143,9 @@ def test_two_workers_write_what_one_writes(run: Prepare, tmp_path: Path) -> None
     assert contents(tmp_path / "out") == contents(tmp_path / "two")
 
 
-def test_sample_ids_tell_tokens_and_masks_apart_but_not_weights(run: Prepare, tmp_path: Path) -> None:
+def test_sample_ids_tell_tokens_and_masks_apart_but_not_weights(
+    run: Prepare, tmp_path: Path
+) -> None:
     first, second = GOOD[1]["messages"][:2], GOOD[1]["messages"][2:]
     rows = [
         GOOD[1],
@@ -142,7 +166,16 @@ def test_sample_ids_tell_tokens_and_masks_apart_but_not_weights(run: Prepare, tm
 
 
 def test_refused_rows_are_counted_with_their_lines(run: Prepare) -> None:
-    rows: Rows = [GOOD[0], "{", "", GOOD[1], "[1]", *["{]"] * 7, {"messages": [user("two")]}, {"text": "two"}]
+    rows: Rows = [
+        GOOD[0],
+        "{",
+        "",
+        GOOD[1],
+        "[1]",
+        *["{]"] * 7,
+        {"messages": [user("two")]},
+        {"text": "two"},
+    ]
     card = run(rows)
     assert card.conversations == 2
     assert card.refused == {
@@ -163,7 +196,9 @@ def test_strict_stops_at_the_first_refused_row(run: Prepare, tmp_path: Path) -> 
 
 
 def test_nothing_left(run: Prepare) -> None:
-    with pytest.raises(UserError, match=r"refused: bad JSON \(2, the first in line 1\); no assistant turn \(1, "):
+    with pytest.raises(
+        UserError, match=r"refused: bad JSON \(2, the first in line 1\); no assistant turn \(1, "
+    ):
         run(["{", "{", {"messages": []}])
     with pytest.raises(UserError, match="it is empty"):
         run([])
@@ -188,24 +223,34 @@ def test_long_conversations(run: Prepare, tmp_path: Path) -> None:
     assert cut.token_weights is not None and cut.token_weights.sum() == cut.loss_mask.sum()
     assert cut.sample_id == sample_id(cut.input_ids, cut.loss_mask)
     card = run(rows, "refused", max_tokens=limit, too_long="refuse")
-    assert card.truncated == 0 and card.refused_lines == {f"longer than --max-tokens {limit}": [2, 3]}
+    assert card.truncated == 0 and card.refused_lines == {
+        f"longer than --max-tokens {limit}": [2, 3]
+    }
     assert not card.weighted  # the only row with `critical` was refused
     whole = run(rows, "whole", max_tokens=max(len(row.input_ids) for row in encoded))
     assert whole.truncated == 0 and whole.conversations == 3
 
 
-def test_other_inputs_give_the_same_folder(run: Prepare, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_other_inputs_give_the_same_folder(
+    run: Prepare, tmp_path: Path, tokenizer_dir: Path
+) -> None:
     """A gzip file and a saved data set, whose rows have nulls for missing keys."""
     from datasets import Dataset, DatasetDict
 
     card = run(GOOD[:2] + [{"messages": []}])
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress((tmp_path / "out.jsonl").read_bytes()))
-    assert prepare(tmp_path / "in.jsonl.gz", tokenizer_dir, tmp_path / "zip", progress=False) == card
-    rows = [{"messages": row["messages"], "weight": None} for row in GOOD[:2]] + [{"messages": [], "weight": None}]
+    assert (
+        prepare(tmp_path / "in.jsonl.gz", tokenizer_dir, tmp_path / "zip", progress=False) == card
+    )
+    rows = [{"messages": row["messages"], "weight": None} for row in GOOD[:2]] + [
+        {"messages": [], "weight": None}
+    ]
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
     assert prepare(tmp_path / "saved", tokenizer_dir, tmp_path / "set", progress=False) == card
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(UserError, match=r"holds several splits: name the folder of one of them \(train\)"):
+    with pytest.raises(
+        UserError, match=r"holds several splits: name the folder of one of them \(train\)"
+    ):
         prepare(tmp_path / "splits", tokenizer_dir, tmp_path / "no", progress=False)
     (tmp_path / "in.jsonl.gz").write_bytes((tmp_path / "in.jsonl.gz").read_bytes()[:-20])
     with pytest.raises(UserError, match="cannot be unpacked"):
@@ -232,7 +277,9 @@ def test_bad_arguments(run: Prepare, tmp_path: Path, tokenizer_dir: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_is_never_destroyed_by_accident(run: Prepare, tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_an_output_is_never_destroyed_by_accident(
+    run: Prepare, tmp_path: Path, tokenizer_dir: Path
+) -> None:
     run(GOOD)
     with pytest.raises(UserError, match="exists already"):
         run(GOOD[:1])
@@ -241,7 +288,9 @@ def test_an_output_is_never_destroyed_by_accident(run: Prepare, tmp_path: Path, 
     assert len(PreparedData.load(tmp_path / "out")) == 1
     with pytest.raises(UserError, match="bad JSON"):
         run(["{"], overwrite=True)
-    assert len(PreparedData.load(tmp_path / "out")) == 1  # what was there stays until the new one is complete
+    assert (
+        len(PreparedData.load(tmp_path / "out")) == 1
+    )  # what was there stays until the new one is complete
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="so it is not overwritten"):
@@ -282,7 +331,8 @@ def test_every_kind_of_damage_is_a_users_error(run: Prepare, tmp_path: Path) -> 
 
 
 def test_a_flipped_byte_never_passes_as_data(run: Prepare, tmp_path: Path) -> None:
-    """At any place: it is refused at load or at its row, or what is read is still what was written."""
+    """At any place: it is refused at load or at its row, or what is read is still what was
+    written."""
     run(GOOD * 20)
     (file,) = (tmp_path / "out").glob("*.arrow")
     whole = PreparedData.load(tmp_path / "out")
@@ -304,7 +354,9 @@ def test_a_flipped_byte_never_passes_as_data(run: Prepare, tmp_path: Path) -> No
             except UserError:
                 found["row"] += 1
             else:
-                assert np.array_equal(sample.input_ids, ids) and np.array_equal(sample.loss_mask, mask), place
+                assert np.array_equal(sample.input_ids, ids) and np.array_equal(
+                    sample.loss_mask, mask
+                ), place
         del data
     assert found["load"] > 20 and found["row"] > 20
 
@@ -334,4 +386,7 @@ def test_another_template_is_another_data_set(run: Prepare, tmp_path: Path) -> N
     card = run(GOOD)
     byte_level(LLAMA3).save_pretrained(str(tmp_path / "llama"))
     other = prepare(tmp_path / "out.jsonl", tmp_path / "llama", tmp_path / "other", progress=False)
-    assert other.fingerprint != card.fingerprint and other.tokenizer_fingerprint != card.tokenizer_fingerprint
+    assert (
+        other.fingerprint != card.fingerprint
+        and other.tokenizer_fingerprint != card.tokenizer_fingerprint
+    )

@@ -1,4 +1,5 @@
-"""examples/sft_own_data.sh on a JSONL and a model of the user's own: torchrun, two ranks, a Hugging Face model."""
+"""examples/sft_own_data.sh on a JSONL and a model of the user's own: torchrun, two ranks, a Hugging
+Face model."""
 
 import json
 import os
@@ -15,8 +16,19 @@ from tests.training.runs import REPOSITORY, make_hf, write_rows
 def test_own_data_end_to_end(tmp_path: Path) -> None:
     hf, out = make_hf(tmp_path / "my model"), tmp_path / "my run"
     rows = write_rows(tmp_path / "rows.jsonl", 60, 0, weight=2.0)
-    variables = {"HF": str(hf), "DATA": str(rows), "HELDOUT": str(write_rows(tmp_path / "held.jsonl", 13, 1))}
-    variables |= {"OUT": str(out), "SEQ_LENGTH": "64", "GBS": "4", "LR": "1e-3", "TRAIN_ITERS": "6", "TP": "2"}
+    variables = {
+        "HF": str(hf),
+        "DATA": str(rows),
+        "HELDOUT": str(write_rows(tmp_path / "held.jsonl", 13, 1)),
+    }
+    variables |= {
+        "OUT": str(out),
+        "SEQ_LENGTH": "64",
+        "GBS": "4",
+        "LR": "1e-3",
+        "TRAIN_ITERS": "6",
+        "TP": "2",
+    }
     variables |= {"DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
 
     def start(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +42,9 @@ def test_own_data_end_to_end(tmp_path: Path) -> None:
 
     done = start("--sequence-parallel")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    metrics = [json.loads(line) for line in (out / "checkpoint" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (out / "checkpoint" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in metrics if "split" not in row] == [1, 2, 3, 4, 5, 6]
     heldout = [row for row in metrics if row.get("split") == "heldout"]
     assert [row["step"] for row in heldout] == [6]
@@ -40,12 +54,16 @@ def test_own_data_end_to_end(tmp_path: Path) -> None:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(str(out / "hf"))
     base = transformers.AutoModelForCausalLM.from_pretrained(str(hf))
-    assert model.config.to_dict() | {"_name_or_path": ""} == base.config.to_dict() | {"_name_or_path": ""}
+    assert model.config.to_dict() | {"_name_or_path": ""} == base.config.to_dict() | {
+        "_name_or_path": ""
+    }
     assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
 
     variables["TRAIN_ITERS"] = "8"  # started again it goes on
     done = start("--sequence-parallel")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    metrics = [json.loads(line) for line in (out / "checkpoint" / "metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (out / "checkpoint" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in metrics if "split" not in row] == list(range(1, 9))
     assert (out / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "8"

@@ -1,6 +1,8 @@
-"""Random problems for the loss: made once, run on any number of ranks by the public API, held against published.py.
+"""Random problems for the loss: made once, run on any number of ranks by the public API, held
+against published.py.
 
-Legend: s and b are the leading dimensions, V the true vocabulary, W >= V the padded one, w = W / ranks a rank's shard.
+Legend: s and b are the leading dimensions, V the true vocabulary, W >= V the padded one, w = W /
+    ranks a rank's shard.
 """
 
 import contextlib
@@ -50,7 +52,12 @@ INTERVALS: dict[str, dict[str, tuple[float, float]]] = {
     "profit": {"threshold": (0, 0.3)},
     "eaft": {"power": (0, 2)},
     "iw-sft": {"temperature": (0, 2), "clip_min": (0, 0.9), "clip_max": (1, 3)},
-    "idft": {"threshold": (-2, 2), "temperature": (0.2, 2), "weight_min": (0, 0.5), "weight_max": (0.5, 2)},
+    "idft": {
+        "threshold": (-2, 2),
+        "temperature": (0.2, 2),
+        "weight_min": (0, 0.5),
+        "weight_max": (0.5, 2),
+    },
     "proximal": {"clip_high": (0, 0.6)},
     "label-smoothing": {"smoothing": (0, 1)},
     "sft-kl": {"kl_weight": (0, 1)},
@@ -64,7 +71,8 @@ INTERVALS: dict[str, dict[str, tuple[float, float]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call of the loss, unsharded. Token i follows members[index[i]]; without an index there is one member."""
+    """One call of the loss, unsharded. Token i follows members[index[i]]; without an index there is
+    one member."""
 
     members: Sequence[tuple[str, dict[str, Any]]]
     logits: Tensor  # [..., W]
@@ -82,7 +90,9 @@ class Case:
     strided: bool = False  # logits and teacher are not contiguous
     inplace: bool = False
     chunk: int | None = None  # fp32 scratch elements: small, so that several chunks are needed
-    bad_rows: Tensor | None = field(default=None, compare=False)  # [...] tokens whose teacher row is not finite
+    bad_rows: Tensor | None = field(
+        default=None, compare=False
+    )  # [...] tokens whose teacher row is not finite
 
     @property
     def objective(self) -> objectives.Objective:
@@ -90,8 +100,11 @@ class Case:
         return members[0] if self.index is None else objectives.mixture(members, self.index)
 
 
-def random_case(name: str, seed: int, *, width: int, vocab_size: int, dtype: torch.dtype, variant: str) -> Case:
-    """Variant "plain": [s, b], numbers as parameters. "rich": [N], per-token parameters, and every other option."""
+def random_case(
+    name: str, seed: int, *, width: int, vocab_size: int, dtype: torch.dtype, variant: str
+) -> Case:
+    """Variant "plain": [s, b], numbers as parameters. "rich": [N], per-token parameters, and every
+    other option."""
     g = torch.Generator().manual_seed(seed)
     plain = variant == "plain"
     shape = (5, 3) if plain else (13,)
@@ -114,7 +127,9 @@ def random_case(name: str, seed: int, *, width: int, vocab_size: int, dtype: tor
     parameters = NUMBERS.get(name, {}) if plain else {}
     if not plain:
         for key, (low, high) in INTERVALS.get(name, {}).items():
-            parameters[key] = low + (high - low) * torch.rand(shape, generator=g, dtype=torch.float64)
+            parameters[key] = low + (high - low) * torch.rand(
+                shape, generator=g, dtype=torch.float64
+            )
     from_teacher = name in NEEDS_REFERENCE and not plain  # log p_ref(y) is then the dense teacher's
     return Case(
         members=[(name, parameters)],
@@ -122,9 +137,13 @@ def random_case(name: str, seed: int, *, width: int, vocab_size: int, dtype: tor
         labels=labels,
         upstream=upstream,
         vocab_size=vocab_size,
-        teacher=garbage_padding(teacher.to(dtype), vocab_size) if name in NEEDS_TEACHER or from_teacher else None,
+        teacher=garbage_padding(teacher.to(dtype), vocab_size)
+        if name in NEEDS_TEACHER or from_teacher
+        else None,
         reference_logprobs=reference if name in NEEDS_REFERENCE and plain else None,
-        token_weights=2 * torch.rand(shape, generator=g) if name == "critical" or not plain else None,
+        token_weights=2 * torch.rand(shape, generator=g)
+        if name == "critical" or not plain
+        else None,
         sequence_ids=torch.randint(0, 4, shape, generator=g) if name == "iw-sft" else None,
         num_sequences=5 if name == "iw-sft" else None,
         logit_scale=scale,
@@ -139,9 +158,9 @@ def garbage_padding(x: Tensor, vocab_size: int) -> Tensor:
     """What lies in padded columns must not matter: huge, infinite, NaN."""
     x = x.clone()
     padding = x[..., vocab_size:]
-    padding[...] = torch.tensor([6e4, torch.nan, -6e4, torch.inf, -torch.inf], dtype=x.dtype).repeat(x.shape[-1])[
-        : padding.shape[-1]
-    ]
+    padding[...] = torch.tensor(
+        [6e4, torch.nan, -6e4, torch.inf, -torch.inf], dtype=x.dtype
+    ).repeat(x.shape[-1])[: padding.shape[-1]]
     return x
 
 
@@ -156,17 +175,28 @@ def shard_of(x: Tensor, rank: int, world: int, strided: bool = False) -> Tensor:
     )
 
 
-PATHS = ("torch", "triton", "fused")  # implementations; "triton" runs in its interpreter where there is no GPU
+PATHS = (
+    "torch",
+    "triton",
+    "fused",
+)  # implementations; "triton" runs in its interpreter where there is no GPU
 
 
 def call(
-    case: Case, logits: Tensor, rank: int = 0, world: int = 1, group: "dist.ProcessGroup | None" = None, **changes: Any
+    case: Case,
+    logits: Tensor,
+    rank: int = 0,
+    world: int = 1,
+    group: "dist.ProcessGroup | None" = None,
+    **changes: Any,
 ) -> QTargetOutput:
     """The public function on this rank's `logits`."""
     teacher = case.teacher
     if isinstance(teacher, Tensor):
         teacher = shard_of(teacher, rank, world, case.strided)
-    return q_target_cross_entropy(logits, case.labels, case.objective, **(keywords_of(case, teacher, group) | changes))
+    return q_target_cross_entropy(
+        logits, case.labels, case.objective, **(keywords_of(case, teacher, group) | changes)
+    )
 
 
 def keywords_of(case: Case, teacher: Any, group: "dist.ProcessGroup | None") -> dict[str, Any]:
@@ -208,7 +238,8 @@ def run(
     path: str = "torch",
     **changes: Any,
 ) -> dict[str, Any]:
-    """Forward and backward on this rank: the output's fields, and the gradient of its shard as "grad"."""
+    """Forward and backward on this rank: the output's fields, and the gradient of its shard as
+    "grad"."""
     leaf = shard_of(case.logits, rank, world, case.strided).requires_grad_()
     with implementation(path, case.chunk):
         if path == "fused":
@@ -225,11 +256,18 @@ def fields_of(out: QTargetOutput) -> dict[str, Any]:
 
 
 def run_fused(
-    case: Case, logits: Tensor, rank: int, world: int, group: "dist.ProcessGroup | None", **changes: Any
+    case: Case,
+    logits: Tensor,
+    rank: int,
+    world: int,
+    group: "dist.ProcessGroup | None",
+    **changes: Any,
 ) -> dict[str, Any]:
-    """The fused head with hidden = identity, weight = logits.T: logits are the case's, the weight's gradient theirs.
+    """The fused head with hidden = identity, weight = logits.T: logits are the case's, the weight's
+    gradient theirs.
 
-    What lies in padded rows of a weight is finite, so garbage in padding is as large as it can be and no more.
+    What lies in padded rows of a weight is finite, so garbage in padding is as large as it can be
+    and no more.
     """
     n, width = case.labels.numel(), logits.shape[-1]
     hidden = torch.eye(n, dtype=logits.dtype).reshape(*case.labels.shape, n).requires_grad_()
@@ -246,7 +284,9 @@ def run_fused(
     out = q_target_linear_cross_entropy(hidden, weight, case.labels, case.objective, **keywords)
     out.loss.backward(case.upstream.to(out.loss.dtype))
     assert hidden.grad is not None and weight.grad is not None
-    whole = weight.grad.double().T @ weight.detach().double()  # this rank's part of hidden's gradient
+    whole = (
+        weight.grad.double().T @ weight.detach().double()
+    )  # this rank's part of hidden's gradient
     if group is not None:
         dist.all_reduce(whole, group=group)
     error = (hidden.grad.double().reshape(n, n) - whole).abs()
@@ -254,7 +294,9 @@ def run_fused(
     if group is not None:
         dist.all_reduce(scale, group=group)
     info = torch.finfo(logits.dtype)
-    assert (error <= 8 * info.eps * (scale + 4 * info.tiny)).all(), f"hidden's gradient of {case.members}"
+    assert (error <= 8 * info.eps * (scale + 4 * info.tiny)).all(), (
+        f"hidden's gradient of {case.members}"
+    )
     return fields_of(out) | {"grad": weight.grad.T.reshape(logits.shape)}
 
 
@@ -283,16 +325,19 @@ def run_all(rank: int, world: int, cases: Sequence[Case], path: str) -> list[dic
 
 
 def computed(world: int, cases: Sequence[Case], path: str = "torch") -> list[dict[str, Any]]:
-    """The results of all cases on `world` ranks, from one start of them; one rank is this process, without a group."""
+    """The results of all cases on `world` ranks, from one start of them; one rank is this process,
+    without a group."""
     if world == 1:
         return [run(case, path=path) for case in cases]
     return gathered(run_ranks(world, run_all, world, cases, path))
 
 
 def implementations(*worlds: int, quick: bool = False) -> list[Any]:
-    """Parameters for a fixture that calls `results_of`: each path on each number of ranks, and the definition.
+    """Parameters for a fixture that calls `results_of`: each path on each number of ranks, and the
+    definition.
 
-    Triton's interpreter takes a third of a second a case: its runs are slow tests, but on one rank where `quick`.
+    Triton's interpreter takes a third of a second a case: its runs are slow tests, but on one rank
+    where `quick`.
     """
     out: list[Any] = ["reference"]
     for path in PATHS:
@@ -303,16 +348,21 @@ def implementations(*worlds: int, quick: bool = False) -> list[Any]:
 
 
 def results_of(name: str, cases: Sequence[Case]) -> list[dict[str, Any] | None]:
-    """The results of an implementation; None for fp64 logits under Triton, whose kernels compute in fp32."""
+    """The results of an implementation; None for fp64 logits under Triton, whose kernels compute in
+    fp32."""
     if name == "reference":
         return [run_reference(case) for case in cases]
     path, world = name.split("-tp")
     can = [path != "triton" or case.logits.dtype != torch.float64 for case in cases]
-    done = iter(computed(int(world), [case for case, fits in zip(cases, can, strict=True) if fits], path))
+    done = iter(
+        computed(int(world), [case for case, fits in zip(cases, can, strict=True) if fits], path)
+    )
     return [next(done) if fits else None for fits in can]
 
 
-def check_or_skip(case: Case, result: dict[str, Any] | None, tolerance: float | None = None) -> None:
+def check_or_skip(
+    case: Case, result: dict[str, Any] | None, tolerance: float | None = None
+) -> None:
     """`check`; a result that cannot be is skipped."""
     if result is None:
         pytest.skip("the kernels compute in fp32")
@@ -320,12 +370,15 @@ def check_or_skip(case: Case, result: dict[str, Any] | None, tolerance: float | 
 
 
 def gathered(per_rank: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One result a case: per-token fields must be equal to the bit on all ranks, gradients are put together."""
+    """One result a case: per-token fields must be equal to the bit on all ranks, gradients are put
+    together."""
     out = []
     for results in zip(*per_rank, strict=True):
         for other in results[1:]:
             for key in results[0].keys() - {"grad"}:
-                assert torch.equal(results[0][key].nan_to_num(-7), other[key].nan_to_num(-7)), f"ranks differ in {key}"
+                assert torch.equal(results[0][key].nan_to_num(-7), other[key].nan_to_num(-7)), (
+                    f"ranks differ in {key}"
+                )
         out.append(results[0] | {"grad": torch.cat([r["grad"] for r in results], -1)})
     return out
 
@@ -354,7 +407,9 @@ def truth(case: Case) -> Truth:
     if isinstance(case.teacher, TeacherTopK):
         t = case.teacher
         mass = None if t.tail_logmass is None else t.tail_logmass.reshape(-1)
-        log_t = published.topk_teacher(t.ids.flatten(0, -2), t.logprobs.flatten(0, -2), v, t.tail, mass)
+        log_t = published.topk_teacher(
+            t.ids.flatten(0, -2), t.logprobs.flatten(0, -2), v, t.tail, mass
+        )
         batch = replace(batch, log_t=log_t)
         if t.label_logprobs is not None:
             batch = replace(batch, log_ref=t.label_logprobs.reshape(-1).double())
@@ -367,18 +422,27 @@ def truth(case: Case) -> Truth:
         assert batch.log_ref is not None
         # tokens of other objectives may have no reference
         counted, ids = supervised & ~batch.log_ref.isnan(), case.sequence_ids.reshape(-1)
-        batch = replace(batch, sequence_log_ratio=published.sequence_log_ratio(batch.detached(), ids, counted))
+        batch = replace(
+            batch, sequence_log_ratio=published.sequence_log_ratio(batch.detached(), ids, counted)
+        )
 
     index = torch.zeros_like(flat) if case.index is None else case.index.reshape(-1)
     members = [
         (
             name,
-            {k: p.double().broadcast_to(shape).reshape(-1) if isinstance(p, Tensor) else p for k, p in given.items()},
+            {
+                k: p.double().broadcast_to(shape).reshape(-1) if isinstance(p, Tensor) else p
+                for k, p in given.items()
+            },
         )
         for name, given in case.members
     ]
     kept = published.expected(batch.rows(supervised), *rows_of_members(members, index, supervised))
-    weights = torch.ones(len(flat)).double() if case.token_weights is None else case.token_weights.reshape(-1).double()
+    weights = (
+        torch.ones(len(flat)).double()
+        if case.token_weights is None
+        else case.token_weights.reshape(-1).double()
+    )
     upstream = case.upstream.reshape(-1).double()
     objective = (weights[supervised] * upstream[supervised] * kept.published).sum()
     grad = torch.zeros(len(flat), case.logits.shape[-1], dtype=torch.float64)
@@ -386,7 +450,9 @@ def truth(case: Case) -> Truth:
         grad[:, :v] = torch.autograd.grad(objective, leaf)[0]
 
     def full(values: Tensor) -> Tensor:
-        return torch.zeros(len(flat), dtype=torch.float64).masked_scatter(supervised, values.detach())
+        return torch.zeros(len(flat), dtype=torch.float64).masked_scatter(
+            supervised, values.detach()
+        )
 
     everywhere = published.Expected(**{key: full(value) for key, value in vars(kept).items()})
     return Truth(everywhere, supervised, full(weights[supervised] * kept.loss), grad)
@@ -410,7 +476,8 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def check(case: Case, result: dict[str, Any], tolerance: float | None = None) -> None:
-    """Values, gradients, coefficients and KL of one call against the truth, at the precision of the logits' type."""
+    """Values, gradients, coefficients and KL of one call against the truth, at the precision of the
+    logits' type."""
     t = truth(case)
     dtype = case.logits.dtype
     tolerance = tolerance or (1e-10 if dtype == torch.float64 else 1e-5)
@@ -428,21 +495,31 @@ def check(case: Case, result: dict[str, Any], tolerance: float | None = None) ->
     close(result["loss"], t.loss, tolerance * t.loss.abs().clamp(min=1), f"loss of {where}")
     for key in ("imitation", "residual", "nll", *case.diagnostics):
         value = getattr(want, key)
-        close(result[key], value, tolerance * value.abs().clamp(min=1).nan_to_num(1), f"{key} of {where}")
+        close(
+            result[key],
+            value,
+            tolerance * value.abs().clamp(min=1).nan_to_num(1),
+            f"{key} of {where}",
+        )
 
-    size = torch.maximum(want.imitation.abs() + want.residual.abs(), want.residual.abs() * want.largest_pi)
+    size = torch.maximum(
+        want.imitation.abs() + want.residual.abs(), want.residual.abs() * want.largest_pi
+    )
     allowed = tolerance * (size * factor)[:, None]
     if dtype in (torch.bfloat16, torch.float16):
         allowed = torch.maximum(allowed, ulp(t.grad, dtype))
     allowed = allowed + torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
     grad = result["grad"].reshape(t.grad.shape)
     close(grad, t.grad, allowed.broadcast_to(grad.shape), f"gradient of {where}")
-    assert not grad[factor == 0].any() and not grad[:, case.vocab_size :].any(), f"gradient that must be zero: {where}"
+    assert not grad[factor == 0].any() and not grad[:, case.vocab_size :].any(), (
+        f"gradient that must be zero: {where}"
+    )
     assert not result["loss"].reshape(-1)[~t.supervised].any(), f"loss of an ignored token: {where}"
 
 
 def close(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> None:
-    """|got - want| <= allowed everywhere, NaN exactly where NaN is wanted; the message names the worst element."""
+    """|got - want| <= allowed everywhere, NaN exactly where NaN is wanted; the message names the
+    worst element."""
     assert torch.isfinite(allowed).all(), "a tolerance that is not finite would allow anything"
     got = got.detach().double().reshape(want.shape)
     same_nan = torch.isnan(got) == torch.isnan(want)
@@ -452,5 +529,6 @@ def close(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> None:
         i = int(excess.argmax())
         raise AssertionError(
             f"{what}: element {i} is {got.flatten()[i]:.17g}, not {want.flatten()[i]:.17g} "
-            f"(allowed {allowed.flatten()[i]:.3g}); {int((excess > 0).sum())} of {excess.numel()} are off"
+            f"(allowed {allowed.flatten()[i]:.3g}); {int((excess > 0).sum())} of {excess.numel()}"
+            " are off"
         )

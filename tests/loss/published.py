@@ -1,11 +1,14 @@
-"""The 18 objectives as their papers write them: dense, fp64, plain autograd. Independent: nothing of the package here.
+"""The 18 objectives as their papers write them: dense, fp64, plain autograd. Independent: nothing
+of the package here.
 
 Two descriptions of each objective, which test_published.py holds against one another:
 
 - `PUBLISHED[name]` is the published loss; autograd of it is the truth for gradients.
-- `SURROGATE[name]` is (c_y, c_r, pi) of c_y * CE(onehot(y), p) + c_r * CE(pi, p), in closed form: the truth for values.
+- `SURROGATE[name]` is (c_y, c_r, pi) of c_y * CE(onehot(y), p) + c_r * CE(pi, p), in closed form:
+  the truth for values.
 
-Both take a `Batch` of N tokens over the true vocabulary V and the objective's parameters, numbers or [N] tensors.
+Both take a `Batch` of N tokens over the true vocabulary V and the objective's parameters, numbers
+or [N] tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# the rows whose surrogate is the published loss itself; the others' differ by a constant or have equal gradients only
+# the rows whose surrogate is the published loss itself; the others' differ by a constant or have
+# equal gradients only
 SAME_VALUE = frozenset(
-    "sft dft profit eaft iw-sft critical label-smoothing gem kd kd-hybrid target-sft gift idft".split()
+    "sft dft profit eaft iw-sft critical label-smoothing gem kd kd-hybrid target-sft gift"
+    " idft".split()
 )
 
 
@@ -109,18 +114,27 @@ def topk_teacher(
     """log T [N, V] of a teacher known at k tokens."""
     mass = torch.zeros(len(ids), vocab_size, dtype=torch.float64)
     for i in range(len(ids)):
-        known = {int(v): float(logprob) for v, logprob in zip(ids[i], logprobs[i].double(), strict=True) if v >= 0}
+        known = {
+            int(v): float(logprob)
+            for v, logprob in zip(ids[i], logprobs[i].double(), strict=True)
+            if v >= 0
+        }
         for v, logprob in known.items():
             mass[i, v] = torch.tensor(logprob, dtype=torch.float64).exp()
         if tail == "uniform":
-            missing = (1 - mass[i].sum()).clamp(min=0) if tail_logmass is None else tail_logmass[i].double().exp()
+            missing = (
+                (1 - mass[i].sum()).clamp(min=0)
+                if tail_logmass is None
+                else tail_logmass[i].double().exp()
+            )
             others = [v for v in range(vocab_size) if v not in known]
             mass[i, others] = missing / max(len(others), 1)
     return (mass / mass.sum(-1, keepdim=True)).log()
 
 
 def power_loss(nll: Tensor, a: Any) -> Tensor:
-    """(1 - p^a) / a, whose limit at a = 0 is -log p; p^a as exp(a log p), which autograd survives at p = 0."""
+    """(1 - p^a) / a, whose limit at a = 0 is -log p; p^a as exp(a log p), which autograd survives
+    at p = 0."""
     a = torch.as_tensor(a, dtype=torch.float64).broadcast_to(nll.shape)
     safe = torch.where(a == 0, torch.ones_like(a), a)
     return torch.where(a == 0, nll, (1 - torch.exp(-safe * nll)) / safe)
@@ -129,14 +143,22 @@ def power_loss(nll: Tensor, a: Any) -> Tensor:
 def topk_confidence(b: Batch, top_k: int) -> Tensor:
     """Entropy of the renormalised k most likely tokens over log k."""
     top = b.p.topk(min(top_k, b.p.shape[-1]), -1).values
-    k = torch.tensor(max(top.shape[-1], 2), dtype=torch.float64)  # of one token the entropy is 0, whatever it is over
-    return (entropy(top / top.sum(-1, keepdim=True)) / k.log()).clamp(max=1)  # 1 is its maximum, but for rounding
+    k = torch.tensor(
+        max(top.shape[-1], 2), dtype=torch.float64
+    )  # of one token the entropy is 0, whatever it is over
+    return (entropy(top / top.sum(-1, keepdim=True)) / k.log()).clamp(
+        max=1
+    )  # 1 is its maximum, but for rounding
 
 
 def mixed_target(b: Batch, eta: Any) -> Tensor:
     """softmax((1 - eta) log p + eta log T): the residual of target-sft."""
     eta = column(torch.as_tensor(eta, dtype=torch.float64))
-    guided = torch.zeros_like(b.z) if b.log_t is None else torch.where(eta == 0, torch.zeros_like(b.z), eta * b.log_t)
+    guided = (
+        torch.zeros_like(b.z)
+        if b.log_t is None
+        else torch.where(eta == 0, torch.zeros_like(b.z), eta * b.log_t)
+    )
     own = torch.where(eta == 1, torch.zeros_like(b.z), (1 - eta) * b.log_p)
     return torch.softmax(own + guided, -1)
 
@@ -157,11 +179,15 @@ def proximal_loss(b: Batch, clip_high: Any, clip_low: float = 0.2) -> Tensor:
 def importance_weight(b: Batch, temperature: Any, clip_min: Any, clip_max: Any) -> Tensor:
     assert b.sequence_log_ratio is not None
     w = torch.exp(temperature * b.sequence_log_ratio)
-    low, high = (torch.as_tensor(x, dtype=torch.float64).broadcast_to(w.shape) for x in (clip_min, clip_max))
+    low, high = (
+        torch.as_tensor(x, dtype=torch.float64).broadcast_to(w.shape) for x in (clip_min, clip_max)
+    )
     return torch.minimum(torch.maximum(w, low), high)
 
 
-def idft_weight(b: Batch, threshold: Any, temperature: Any, weight_min: Any, weight_max: Any) -> Tensor:
+def idft_weight(
+    b: Batch, threshold: Any, temperature: Any, weight_min: Any, weight_max: Any
+) -> Tensor:
     score = (-b.nll + entropy(b.p) - threshold) / temperature
     return weight_max - (weight_max - weight_min) * torch.sigmoid(-score)
 
@@ -183,10 +209,16 @@ PUBLISHED: dict[str, Loss] = {
         idft_weight(b.detached(), threshold, temperature, weight_min, weight_max) * b.nll
     ),
     "proximal": lambda b, clip_high=0.28: proximal_loss(b, clip_high),
-    "label-smoothing": lambda b, smoothing=0.1: (1 - smoothing) * b.nll - smoothing * b.log_p.mean(-1),
+    "label-smoothing": lambda b, smoothing=0.1: (
+        (1 - smoothing) * b.nll - smoothing * b.log_p.mean(-1)
+    ),
     "sft-kl": lambda b, kl_weight=0.1: b.nll + kl_weight * kl_divergence(b.t, b.log_p),
-    "asft": lambda b, kl_weight=0.05: b.p_y.detach() * b.nll + kl_weight * kl_divergence(b.t, b.log_p),
-    "gem": lambda b, beta=0.7: b.nll - cross_entropy(torch.softmax(b.z.detach() / column(beta), -1), b.log_p),
+    "asft": lambda b, kl_weight=0.05: (
+        b.p_y.detach() * b.nll + kl_weight * kl_divergence(b.t, b.log_p)
+    ),
+    "gem": lambda b, beta=0.7: (
+        b.nll - cross_entropy(torch.softmax(b.z.detach() / column(beta), -1), b.log_p)
+    ),
     "kd": lambda b: cross_entropy(b.t, b.log_p),
     "kd-hybrid": lambda b, teacher_weight=0.5: (
         (1 - teacher_weight) * b.nll + teacher_weight * cross_entropy(b.t, b.log_p)
@@ -204,7 +236,8 @@ def only_label(c_y: Any) -> tuple[Any, Any, None]:
 
 
 def gift_parts(b: Batch, beta: Any) -> tuple[Any, Any, Tensor]:
-    """Q is T / Z away from y, Z = sum T e^(beta onehot); at y it is T e^beta / Z, of which T / Z belongs to pi."""
+    """Q is T / Z away from y, Z = sum T e^(beta onehot); at y it is T e^beta / Z, of which T / Z
+    belongs to pi."""
     z = (b.t * torch.exp(column(beta) * b.onehot)).sum(-1)
     return b.at_y(b.t) * torch.expm1(torch.as_tensor(beta, dtype=torch.float64)) / z, 1 / z, b.t
 
@@ -247,7 +280,8 @@ SURROGATE: dict[str, Callable[..., tuple[Any, Any, Tensor | None]]] = {
 
 @dataclass(frozen=True)
 class Expected:
-    """Per token [N]: the published loss (differentiable in z), the surrogate's value, and its parts."""
+    """Per token [N]: the published loss (differentiable in z), the surrogate's value, and its
+    parts."""
 
     published: Tensor
     loss: Tensor
@@ -259,13 +293,17 @@ class Expected:
     kl: Tensor  # KL(Q || p), NaN where it is not promised
 
 
-def expected(batch: Batch, members: Sequence[tuple[str, dict[str, Any]]], index: Tensor) -> Expected:
+def expected(
+    batch: Batch, members: Sequence[tuple[str, dict[str, Any]]], index: Tensor
+) -> Expected:
     """Token i follows members[index[i]] = (name, parameters)."""
     n = len(batch.y)
     parts = {key: torch.zeros(n, dtype=torch.float64) for key in Expected.__dataclass_fields__}
     for i, (name, parameters) in enumerate(members):
         chosen = index == i
-        given = {k: v[chosen] if isinstance(v, Tensor) and v.dim() else v for k, v in parameters.items()}
+        given = {
+            k: v[chosen] if isinstance(v, Tensor) and v.dim() else v for k, v in parameters.items()
+        }
         b = batch.rows(chosen)
         parts["published"] = parts["published"].masked_scatter(chosen, PUBLISHED[name](b, **given))
         for key, value in surrogate_values(b.detached(), name, given).items():
@@ -284,4 +322,9 @@ def surrogate_values(b: Batch, name: str, parameters: dict[str, Any]) -> dict[st
     kl = torch.where(label_only | whole, kl_divergence(q, b.log_p), torch.full_like(c_y, torch.nan))
     largest = torch.where(c_r == 0, torch.zeros_like(c_r), pi.amax(-1)) if len(c_r) else c_r
     coefficients = {"imitation": c_y, "residual": c_r, "largest_pi": largest}
-    return coefficients | {"loss": c_y * b.nll + spread, "nll": b.nll, "entropy": entropy(b.p), "kl": kl}
+    return coefficients | {
+        "loss": c_y * b.nll + spread,
+        "nll": b.nll,
+        "entropy": entropy(b.p),
+        "kl": kl,
+    }

@@ -1,4 +1,5 @@
-"""What the loss may cost: collectives, what is kept for backward, and not one wait of the host for the device."""
+"""What the loss may cost: collectives, what is kept for backward, and not one wait of the host for
+the device."""
 
 import contextlib
 import gc
@@ -18,17 +19,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tsft import TeacherTopK, objectives, q_target_cross_entropy
 from megatron_tsft.loss import token_chunks
-from tests.loss.cases import NEEDS_TEACHER, NUMBERS, Case, call, implementation, random_case, shard_of
+from tests.loss.cases import (
+    NEEDS_TEACHER,
+    NUMBERS,
+    Case,
+    call,
+    implementation,
+    random_case,
+    shard_of,
+)
 from tests.loss.published import NAMES
 from tests.ranks import run_ranks
 
 WIDTH, VOCABULARY = 24, 21
-GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # collectives.py
+GATHER = (
+    "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+)  # collectives.py
 COLLECTIVES = [
     name
     for name in dir(dist)
     if name.startswith(
-        ("all_", "reduce", "broadcast", "gather", "scatter", "send", "recv", "isend", "irecv", "barrier")
+        (
+            "all_",
+            "reduce",
+            "broadcast",
+            "gather",
+            "scatter",
+            "send",
+            "recv",
+            "isend",
+            "irecv",
+            "barrier",
+        )
     )
     and callable(getattr(dist, name))
 ]
@@ -36,22 +58,27 @@ COLLECTIVES = [
 
 def cases(dtype: torch.dtype = torch.float32) -> dict[str, Case]:
     made = {
-        f"{name}-{variant}": random_case(name, 3, width=WIDTH, vocab_size=VOCABULARY, dtype=dtype, variant=variant)
+        f"{name}-{variant}": random_case(
+            name, 3, width=WIDTH, vocab_size=VOCABULARY, dtype=dtype, variant=variant
+        )
         for name in NAMES
         for variant in ("plain", "rich")
     }
     for name in NEEDS_TEACHER:
         plain = made[f"{name}-plain"]
         ids = torch.arange(4).expand(*plain.labels.shape, 4)
-        made[f"{name}-top-k"] = replace(plain, teacher=TeacherTopK(ids, torch.full(ids.shape, 0.2).log()))
+        made[f"{name}-top-k"] = replace(
+            plain, teacher=TeacherTopK(ids, torch.full(ids.shape, 0.2).log())
+        )
     return {key: replace(case, diagnostics=("entropy", "kl")) for key, case in made.items()}
 
 
-# ---- collectives -----------------------------------------------------------------------------------------------------
+# ---- collectives ---------------------------------------------------------------------------------
 
 
 def count_collectives(rank: int) -> dict[str, tuple[Counter, Counter]]:
-    """Per case: what was called forward and backward, in a group of two that is both TP and (for iw-sft) CP."""
+    """Per case: what was called forward and backward, in a group of two that is both TP and (for
+    iw-sft) CP."""
     group, calls = dist.group.WORLD, Counter()
     out = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -89,17 +116,27 @@ def test_the_counter_sees_collectives() -> None:
 
 
 def test_only_what_is_asked_for_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers a token: the three of cross-entropy (m, s and the label's logit), then what an objective adds."""
+    """Numbers a token: the three of cross-entropy (m, s and the label's logit), then what an
+    objective adds."""
     moved: list[int] = []
     monkeypatch.setattr(dist, GATHER, lambda out, x, **keywords: moved.append(len(x)))
-    for name, numbers in {"sft": [3], "dft": [3], "idft": [4], "deft": [4], "gem": [6], "eaft": [8]}.items():
+    for name, numbers in {
+        "sft": [3],
+        "dft": [3],
+        "idft": [4],
+        "deft": [4],
+        "gem": [6],
+        "eaft": [8],
+    }.items():
         moved.clear()
-        case = random_case(name, 3, width=WIDTH, vocab_size=VOCABULARY, dtype=torch.float32, variant="plain")
+        case = random_case(
+            name, 3, width=WIDTH, vocab_size=VOCABULARY, dtype=torch.float32, variant="plain"
+        )
         call(case, shard_of(case.logits, 1, 2), 1, 2, Alone())  # type: ignore[arg-type]
         assert moved == numbers, name
 
 
-# ---- memory ----------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------
 
 
 def tensors_in(thing: Any) -> list[Tensor]:
@@ -115,7 +152,8 @@ def tensors_in(thing: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", cases(torch.bfloat16))
 def test_nothing_vocabulary_sized_is_made_for_backward(name: str) -> None:
-    """Kept are the logits and the teacher themselves, a record of k a token, and a few numbers a token."""
+    """Kept are the logits and the teacher themselves, a record of k a token, and a few numbers a
+    token."""
     case = replace(cases(torch.bfloat16)[name], strided=False)
     leaf = shard_of(case.logits, 0, 1).requires_grad_()
     logits = leaf * 1
@@ -134,10 +172,15 @@ def test_nothing_vocabulary_sized_is_made_for_backward(name: str) -> None:
     tokens, k = case.labels.numel(), 4
     large = [t for t in kept if t.numel() > tokens * k and t.data_ptr() != logits.data_ptr()]
     if isinstance(case.teacher, Tensor):
-        assert all(t.dtype == torch.bfloat16 and t.shape == (tokens, WIDTH) for t in large) and len(large) <= 1
+        assert (
+            all(t.dtype == torch.bfloat16 and t.shape == (tokens, WIDTH) for t in large)
+            and len(large) <= 1
+        )
     else:
         assert not large
-    assert any(t.data_ptr() == logits.data_ptr() for t in saved), "the logits are kept by reference, through autograd"
+    assert any(t.data_ptr() == logits.data_ptr() for t in saved), (
+        "the logits are kept by reference, through autograd"
+    )
     loss.backward(case.upstream.float())
 
 
@@ -190,7 +233,8 @@ def test_a_large_gradient_is_mapped_in_huge_pages(monkeypatch: pytest.MonkeyPatc
     for memory in (mmap.mmap, Memory):
         monkeypatch.setattr(mmap, "mmap", memory)
         (grad,) = torch.autograd.grad(
-            q_target_cross_entropy(logits, torch.arange(9), objectives.get("sft")).loss.sum(), logits
+            q_target_cross_entropy(logits, torch.arange(9), objectives.get("sft")).loss.sum(),
+            logits,
         )
         want = torch.softmax(logits.detach(), -1) - torch.nn.functional.one_hot(torch.arange(9), 64)
         torch.testing.assert_close(grad, want)
@@ -219,7 +263,7 @@ def test_the_callers_tensors_are_left_alone() -> None:
             assert torch.equal(t.nan_to_num(-7), old.nan_to_num(-7)), name
 
 
-# ---- the host --------------------------------------------------------------------------------------------------------
+# ---- the host ------------------------------------------------------------------------------------
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero")
 COPIES = ("_to_copy", "copy_")
@@ -242,18 +286,22 @@ class NoHostReads(TorchDispatchMode):
 
 
 class NoUploads(TorchFunctionMode):
-    """Raises where torch.tensor and its like make a tensor on the device from numbers of the host, which is a copy."""
+    """Raises where torch.tensor and its like make a tensor on the device from numbers of the host,
+    which is a copy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in FACTORIES and "meta" in device_types(out) and "meta" not in device_types(*args):
-            raise AssertionError(f"{func.__name__}{args} is copied to the device, and the host waits")
+            raise AssertionError(
+                f"{func.__name__}{args} is copied to the device, and the host waits"
+            )
         return out
 
 
 @contextlib.contextmanager
 def no_waiting() -> Iterator[None]:
-    """The meta device stands for a GPU: it has no data, so whatever needs them fails, and the modes see the rest."""
+    """The meta device stands for a GPU: it has no data, so whatever needs them fails, and the modes
+    see the rest."""
     with NoHostReads(), NoUploads():
         yield
 
@@ -284,10 +332,13 @@ def without_moving(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("name", cases())
 def test_no_host_synchronisation(name: str, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward, with numbers, 0-dim and per-token tensors as parameters: fit for a CUDA graph."""
+    """Forward and backward, with numbers, 0-dim and per-token tensors as parameters: fit for a CUDA
+    graph."""
     without_moving(monkeypatch)
     case = cases()[name]
-    members = [(n, {key: on_meta(value) for key, value in given.items()}) for n, given in case.members]
+    members = [
+        (n, {key: on_meta(value) for key, value in given.items()}) for n, given in case.members
+    ]
     moved = {f.name: on_meta(getattr(case, f.name)) for f in fields(case)}
     case = replace(case, **moved | {"members": members})
     group: Any = Alone() if world == 2 else None
@@ -303,8 +354,13 @@ def test_no_host_synchronisation_with_scheduled_parameters(name: str) -> None:
     """Parameters in 0-dim device tensors, which a schedule updates in place."""
     case = cases()[f"{name}-plain"]
     given = case.members[0][1]
-    members = [(name, {k: v if k == "top_k" else torch.tensor(v).to("meta") for k, v in given.items()})]
-    case = replace(case, **{f.name: on_meta(getattr(case, f.name)) for f in fields(case)} | {"members": members})
+    members = [
+        (name, {k: v if k == "top_k" else torch.tensor(v).to("meta") for k, v in given.items()})
+    ]
+    case = replace(
+        case,
+        **{f.name: on_meta(getattr(case, f.name)) for f in fields(case)} | {"members": members},
+    )
     leaf = shard_of(case.logits, 0, 1).requires_grad_()
     with no_waiting():
         call(case, leaf * 1).loss.backward(case.upstream.float())
@@ -315,7 +371,10 @@ def test_no_host_synchronisation_in_a_mixture() -> None:
     members = [objectives.get(name) for name in NAMES]
     index = torch.arange(36).reshape(shape) % len(members)
     mixed = objectives.mixture(members, index.to("meta"))
-    tokens, labels = torch.zeros(shape, device="meta"), torch.zeros(shape, dtype=torch.int64, device="meta")
+    tokens, labels = (
+        torch.zeros(shape, device="meta"),
+        torch.zeros(shape, dtype=torch.int64, device="meta"),
+    )
     logits = torch.zeros(*shape, WIDTH, device="meta").requires_grad_()
     with no_waiting():
         out = q_target_cross_entropy(

@@ -1,4 +1,5 @@
-"""torch.compile around the losses: it breaks its graph there, once, and gives what eager code gives."""
+"""torch.compile around the losses: it breaks its graph there, once, and gives what eager code
+gives."""
 
 import os
 import tempfile
@@ -8,13 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_tsft import TeacherHidden, TeacherTopK, objectives, q_target_cross_entropy, q_target_linear_cross_entropy
+from megatron_tsft import (
+    TeacherHidden,
+    TeacherTopK,
+    objectives,
+    q_target_cross_entropy,
+    q_target_linear_cross_entropy,
+)
 from tests.fresh import fresh
 from tests.loss.cases import PATHS, implementation
 
 SHAPE, WIDTH, SIZE = (5, 3), 20, 6
 # torch asks for .grad of what enters the graph after a break, whatever function it broke at
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
 
 
 class Model(nn.Module):
@@ -23,10 +32,16 @@ class Model(nn.Module):
     def __init__(self, fused: bool):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.linear, self.fused = nn.Embedding(WIDTH, SIZE), nn.Linear(SIZE, SIZE), fused
+        self.embedding, self.linear, self.fused = (
+            nn.Embedding(WIDTH, SIZE),
+            nn.Linear(SIZE, SIZE),
+            fused,
+        )
         self.head = nn.Parameter(torch.randn(WIDTH, SIZE))
 
-    def forward(self, tokens: Tensor, labels: Tensor, objective: objectives.Objective, **given: Any) -> Tensor:
+    def forward(
+        self, tokens: Tensor, labels: Tensor, objective: objectives.Objective, **given: Any
+    ) -> Tensor:
         hidden = torch.tanh(self.linear(self.embedding(tokens)))
         if self.fused:
             out = q_target_linear_cross_entropy(hidden, self.head, labels, objective, **given)
@@ -60,7 +75,8 @@ def step(model: nn.Module, forward: Any, name: str, given: dict[str, Any]) -> li
 
 @pytest.mark.parametrize("path", PATHS)
 def test_compiled(path: str) -> None:
-    """One graph before the loss and one after, nothing of the loss between them, and not a bit is different."""
+    """One graph before the loss and one after, nothing of the loss between them, and not a bit is
+    different."""
     model, graphs = Model(path == "fused"), []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -84,7 +100,9 @@ def compile_for_real() -> None:
         for model in map(Model, (False, True)):
             compiled = torch.compile(model)
             for problem in problems(model.fused):
-                for got, want in zip(step(model, compiled, *problem), step(model, model, *problem), strict=True):
+                for got, want in zip(
+                    step(model, compiled, *problem), step(model, model, *problem), strict=True
+                ):
                     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 

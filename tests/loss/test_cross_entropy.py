@@ -25,11 +25,17 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("smoothing", [None, 0.0, 0.1])
 @pytest.mark.parametrize("vocab_size", [V, V - 3])
-def test_torch(dtype: torch.dtype, tolerance: float, smoothing: float | None, vocab_size: int) -> None:
+def test_torch(
+    dtype: torch.dtype, tolerance: float, smoothing: float | None, vocab_size: int
+) -> None:
     logits, labels, upstream = batch(dtype)
     labels = torch.where(labels < vocab_size, labels, -100)
     theirs, ours = (logits.clone().requires_grad_() for _ in range(2))
-    sft = objectives.get("sft") if smoothing is None else objectives.get("label-smoothing", smoothing=smoothing)
+    sft = (
+        objectives.get("sft")
+        if smoothing is None
+        else objectives.get("label-smoothing", smoothing=smoothing)
+    )
     want = F.cross_entropy(
         theirs[..., :vocab_size].reshape(-1, vocab_size),
         labels.reshape(-1),
@@ -58,7 +64,9 @@ def both(rank: int) -> list[list[tuple[Tensor, Tensor]]]:
         logits, labels, upstream = batch(dtype)
         leaf = logits[..., rank * V // 2 : (rank + 1) * V // 2].clone().requires_grad_()
         if megatron:
-            loss = vocab_parallel_cross_entropy(leaf.clone(), labels, tp_group=group)  # it destroys fp32 logits
+            loss = vocab_parallel_cross_entropy(
+                leaf.clone(), labels, tp_group=group
+            )  # it destroys fp32 logits
         else:
             loss = q_target_cross_entropy(leaf, labels, objectives.get("sft"), tp_group=group).loss
         loss.backward(upstream.to(loss.dtype))

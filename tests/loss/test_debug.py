@@ -1,4 +1,5 @@
-"""TSFT_DEBUG=1 raises on bad labels and teacher rows; without it a bad row has no loss, no gradient, and is counted."""
+"""TSFT_DEBUG=1 raises on bad labels and teacher rows; without it a bad row has no loss, no
+gradient, and is counted."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,9 @@ SPOILED = [(0, 1), (3, 0), (4, 2)]  # positions [s, b]
 
 
 def case_of(name: str, labels_there: bool = True) -> Case:
-    case = random_case(name, 5, width=WIDTH, vocab_size=VOCABULARY, dtype=torch.float32, variant="plain")
+    case = random_case(
+        name, 5, width=WIDTH, vocab_size=VOCABULARY, dtype=torch.float32, variant="plain"
+    )
     labels = case.labels.clone()
     for at in SPOILED:
         labels[at] = 4 if labels_there else -100
@@ -58,12 +61,16 @@ def whole(value: float) -> Callable[[Tensor], Tensor]:
 def bad_cases(**keywords: Any) -> dict[str, Case]:
     cases = {
         "kd-nan": dense(case_of("kd", **keywords), one(torch.nan)),
-        "target-sft-nan-in-the-last-shard": dense(case_of("target-sft", **keywords), last(torch.nan)),
+        "target-sft-nan-in-the-last-shard": dense(
+            case_of("target-sft", **keywords), last(torch.nan)
+        ),
         "gift-inf": dense(case_of("gift", **keywords), last(torch.inf)),
         "asft-all-minus-inf": dense(case_of("asft", **keywords), whole(-torch.inf)),
         "kd-hybrid-top-k-nan": top_k(case_of("kd-hybrid", **keywords), one(torch.nan), "uniform"),
         "sft-kl-top-k-inf": top_k(case_of("sft-kl", **keywords), one(torch.inf), "drop"),
-        "target-sft-top-k-all-minus-inf": top_k(case_of("target-sft", **keywords), whole(-torch.inf), "drop"),
+        "target-sft-top-k-all-minus-inf": top_k(
+            case_of("target-sft", **keywords), whole(-torch.inf), "drop"
+        ),
     }
     proximal = case_of("proximal", **keywords)
     iw_sft = case_of("iw-sft", **keywords)
@@ -73,7 +80,9 @@ def bad_cases(**keywords: Any) -> dict[str, Case]:
             reference = case.reference_logprobs.masked_fill(case.bad_rows, value)
             cases[f"{name}-reference-{value}"] = replace(case, reference_logprobs=reference)
     teacher = case_of("kd").teacher
-    from_teacher = dense(replace(proximal, reference_logprobs=None, teacher=teacher), one(torch.nan))
+    from_teacher = dense(
+        replace(proximal, reference_logprobs=None, teacher=teacher), one(torch.nan)
+    )
     return cases | {"proximal-teacher-nan": from_teacher}
 
 
@@ -96,7 +105,9 @@ def test_bad_rows_at_ignored_labels_do_not_count() -> None:
 @pytest.mark.parametrize("name", bad_cases())
 def test_debug_raises_on_a_bad_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TSFT_DEBUG", "1")
-    with pytest.raises(ValueError, match=r"3 teacher rows are not finite, at flat token positions \[1, 9, 14\]"):
+    with pytest.raises(
+        ValueError, match=r"3 teacher rows are not finite, at flat token positions \[1, 9, 14\]"
+    ):
         run(bad_cases()[name])
 
 

@@ -1,4 +1,5 @@
-"""Who reads the vocabulary: what TSFT_BACKEND and the logits choose, what is refused, and a machine without Triton."""
+"""Who reads the vocabulary: what TSFT_BACKEND and the logits choose, what is refused, and a machine
+without Triton."""
 
 import importlib
 import sys
@@ -15,11 +16,14 @@ from tests.fresh import fresh
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels_for_this_machine() -> None:
-    """Imported before a test takes TRITON_INTERPRET away: triton.jit reads it once, for every test of the process."""
+    """Imported before a test takes TRITON_INTERPRET away: triton.jit reads it once, for every test
+    of the process."""
     importlib.import_module("megatron_tsft.loss.triton.launch")
 
 
-def chosen(backend: str | None, interpret: str | None, device: str, dtype: torch.dtype = torch.float32) -> str:
+def chosen(
+    backend: str | None, interpret: str | None, device: str, dtype: torch.dtype = torch.float32
+) -> str:
     """The implementation's name for such logits, or why there is none."""
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -47,7 +51,13 @@ CHOICES = [
     ("triton", None, "cuda", torch.bfloat16, TRITON),
     ("Triton", "1", "cpu", torch.float32, "TSFT_BACKEND='Triton'; valid: torch, triton, or unset"),
     ("cuda", None, "cuda", torch.float32, "TSFT_BACKEND='cuda'; valid: torch, triton, or unset"),
-    ("triton", None, "cpu", torch.float32, "logits are on the CPU; TRITON_INTERPRET=1, set before the start"),
+    (
+        "triton",
+        None,
+        "cpu",
+        torch.float32,
+        "logits are on the CPU; TRITON_INTERPRET=1, set before the start",
+    ),
     ("triton", "0", "cpu", torch.float32, "logits are on the CPU"),
     ("triton", "1", "cpu", torch.float64, "logits are float64, the kernels compute in float32"),
     ("triton", None, "cuda", torch.float64, "logits are float64"),
@@ -56,7 +66,9 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("backend", "interpret", "device", "dtype", "expected"), CHOICES)
-def test_chosen(backend: Any, interpret: Any, device: str, dtype: torch.dtype, expected: str) -> None:
+def test_chosen(
+    backend: Any, interpret: Any, device: str, dtype: torch.dtype, expected: str
+) -> None:
     got = chosen(backend, interpret, device, dtype)
     assert got == expected if expected in (TORCH, TRITON) else expected in got
 
@@ -64,7 +76,9 @@ def test_chosen(backend: Any, interpret: Any, device: str, dtype: torch.dtype, e
 def solve() -> list[list]:
     """Losses and gradients of both functions."""
     g = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(*size, generator=g, requires_grad=True) for size in ((5, 3), (11, 3)))
+    hidden, weight = (
+        torch.randn(*size, generator=g, requires_grad=True) for size in ((5, 3), (11, 3))
+    )
     labels, objective = torch.arange(5), objectives.get("gem")
     losses = [
         q_target_cross_entropy(hidden @ weight.T, labels, objective).loss,
@@ -83,7 +97,11 @@ def test_the_losses_ask(monkeypatch: pytest.MonkeyPatch) -> None:
 def imported() -> list[str]:
     """For a fresh interpreter: heavy modules that importing and using the package imports."""
     solve()
-    return [name for name in ("triton", "torch._dynamo", "megatron.core", "transformers") if name in sys.modules]
+    return [
+        name
+        for name in ("triton", "torch._dynamo", "megatron.core", "transformers")
+        if name in sys.modules
+    ]
 
 
 def without_triton() -> list[Any]:
@@ -94,7 +112,11 @@ def without_triton() -> list[Any]:
             self.finder = finder
 
         def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-            return None if name.partition(".")[0] == "triton" else self.finder.find_spec(name, path, target)
+            return (
+                None
+                if name.partition(".")[0] == "triton"
+                else self.finder.find_spec(name, path, target)
+            )
 
     assert "triton" not in sys.modules
     sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]

@@ -1,4 +1,5 @@
-"""Where floating point bites: huge or equal logits, certain tokens, empty shards, no support, no tokens, no NaN."""
+"""Where floating point bites: huge or equal logits, certain tokens, empty shards, no support, no
+tokens, no NaN."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,21 +30,30 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 WIDTH, VOCABULARY = 12, 9
 
 
-def base(name: str, dtype: torch.dtype, seed: int, width: int = WIDTH, vocab_size: int = VOCABULARY) -> Case:
+def base(
+    name: str, dtype: torch.dtype, seed: int, width: int = WIDTH, vocab_size: int = VOCABULARY
+) -> Case:
     case = random_case(name, seed, width=width, vocab_size=vocab_size, dtype=dtype, variant="plain")
     return replace(case, diagnostics=("entropy", "kl"))
 
 
 def with_logits(case: Case, logits: Tensor) -> Case:
-    """Other logits [..., V] in the case's type; reference log-probs stay near the student's, as proximal needs."""
+    """Other logits [..., V] in the case's type; reference log-probs stay near the student's, as
+    proximal needs."""
     logits = logits.to(case.logits.dtype)
     reference = case.reference_logprobs
     if reference is not None:
-        log_p = torch.log_softmax(logits.double(), -1).gather(-1, case.labels.clamp(min=0)[..., None])[..., 0]
-        reference = log_p + 0.3 * torch.sin(torch.arange(log_p.numel()).double()).reshape(log_p.shape)
+        log_p = torch.log_softmax(logits.double(), -1).gather(
+            -1, case.labels.clamp(min=0)[..., None]
+        )[..., 0]
+        reference = log_p + 0.3 * torch.sin(torch.arange(log_p.numel()).double()).reshape(
+            log_p.shape
+        )
     padded = torch.zeros(case.logits.shape, dtype=logits.dtype)
     padded[..., : case.vocab_size] = logits
-    return replace(case, logits=garbage_padding(padded, case.vocab_size), reference_logprobs=reference)
+    return replace(
+        case, logits=garbage_padding(padded, case.vocab_size), reference_logprobs=reference
+    )
 
 
 def noise(case: Case, seed: int = 0) -> Tensor:
@@ -79,23 +89,34 @@ LOGITS_GRID = [(name, logits, dtype) for name in NAMES for logits in LOGITS for 
 @pytest.fixture(scope="module", params=[it for it in implementations(1, 3) if it != "reference"])
 def logits_results(request: pytest.FixtureRequest) -> dict[Any, tuple[Case, dict[str, Any] | None]]:
     cases = [logits_case(*key) for key in LOGITS_GRID]
-    return dict(zip(LOGITS_GRID, zip(cases, results_of(request.param, cases), strict=True), strict=True))
+    return dict(
+        zip(LOGITS_GRID, zip(cases, results_of(request.param, cases), strict=True), strict=True)
+    )
 
 
 def finite(case: Case, result: dict[str, Any]) -> None:
     for key in ("loss", "nll", "imitation", "residual", "entropy", "grad"):
         if key in result:
-            assert torch.isfinite(result[key]).all(), f"{key} of {case.members} is not finite: {result[key]}"
+            assert torch.isfinite(result[key]).all(), (
+                f"{key} of {case.members} is not finite: {result[key]}"
+            )
 
 
-@pytest.mark.parametrize(("name", "logits", "dtype"), LOGITS_GRID, ids=lambda it: str(it).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("name", "logits", "dtype"), LOGITS_GRID, ids=lambda it: str(it).removeprefix("torch.")
+)
 def test_logits(logits_results: dict[Any, Any], name: str, logits: str, dtype: torch.dtype) -> None:
     case, result = logits_results[name, logits, dtype]
     if result is None:
         pytest.skip("the kernels compute in fp32")
     finite(case, result)
-    # two log-probs of -2e4 in fp32 are each off by an ulp, 2e-3, and the exponential of their difference is as well
-    spacing = 4 * 2.0**-23 * float(result["nll"].max()) if name in NEEDS_REFERENCE and dtype != torch.float64 else 0
+    # two log-probs of -2e4 in fp32 are each off by an ulp, 2e-3, and the exponential of their
+    # difference is as well
+    spacing = (
+        4 * 2.0**-23 * float(result["nll"].max())
+        if name in NEEDS_REFERENCE and dtype != torch.float64
+        else 0
+    )
     check(case, result, tolerance=max(spacing, 1e-10 if dtype == torch.float64 else 1e-5))
 
 
@@ -111,7 +132,11 @@ def test_vocabulary_of_one_token(name: str, world: int, width: int, vocabulary: 
     assert not result["grad"].any() and not result["nll"].any()
 
 
-SHARDS = {"one-token-shards": (4, 4), "one-token-shards-and-padding": (4, 3), "shards-of-padding": (12, 5)}
+SHARDS = {
+    "one-token-shards": (4, 4),
+    "one-token-shards-and-padding": (4, 3),
+    "shards-of-padding": (12, 5),
+}
 
 
 @pytest.mark.parametrize("path", ["torch", "fused", pytest.param("triton", marks=pytest.mark.slow)])
@@ -149,16 +174,25 @@ def test_zero_tokens() -> None:
                     labels=torch.zeros(shape, dtype=torch.int64),
                     upstream=torch.zeros(shape),
                     teacher=None if case.teacher is None else torch.zeros(*shape, WIDTH),
-                    reference_logprobs=None if case.reference_logprobs is None else torch.zeros(shape),
+                    reference_logprobs=None
+                    if case.reference_logprobs is None
+                    else torch.zeros(shape),
                     token_weights=None if case.token_weights is None else torch.zeros(shape),
-                    sequence_ids=None if case.sequence_ids is None else torch.zeros(shape, dtype=torch.int64),
+                    sequence_ids=None
+                    if case.sequence_ids is None
+                    else torch.zeros(shape, dtype=torch.int64),
                 )
             )
     for world in (1, 2):
         for case, result in zip(cases, computed(world, cases), strict=True):
-            assert result["loss"].shape == case.labels.shape and result["grad"].shape == case.logits.shape
+            assert (
+                result["loss"].shape == case.labels.shape
+                and result["grad"].shape == case.logits.shape
+            )
             assert result["bad_teacher_rows"] == 0
-    no_sequence_known = replace(next(c for c in cases if c.members[0][0] == "iw-sft"), num_sequences=None)
+    no_sequence_known = replace(
+        next(c for c in cases if c.members[0][0] == "iw-sft"), num_sequences=None
+    )
     assert run(no_sequence_known)["loss"].shape == (0,)
 
 
@@ -166,7 +200,11 @@ def test_a_single_token_without_leading_dimensions() -> None:
     case = base("target-sft", torch.float64, seed=2)
     assert isinstance(case.teacher, Tensor)
     one = replace(
-        case, logits=case.logits[0, 0], teacher=case.teacher[0, 0], labels=torch.tensor(4), upstream=torch.tensor(1.5)
+        case,
+        logits=case.logits[0, 0],
+        teacher=case.teacher[0, 0],
+        labels=torch.tensor(4),
+        upstream=torch.tensor(1.5),
     )
     check(one, run(one))
 
@@ -177,12 +215,15 @@ def test_all_labels_ignored() -> None:
         case = replace(case, labels=torch.full_like(case.labels, -100))
         result = run(case)
         finite(case, result)
-        assert not result["loss"].any() and not result["grad"].any() and not result["supervised"].any()
+        assert (
+            not result["loss"].any() and not result["grad"].any() and not result["supervised"].any()
+        )
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_garbage_at_ignored_labels(world: int) -> None:
-    """Whatever lies at a token that is not supervised, its loss and gradient are zero and the others' are unharmed."""
+    """Whatever lies at a token that is not supervised, its loss and gradient are zero and the
+    others' are unharmed."""
     cases = []
     for name in NAMES:
         case = base(name, torch.float32, seed=6)
@@ -195,7 +236,9 @@ def test_garbage_at_ignored_labels(world: int) -> None:
             value = getattr(case, key)
             if isinstance(value, Tensor):
                 changes[key] = value.clone()
-                changes[key][ignored] = garbage.to(value.dtype)[(...,) + (None,) * (value.dim() - 2)]
+                changes[key][ignored] = garbage.to(value.dtype)[
+                    (...,) + (None,) * (value.dim() - 2)
+                ]
         cases.append(replace(case, **changes))
     for case, result in zip(cases, computed(world, cases), strict=True):
         finite(case, result)
@@ -209,7 +252,8 @@ def test_garbage_at_ignored_labels(world: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, "per-token"])
 def test_teacher_without_support(eta: float | str, dtype: torch.dtype) -> None:
-    """Log-probs of -inf, at the label too: 0 * (-inf) must be 0, whether eta or the teacher's probability is 0."""
+    """Log-probs of -inf, at the label too: 0 * (-inf) must be 0, whether eta or the teacher's
+    probability is 0."""
     case = base("target-sft", dtype, seed=4)
     given = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64) if eta == "per-token" else eta
     teacher = noise(case).masked_fill(noise(case, 2) > 0, -torch.inf)
@@ -217,7 +261,11 @@ def test_teacher_without_support(eta: float | str, dtype: torch.dtype) -> None:
     padded = torch.zeros(case.logits.shape, dtype=dtype)
     padded[..., :VOCABULARY] = teacher
     cases = [
-        replace(case, members=[("target-sft", {"eta": given})], teacher=garbage_padding(padded, VOCABULARY)),
+        replace(
+            case,
+            members=[("target-sft", {"eta": given})],
+            teacher=garbage_padding(padded, VOCABULARY),
+        ),
         *(replace(base(name, dtype, seed=4), teacher=padded) for name in NEEDS_TEACHER),
     ]
     for world in (1, 3):
@@ -228,7 +276,8 @@ def test_teacher_without_support(eta: float | str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_unused_teacher_rows_may_be_anything(world: int) -> None:
-    """eta per token, 0 in places: NaN and infinities of the teacher there change nothing and are not counted."""
+    """eta per token, 0 in places: NaN and infinities of the teacher there change nothing and are
+    not counted."""
     case = base("target-sft", torch.float64, seed=6)
     eta = torch.zeros(case.labels.shape, dtype=torch.float64)
     eta[::2] = 0.7
@@ -253,7 +302,8 @@ def test_gift_at_the_ends_of_beta(beta: float) -> None:
 
 @pytest.mark.parametrize("logp_y", [-95.0, -torch.inf])
 def test_gift_at_a_label_that_the_teacher_excludes(logp_y: float) -> None:
-    """exp(100) overflows fp32, but T(y) exp(100) does not: with log T(y) = -95 the label gets sigmoid(5)."""
+    """exp(100) overflows fp32, but T(y) exp(100) does not: with log T(y) = -95 the label gets
+    sigmoid(5)."""
     for dtype in (torch.float64, torch.float32):
         case = replace(base("gift", dtype, seed=2), members=[("gift", {"beta": 100.0})])
         assert isinstance(case.teacher, Tensor)
@@ -264,7 +314,9 @@ def test_gift_at_a_label_that_the_teacher_excludes(logp_y: float) -> None:
         result = run(case)
         trust = float(result["imitation"].max())
         assert 0.5 < trust < 1 if logp_y == -95 else trust == 0
-        check(case, result, tolerance=1e-10 if dtype == torch.float64 else 2e-5)  # fp32 rounds 95 to 4e-6
+        check(
+            case, result, tolerance=1e-10 if dtype == torch.float64 else 2e-5
+        )  # fp32 rounds 95 to 4e-6
 
 
 def test_gift_beyond_the_range_of_exp() -> None:
@@ -277,7 +329,8 @@ def test_gift_beyond_the_range_of_exp() -> None:
 @pytest.mark.parametrize("ratio", [-200.0, 200.0, torch.inf])
 @pytest.mark.parametrize("name", NEEDS_REFERENCE)
 def test_reference_far_from_the_student(name: str, ratio: float) -> None:
-    """log p - log p_ref of 200 overflows fp32's exp: proximal's indicator and iw-sft's clamp must still hold."""
+    """log p - log p_ref of 200 overflows fp32's exp: proximal's indicator and iw-sft's clamp must
+    still hold."""
     for dtype in (torch.float64, torch.float32):
         case = base(name, dtype, seed=3)
         log_p = -truth(case).expected.nll.reshape(case.labels.shape)
@@ -296,14 +349,17 @@ def test_iw_sft_with_a_reference_that_excludes_the_label(temperature: float) -> 
     """log p_ref = -inf is a ratio of +inf; at temperature 0 the weight is 1 all the same."""
     case = base("iw-sft", torch.float32, seed=3)
     none = torch.full(case.labels.shape, -torch.inf)
-    case = replace(case, members=[("iw-sft", {"temperature": temperature})], reference_logprobs=none)
+    case = replace(
+        case, members=[("iw-sft", {"temperature": temperature})], reference_logprobs=none
+    )
     for result in (run(case), run_reference(case)):
         finite(case, result)
         assert (result["imitation"][result["supervised"]] == (16.0 if temperature else 1.0)).all()
 
 
 def test_top_k_that_says_more_than_everything() -> None:
-    """fp16 log-probs may sum to a little over 1: no mass is left for the tail, and nothing is NaN."""
+    """fp16 log-probs may sum to a little over 1: no mass is left for the tail, and nothing is
+    NaN."""
     case = base("kd", torch.float32, seed=2)
     ids = torch.arange(4).expand(*case.labels.shape, 4)
     logprobs = torch.full(ids.shape, 0.2502, dtype=torch.float64).log().half()
@@ -314,7 +370,8 @@ def test_top_k_that_says_more_than_everything() -> None:
 
 @pytest.mark.parametrize("path", ["torch", "triton"])
 def test_logits_of_minus_infinity(path: str) -> None:
-    """Excluded tokens: fewer are left than eaft's k, and tokens without a residual meet a uniform one's infinity."""
+    """Excluded tokens: fewer are left than eaft's k, and tokens without a residual meet a uniform
+    one's infinity."""
     labels, index = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 2, 3])
     few = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
     few[:, 3:] = -torch.inf

@@ -1,4 +1,5 @@
-"""The Triton kernels: compiled for GPUs that are not here, at the edges of shapes and numbers, and on a GPU if any."""
+"""The Triton kernels: compiled for GPUs that are not here, at the edges of shapes and numbers, and
+on a GPU if any."""
 
 import os
 import re
@@ -20,7 +21,7 @@ from tests.loss.published import NAMES
 from tests.loss.test_linear_head import moved
 from tests.ranks import run_ranks
 
-# ---- compiled ahead of time ------------------------------------------------------------------------------------------
+# ---- compiled ahead of time ----------------------------------------------------------------------
 
 COMPILED = [
     "sft",
@@ -49,20 +50,28 @@ def launches(name: str, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
             return lambda **arguments: made.append((self.kernel, arguments))
 
     objective, top_k = objectives.get(name.removesuffix("-top-k")), name.endswith("-top-k")
-    logits, labels = torch.zeros(2, COLUMNS, dtype=dtype, requires_grad=True), torch.zeros(2, dtype=torch.int64)
+    logits, labels = (
+        torch.zeros(2, COLUMNS, dtype=dtype, requires_grad=True),
+        torch.zeros(2, dtype=torch.int64),
+    )
     sparse = TeacherTopK(torch.arange(50).expand(2, 50), torch.full((2, 50), 0.01).log())
     teacher = sparse if top_k else None if objective.teacher == "none" else torch.zeros_like(logits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TSFT_BACKEND", "triton")
-        patch.setenv("TRITON_INTERPRET", "1")  # only now, when the kernels are made: it lets CPU tensors reach them
+        patch.setenv(
+            "TRITON_INTERPRET", "1"
+        )  # only now, when the kernels are made: it lets CPU tensors reach them
         for kernel in ("forward_kernel", "backward_kernel"):
             patch.setattr(launch, kernel, Recorder(getattr(launch, kernel)))
-        q_target_cross_entropy(logits, labels, objective, teacher, diagnostics=("kl",)).loss.sum().backward()
+        q_target_cross_entropy(
+            logits, labels, objective, teacher, diagnostics=("kl",)
+        ).loss.sum().backward()
     return made
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
-    """What triton.jit would compile for these arguments, by its rules: None and 1 are constants, 16 divides or not."""
+    """What triton.jit would compile for these arguments, by its rules: None and 1 are constants, 16
+    divides or not."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,13 +93,17 @@ def compiled(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
 
 
 def compile_all(dtype: str) -> dict[str, tuple[int, int, str]]:
-    """128-bit loads and stores in the PTX, and what cuobjdump says the machine code uses. For a fresh interpreter."""
+    """128-bit loads and stores in the PTX, and what cuobjdump says the machine code uses. For a
+    fresh interpreter."""
     os.environ["TRITON_INTERPRET"], out = "0", {}
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TRITON_CACHE_DIR"] = scratch
         import triton.backends.nvidia
 
-        cubin, cuobjdump = Path(scratch) / "cubin", Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
+        cubin, cuobjdump = (
+            Path(scratch) / "cubin",
+            Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump",
+        )
         for name in COMPILED:
             for kernel, arguments in launches(name, getattr(torch, dtype)):
                 for capability in (80, 90):
@@ -98,7 +111,10 @@ def compile_all(dtype: str) -> dict[str, tuple[int, int, str]]:
                     cubin.write_bytes(code["cubin"])
                     line = [cuobjdump, "--dump-resource-usage", cubin]
                     usage = subprocess.run(line, check=True, capture_output=True, text=True).stdout
-                    wide = [len(re.findall(rf"{way}\.global\S*\.v4\.b32", code["ptx"])) for way in ("ld", "st")]
+                    wide = [
+                        len(re.findall(rf"{way}\.global\S*\.v4\.b32", code["ptx"]))
+                        for way in ("ld", "st")
+                    ]
                     out[f"{kernel.fn.__name__} {name} sm_{capability}"] = (*wide, usage)
     return out
 
@@ -106,7 +122,8 @@ def compile_all(dtype: str) -> dict[str, tuple[int, int, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiled_for_gpus(dtype: str) -> None:
-    """128 bits a load and a store of all that is as wide as the vocabulary, and nothing spilled to memory."""
+    """128 bits a load and a store of all that is as wide as the vocabulary, and nothing spilled to
+    memory."""
     results = fresh(compile_all, dtype)
     assert len(results) == 2 * 2 * len(COMPILED)
     words = 16 * getattr(torch, dtype).itemsize // 4  # a thread has 16 columns of a block of 4096
@@ -118,9 +135,11 @@ def test_compiled_for_gpus(dtype: str) -> None:
         assert "STACK:0 " in usage and "LOCAL:0 " in usage, f"{what} spills: {usage}"
 
 
-# ---- where numbers and shapes end ------------------------------------------------------------------------------------
+# ---- where numbers and shapes end ----------------------------------------------------------------
 
-numpy_may_warn = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter is numpy
+numpy_may_warn = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # Triton's interpreter is numpy
 
 
 def solve(
@@ -130,7 +149,9 @@ def solve(
     leaf = logits.detach().requires_grad_()
     upstream = given.pop("upstream", torch.ones(labels.shape))
     with implementation("triton"):
-        loss = q_target_cross_entropy(leaf, labels, objectives.get(name), inplace=inplace, **given).loss
+        loss = q_target_cross_entropy(
+            leaf, labels, objectives.get(name), inplace=inplace, **given
+        ).loss
         return [loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]]
 
 
@@ -141,7 +162,9 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 def solve_far_apart(rank: int, strides: tuple[int, int]) -> None:
     g = torch.Generator().manual_seed(0)
     near = [torch.randn(3, 13, generator=g).bfloat16() for _ in range(2)]
-    far = [torch.empty(13 * 2**28, dtype=torch.bfloat16).as_strided((3, 13), strides) for _ in range(2)]
+    far = [
+        torch.empty(13 * 2**28, dtype=torch.bfloat16).as_strided((3, 13), strides) for _ in range(2)
+    ]
     for there, here in zip(far, near, strict=True):
         there.copy_(here)
     labels = torch.tensor([3, 12, 0])
@@ -153,7 +176,8 @@ def solve_far_apart(rank: int, strides: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("strides", [(2**30, 1), (1, 2**28)], ids=["rows", "columns"])
 def test_offsets_beyond_32_bits(strides: tuple[int, int]) -> None:
-    """Logits, teacher and gradient lie 2^31 elements apart; the 4 GiB are promised by the system and never touched.
+    """Logits, teacher and gradient lie 2^31 elements apart; the 4 GiB are promised by the system
+    and never touched.
 
     In a process of its own, which a wrong address may end.
     """
@@ -164,14 +188,17 @@ def test_offsets_beyond_32_bits(strides: tuple[int, int]) -> None:
 @pytest.mark.parametrize("name", ["sft", "deft", "eaft", "gem", "target-sft", "kd"])
 def test_widths_around_a_block(name: str, width: int) -> None:
     for padding in {0, min(3, width - 1)}:
-        case = random_case(name, 7, width=width, vocab_size=width - padding, dtype=torch.float32, variant="rich")
+        case = random_case(
+            name, 7, width=width, vocab_size=width - padding, dtype=torch.float32, variant="rich"
+        )
         check(case, run(case, path="triton"))
 
 
 @numpy_may_warn
 @pytest.mark.parametrize("name", ["sft", "gem", "target-sft"])
 def test_idle_rows(name: str) -> None:
-    """Ignored labels and upstream gradients of 0 give exact zeros, whatever lies in their logits and teacher."""
+    """Ignored labels and upstream gradients of 0 give exact zeros, whatever lies in their logits
+    and teacher."""
     g = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(6, 11, generator=g), torch.tensor([1, -100, 3, -100, 5, 6])
     upstream = torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0, 0.0])
@@ -188,7 +215,8 @@ def test_idle_rows(name: str) -> None:
 
 @pytest.mark.parametrize("tail", ["drop", "uniform"])
 def test_inputs_that_are_expanded(tail: Any) -> None:
-    """One number in memory for all tokens: weights, parameters, a top-k teacher that is the same for each."""
+    """One number in memory for all tokens: weights, parameters, a top-k teacher that is the same
+    for each."""
     g = torch.Generator().manual_seed(0)
     ids, logprobs = torch.tensor([1, 9]).expand(5, 2), torch.tensor([0.5, 0.2]).log().expand(5, 2)
     case = Case(
@@ -207,11 +235,18 @@ def test_inputs_that_are_expanded(tail: Any) -> None:
 @pytest.mark.parametrize("path", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["sft", "gem", "label-smoothing", "eaft", "deft", "idft"])
 def test_logits_that_are_no_numbers(name: str, path: str) -> None:
-    """-inf is a token that cannot be; NaN, +inf and a row of -inf alone are no distribution, so no finite loss."""
+    """-inf is a token that cannot be; NaN, +inf and a row of -inf alone are no distribution, so no
+    finite loss."""
     logits = torch.randn(5, 19, generator=torch.Generator().manual_seed(0))
-    logits[0, 2:], logits[1, 9], logits[2, 18] = -torch.inf, torch.nan, torch.inf  # a block of 8 without any number
+    logits[0, 2:], logits[1, 9], logits[2, 18] = (
+        -torch.inf,
+        torch.nan,
+        torch.inf,
+    )  # a block of 8 without any number
     logits[3] = -torch.inf
-    uniform = name == "label-smoothing"  # its target is on the excluded tokens too: the loss is as good as infinite
+    uniform = (
+        name == "label-smoothing"
+    )  # its target is on the excluded tokens too: the loss is as good as infinite
     with implementation(path):
         out = q_target_cross_entropy(logits, torch.ones(5, dtype=torch.int64), objectives.get(name))
     assert torch.equal(out.nll.isnan(), torch.tensor([False, True, True, True, False]))
@@ -222,11 +257,13 @@ def test_logits_that_are_no_numbers(name: str, path: str) -> None:
     torch.testing.assert_close(out.loss[[0, 4][uniform:]], want.loss[uniform:])
 
 
-# ---- on a GPU --------------------------------------------------------------------------------------------------------
+# ---- on a GPU ------------------------------------------------------------------------------------
 
 
 def on_a_gpu(test: Any) -> Any:
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")(test))
+    return pytest.mark.gpu(
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")(test)
+    )
 
 
 @on_a_gpu
@@ -246,7 +283,10 @@ def test_captured_in_a_cuda_graph(name: str) -> None:
     """Forward and backward replay on new numbers in the same memory."""
     given = {}
     logits = torch.randn(16, 5000, device="cuda").bfloat16().requires_grad_()
-    labels, upstream = torch.zeros(16, dtype=torch.int64, device="cuda"), torch.zeros(16, device="cuda")
+    labels, upstream = (
+        torch.zeros(16, dtype=torch.int64, device="cuda"),
+        torch.zeros(16, device="cuda"),
+    )
     if name == "target-sft":
         given["teacher"] = torch.randn(16, 5000, device="cuda").bfloat16()
 

@@ -1,4 +1,5 @@
-"""Several objectives in one batch: each token gets its own objective's loss and gradient, and nobody else's NaN."""
+"""Several objectives in one batch: each token gets its own objective's loss and gradient, and
+nobody else's NaN."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,10 +26,15 @@ WIDTH, VOCABULARY = 14, 11
 Members = list[tuple[str, dict[str, Any]]]
 
 
-def mixture_case(members: Members, seed: int, dtype: torch.dtype = torch.float64, inputs: str = "") -> Case:
-    """Tokens follow their members in turn; `inputs` names what there is: teacher, reference, weights, sequences."""
+def mixture_case(
+    members: Members, seed: int, dtype: torch.dtype = torch.float64, inputs: str = ""
+) -> Case:
+    """Tokens follow their members in turn; `inputs` names what there is: teacher, reference,
+    weights, sequences."""
     g = torch.Generator().manual_seed(seed)
-    case = random_case("sft", seed, width=WIDTH, vocab_size=VOCABULARY, dtype=dtype, variant="plain")
+    case = random_case(
+        "sft", seed, width=WIDTH, vocab_size=VOCABULARY, dtype=dtype, variant="plain"
+    )
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=g, dtype=torch.float64)
@@ -70,31 +76,52 @@ def top_k(case: Case) -> TeacherTopK:
 
 EVERYTHING = "teacher reference weights sequences"
 MIXTURES: dict[str, Case] = {
-    "everything": mixture_case([(name, NUMBERS.get(name, {})) for name in NAMES], 1, inputs=EVERYTHING),
+    "everything": mixture_case(
+        [(name, NUMBERS.get(name, {})) for name in NAMES], 1, inputs=EVERYTHING
+    ),
     "everything-fp32": mixture_case([(name, {}) for name in NAMES], 2, torch.float32, EVERYTHING),
-    "everything-per-token": mixture_case([(name, per_token(name, 3)) for name in NAMES], 3, inputs=EVERYTHING),
+    "everything-per-token": mixture_case(
+        [(name, per_token(name, 3)) for name in NAMES], 3, inputs=EVERYTHING
+    ),
     "teacher-and-none": mixture_case([("sft", {}), ("kd", {})], 4, inputs="teacher"),
-    "two-etas": mixture_case([("target-sft", {"eta": 0.3}), ("target-sft", {"eta": 1.0})], 5, inputs="teacher"),
+    "two-etas": mixture_case(
+        [("target-sft", {"eta": 0.3}), ("target-sft", {"eta": 1.0})], 5, inputs="teacher"
+    ),
     "no-teacher-at-all": mixture_case([("target-sft", {"eta": 0.0}), ("gem", {}), ("dft", {})], 6),
-    "two-top-ks": mixture_case([("eaft", {"top_k": 3}), ("sft", {}), ("eaft", {"top_k": 7, "power": 2})], 7),
-    "three-residuals": mixture_case([("label-smoothing", {}), ("gem", {}), ("gift", {})], 8, inputs="teacher"),
+    "two-top-ks": mixture_case(
+        [("eaft", {"top_k": 3}), ("sft", {}), ("eaft", {"top_k": 7, "power": 2})], 7
+    ),
+    "three-residuals": mixture_case(
+        [("label-smoothing", {}), ("gem", {}), ("gift", {})], 8, inputs="teacher"
+    ),
     "reference-and-none": mixture_case([("proximal", {}), ("profit", {})], 9, inputs="reference"),
-    "reference-of-teacher": mixture_case([("proximal", {}), ("kd-hybrid", {}), ("deft", {})], 10, inputs="teacher"),
+    "reference-of-teacher": mixture_case(
+        [("proximal", {}), ("kd-hybrid", {}), ("deft", {})], 10, inputs="teacher"
+    ),
     "one-member": mixture_case([("target-sft", {"eta": 0.3})], 11, inputs="teacher"),
 }
-MIXTURES["top-k"] = replace(MIXTURES["teacher-and-none"], teacher=top_k(MIXTURES["teacher-and-none"]))
-MIXTURES["top-k-three-residuals"] = replace(MIXTURES["three-residuals"], teacher=top_k(MIXTURES["three-residuals"]))
+MIXTURES["top-k"] = replace(
+    MIXTURES["teacher-and-none"], teacher=top_k(MIXTURES["teacher-and-none"])
+)
+MIXTURES["top-k-three-residuals"] = replace(
+    MIXTURES["three-residuals"], teacher=top_k(MIXTURES["three-residuals"])
+)
 
 
 def spoiled(case: Case, names: tuple[str, ...]) -> Case:
-    """Teacher, reference or both are garbage at the tokens whose objective is in `names`: none of these reads them."""
+    """Teacher, reference or both are garbage at the tokens whose objective is in `names`: none of
+    these reads them."""
     assert case.index is not None
-    chosen = torch.isin(case.index, torch.tensor([i for i, (name, _) in enumerate(case.members) if name in names]))
+    chosen = torch.isin(
+        case.index, torch.tensor([i for i, (name, _) in enumerate(case.members) if name in names])
+    )
     teacher, reference = case.teacher, case.reference_logprobs
     if isinstance(teacher, Tensor):
         teacher = teacher.masked_fill(chosen[..., None], torch.nan)
     elif teacher is not None:
-        teacher = replace(teacher, logprobs=teacher.logprobs.masked_fill(chosen[..., None], torch.inf))
+        teacher = replace(
+            teacher, logprobs=teacher.logprobs.masked_fill(chosen[..., None], torch.inf)
+        )
     if reference is not None:
         reference = reference.masked_fill(chosen, torch.nan)
     return replace(case, teacher=teacher, reference_logprobs=reference)
@@ -103,20 +130,38 @@ def spoiled(case: Case, names: tuple[str, ...]) -> Case:
 MIXTURES |= {  # the kernels compute in fp32
     f"{name}-fp32": replace(case, logits=case.logits.float())
     for name, case in list(MIXTURES.items())
-    if name in ("everything-per-token", "two-etas", "two-top-ks", "three-residuals", "top-k-three-residuals")
+    if name
+    in (
+        "everything-per-token",
+        "two-etas",
+        "two-top-ks",
+        "three-residuals",
+        "top-k-three-residuals",
+    )
 }
 READS_NOTHING = ("sft", "dft", "profit", "gem", "label-smoothing", "deft")
 MIXTURES |= {
     f"{name}-spoiled": spoiled(MIXTURES[name], READS_NOTHING)
-    for name in ("everything", "everything-fp32", "teacher-and-none", "reference-and-none", "three-residuals", "top-k")
+    for name in (
+        "everything",
+        "everything-fp32",
+        "teacher-and-none",
+        "reference-and-none",
+        "three-residuals",
+        "top-k",
+    )
 }
 
 
 @pytest.fixture(scope="module", params=implementations(1, 2))
 def results(request: pytest.FixtureRequest) -> dict[str, dict[str, Any] | None]:
     # the dense definition needs a whole teacher
-    names = [name for name in MIXTURES if request.param != "reference" or not name.endswith("spoiled")]
-    return dict(zip(names, results_of(request.param, [MIXTURES[name] for name in names]), strict=True))
+    names = [
+        name for name in MIXTURES if request.param != "reference" or not name.endswith("spoiled")
+    ]
+    return dict(
+        zip(names, results_of(request.param, [MIXTURES[name] for name in names]), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -1,4 +1,5 @@
-"""What must hold for any shape and any numbers: gradients that sum to zero, and objectives that coincide."""
+"""What must hold for any shape and any numbers: gradients that sum to zero, and objectives that
+coincide."""
 
 from typing import Any
 
@@ -17,7 +18,8 @@ finite = st.floats(0, 1)
 
 @st.composite
 def problems(draw: st.DrawFn) -> dict[str, Any]:
-    """logits, labels and a teacher of random leading shape, vocabulary, padding, spread and seed; fp64."""
+    """logits, labels and a teacher of random leading shape, vocabulary, padding, spread and seed;
+    fp64."""
     lead = tuple(draw(st.lists(st.integers(1, 5), max_size=3)))
     v, padding = draw(st.integers(1, 40)), draw(st.integers(0, 5))
     spread = draw(st.sampled_from([0.0, 0.1, 1.0, 10.0, 300.0]))
@@ -29,7 +31,9 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     logits = spread * normal(*lead, v + padding)
     labels = torch.randint(0, v, lead, generator=g)
     labels = torch.where(torch.rand(lead, generator=g) < 0.2, -100, labels)
-    return dict(logits=logits, labels=labels, teacher=logits + normal(*lead, v + padding), vocab_size=v)
+    return dict(
+        logits=logits, labels=labels, teacher=logits + normal(*lead, v + padding), vocab_size=v
+    )
 
 
 def solve(problem: dict[str, Any], name: str, **parameters: Any) -> tuple[Tensor, Tensor]:
@@ -43,7 +47,10 @@ def solve(problem: dict[str, Any], name: str, **parameters: Any) -> tuple[Tensor
 
 def call(problem: dict[str, Any], logits: Tensor, name: str, **parameters: Any) -> QTargetOutput:
     """With what the objective needs besides logits and labels."""
-    keywords: dict[str, Any] = {"vocab_size": problem["vocab_size"], "diagnostics": ("entropy", "kl")}
+    keywords: dict[str, Any] = {
+        "vocab_size": problem["vocab_size"],
+        "diagnostics": ("entropy", "kl"),
+    }
     if name in NEEDS_TEACHER and parameters.get("eta", 1) != 0:
         keywords["teacher"] = parameters.pop("teacher", problem["teacher"])
     if name in NEEDS_REFERENCE:
@@ -52,7 +59,9 @@ def call(problem: dict[str, Any], logits: Tensor, name: str, **parameters: Any) 
         keywords |= dict(sequence_ids=torch.zeros_like(problem["labels"]), num_sequences=1)
     if name == "critical":
         keywords["token_weights"] = torch.full(problem["labels"].shape, 0.7)
-    return q_target_cross_entropy(logits, problem["labels"], objectives.get(name, **parameters), **keywords)
+    return q_target_cross_entropy(
+        logits, problem["labels"], objectives.get(name, **parameters), **keywords
+    )
 
 
 def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
@@ -82,7 +91,9 @@ def test_diagnostics_keep_their_bounds(problem: dict[str, Any], name: str) -> No
 
 @examples
 @given(problems(), st.sampled_from(NAMES), st.floats(-1e3, 1e3))
-def test_a_constant_on_the_logits_changes_nothing(problem: dict[str, Any], name: str, shift: float) -> None:
+def test_a_constant_on_the_logits_changes_nothing(
+    problem: dict[str, Any], name: str, shift: float
+) -> None:
     shifted = problem | {"logits": problem["logits"] + shift, "teacher": problem["teacher"] - shift}
     for x, y in zip(solve(problem, name), solve(shifted, name), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
@@ -90,14 +101,20 @@ def test_a_constant_on_the_logits_changes_nothing(problem: dict[str, Any], name:
 
 @examples
 @given(problems(), st.randoms(use_true_random=False), st.sampled_from(NAMES))
-def test_the_order_of_the_vocabulary_does_not_matter(problem: dict[str, Any], random: Any, name: str) -> None:
+def test_the_order_of_the_vocabulary_does_not_matter(
+    problem: dict[str, Any], random: Any, name: str
+) -> None:
     v = problem["vocab_size"]
     order = list(range(v))
     random.shuffle(order)
     columns = order + list(range(v, problem["logits"].shape[-1]))
     place = torch.tensor(order).argsort()
     labels = torch.where(problem["labels"] < 0, -100, place[problem["labels"].clamp(min=0)])
-    moved = {"logits": problem["logits"][..., columns], "teacher": problem["teacher"][..., columns], "labels": labels}
+    moved = {
+        "logits": problem["logits"][..., columns],
+        "teacher": problem["teacher"][..., columns],
+        "labels": labels,
+    }
     loss, grad = solve(problem, name)
     same((loss, grad[..., columns]), solve(problem | moved, name))
 
@@ -105,7 +122,9 @@ def test_the_order_of_the_vocabulary_does_not_matter(problem: dict[str, Any], ra
 @examples
 @given(problems())
 def test_target_sft_without_teacher_has_dfts_gradient(problem: dict[str, Any]) -> None:
-    torch.testing.assert_close(solve(problem, "target-sft", eta=0)[1], solve(problem, "dft")[1], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        solve(problem, "target-sft", eta=0)[1], solve(problem, "dft")[1], rtol=1e-10, atol=1e-11
+    )
 
 
 @examples
@@ -113,7 +132,9 @@ def test_target_sft_without_teacher_has_dfts_gradient(problem: dict[str, Any]) -
 def test_target_sft_taught_by_itself_has_dfts_gradient(problem: dict[str, Any], eta: float) -> None:
     """pi = p whatever eta is; the state of a run with a reference teacher at its first step."""
     itself = problem | {"teacher": problem["logits"]}
-    torch.testing.assert_close(solve(itself, "target-sft", eta=eta)[1], solve(problem, "dft")[1], rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(
+        solve(itself, "target-sft", eta=eta)[1], solve(problem, "dft")[1], rtol=1e-9, atol=1e-10
+    )
 
 
 @examples
@@ -158,14 +179,21 @@ def test_gift_without_trust_is_kd(problem: dict[str, Any]) -> None:
 
 @examples
 @given(problems(), finite)
-def test_label_smoothing_is_kd_from_a_uniform_teacher(problem: dict[str, Any], smoothing: float) -> None:
+def test_label_smoothing_is_kd_from_a_uniform_teacher(
+    problem: dict[str, Any], smoothing: float
+) -> None:
     flat = problem | {"teacher": torch.zeros_like(problem["teacher"])}
-    same(solve(problem, "label-smoothing", smoothing=smoothing), solve(flat, "kd-hybrid", teacher_weight=smoothing))
+    same(
+        solve(problem, "label-smoothing", smoothing=smoothing),
+        solve(flat, "kd-hybrid", teacher_weight=smoothing),
+    )
 
 
 @examples
 @given(problems(), st.sampled_from(["drop", "uniform"]), st.sampled_from(NEEDS_TEACHER))
-def test_a_top_k_of_everything_is_the_dense_teacher(problem: dict[str, Any], tail: Any, name: str) -> None:
+def test_a_top_k_of_everything_is_the_dense_teacher(
+    problem: dict[str, Any], tail: Any, name: str
+) -> None:
     v = problem["vocab_size"]
     log_t = torch.log_softmax(problem["teacher"][..., :v], -1)
     ids = torch.arange(v, dtype=torch.int32).expand(log_t.shape)

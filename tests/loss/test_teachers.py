@@ -1,4 +1,5 @@
-"""Every kind of teacher record, dense and top-k, on 1, 2 and 4 shards, against the same teacher written out densely."""
+"""Every kind of teacher record, dense and top-k, on 1, 2 and 4 shards, against the same teacher
+written out densely."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -38,7 +39,9 @@ class TopK:
 
 KINDS = {
     "uniform": TopK(),
-    "uniform-cached": TopK(known=True, ids=torch.int32, logprobs=torch.float16),  # as the cache stores it
+    "uniform-cached": TopK(
+        known=True, ids=torch.int32, logprobs=torch.float16
+    ),  # as the cache stores it
     "uniform-padded": TopK(padding=2, ids=torch.int32),
     "uniform-all-padding": TopK(k=2, padding=2),  # nothing is known: T is uniform
     "uniform-no-k": TopK(k=0),
@@ -55,11 +58,14 @@ OFFSET = {"dense-fp64": 3.0, "dense-fp32": -1e4, "dense-bf16": 0.0}
 
 
 def top_k(kind: TopK, case: Case, seed: int) -> TeacherTopK:
-    """The teacher behind it is random, near the student, and known at k tokens: among them the label, half the time."""
+    """The teacher behind it is random, near the student, and known at k tokens: among them the
+    label, half the time."""
     g = torch.Generator().manual_seed(1000 + seed)
     lead = case.labels.shape
     student = case.logits[..., :VOCABULARY].double()
-    log_t = torch.log_softmax(student + torch.randn(*lead, VOCABULARY, generator=g, dtype=torch.float64), -1)
+    log_t = torch.log_softmax(
+        student + torch.randn(*lead, VOCABULARY, generator=g, dtype=torch.float64), -1
+    )
     rank_of = log_t.clone()
     if kind.lowest:
         rank_of[..., WIDTH // 4 :] = -torch.inf
@@ -69,12 +75,16 @@ def top_k(kind: TopK, case: Case, seed: int) -> TeacherTopK:
     if kind.padding:
         padded = torch.arange(kind.k) >= kind.k - kind.padding
         ids[::2] = torch.where(padded, -1, ids[::2])
-        logprobs[::2] = torch.where(padded, torch.nan, logprobs[::2])  # what lies there must not matter
+        logprobs[::2] = torch.where(
+            padded, torch.nan, logprobs[::2]
+        )  # what lies there must not matter
     return TeacherTopK(
         ids.to(kind.ids),
         logprobs.to(kind.logprobs),
         tail=kind.tail,
-        label_logprobs=log_t.gather(-1, case.labels.clamp(min=0)[..., None])[..., 0] if kind.known else None,
+        label_logprobs=log_t.gather(-1, case.labels.clamp(min=0)[..., None])[..., 0]
+        if kind.known
+        else None,
         tail_logmass=mass.float() if kind.known else None,
     )
 
@@ -85,7 +95,9 @@ def teacher_case(name: str, kind: str, dtype: torch.dtype, seed: int) -> Case:
     case = replace(case, diagnostics=("entropy", "kl"), reference_logprobs=None)
     if kind in KINDS:
         return replace(case, teacher=top_k(KINDS[kind], case, seed))
-    noise = torch.randn(case.logits.shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
+    noise = torch.randn(
+        case.logits.shape, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64
+    )
     logits = OFFSET[kind] + 2 * noise  # not normalised: a constant per token must not matter
     return replace(case, teacher=garbage_padding(logits.to(DENSE[kind]), VOCABULARY))
 
@@ -103,10 +115,14 @@ Results = dict[Any, tuple[Case, dict[str, Any] | None]]
 @pytest.fixture(scope="module", params=implementations(1, 2, 4))
 def results(request: pytest.FixtureRequest) -> Results:
     cases = [teacher_case(*combination, seed) for seed, combination in enumerate(COMBINATIONS)]
-    return dict(zip(COMBINATIONS, zip(cases, results_of(request.param, cases), strict=True), strict=True))
+    return dict(
+        zip(COMBINATIONS, zip(cases, results_of(request.param, cases), strict=True), strict=True)
+    )
 
 
-@pytest.mark.parametrize(("name", "kind", "dtype"), COMBINATIONS, ids=lambda it: str(it).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"), COMBINATIONS, ids=lambda it: str(it).removeprefix("torch.")
+)
 def test_teacher(results: Results, name: str, kind: str, dtype: torch.dtype) -> None:
     check_or_skip(*results[name, kind, dtype])
 

@@ -1,4 +1,5 @@
-"""Every objective, path and dtype on 1 to 4 vocabulary shards: the published gradient, the surrogate's value."""
+"""Every objective, path and dtype on 1 to 4 vocabulary shards: the published gradient, the
+surrogate's value."""
 
 from typing import Any
 
@@ -9,7 +10,8 @@ from tests.loss.cases import Case, check_or_skip, implementations, random_case, 
 from tests.loss.published import NAMES
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# a shard has 7 columns (one rank alone 13): never a multiple of 8; 5 of all columns are padding, most of the last shard
+# a shard has 7 columns (one rank alone 13): never a multiple of 8; 5 of all columns are padding,
+# most of the last shard
 WIDTH, ALONE, PADDING = 7, 13, 5
 VARIANTS = ["plain", "rich"]  # see random_case
 Results = dict[tuple[str, torch.dtype, str], tuple[Case, dict[str, Any] | None]]
@@ -22,7 +24,9 @@ def results(request: pytest.FixtureRequest) -> Results:
     width = ALONE if world == 1 else WIDTH * world
     keys = [(name, dtype, variant) for name in NAMES for dtype in DTYPES for variant in VARIANTS]
     cases = [
-        random_case(name, seed, width=width, vocab_size=width - PADDING, dtype=dtype, variant=variant)
+        random_case(
+            name, seed, width=width, vocab_size=width - PADDING, dtype=dtype, variant=variant
+        )
         for seed, (name, dtype, variant) in enumerate(keys)
     ]
     return dict(zip(keys, zip(cases, results_of(request.param, cases), strict=True), strict=True))

@@ -1,4 +1,5 @@
-"""A head that Megatron does not call itself: its pre-hooks fire, and what cannot be fused is refused by name."""
+"""A head that Megatron does not call itself: its pre-hooks fire, and what cannot be fused is
+refused by name."""
 
 from typing import Any
 
@@ -27,8 +28,12 @@ def with_heads() -> dict[str, Any]:
     class OtherHead(ColumnParallelLinear):
         """Stands for Transformer Engine's."""
 
-    def head(kind: Any = ColumnParallelLinear, changes: dict[str, Any] | None = None, **keywords: Any) -> Any:
-        config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=1, use_cpu_initialization=True)
+    def head(
+        kind: Any = ColumnParallelLinear, changes: dict[str, Any] | None = None, **keywords: Any
+    ) -> Any:
+        config = TransformerConfig(
+            num_layers=1, hidden_size=4, num_attention_heads=1, use_cpu_initialization=True
+        )
         layer = kind(
             4,
             6,
@@ -44,7 +49,9 @@ def with_heads() -> dict[str, Any]:
 
     hidden, out, calls = torch.ones(2, 1, 4), {}, []
     plain = head()
-    plain.register_forward_pre_hook(lambda module, arguments: calls.append([len(arguments), module is plain]))
+    plain.register_forward_pre_hook(
+        lambda module, arguments: calls.append([len(arguments), module is plain])
+    )
     plain.register_forward_pre_hook(
         lambda module, arguments, keywords: calls.append(sorted(keywords)), with_kwargs=True
     )
@@ -100,4 +107,7 @@ def test_what_cannot_be_fused_is_refused(result: dict[str, Any]) -> None:
         "FSDP": "Megatron-FSDP",
     }
     for name, text in says.items():
-        assert result[name].startswith("--tsft-fuse-head: ") and text in result[name], (name, result[name])
+        assert result[name].startswith("--tsft-fuse-head: ") and text in result[name], (
+            name,
+            result[name],
+        )

@@ -1,4 +1,5 @@
-"""SmolLM2-135M-Instruct itself: to Megatron and back bit by bit, the logits of transformers at TP 1 and 3, and PP 2."""
+"""SmolLM2-135M-Instruct itself: to Megatron and back bit by bit, the logits of transformers at TP 1
+and 3, and PP 2."""
 
 import os
 import subprocess
@@ -26,12 +27,22 @@ PAGE = 512  # tokens
 
 @pytest.fixture(scope="module")
 def source() -> Path:
-    """The model's folder: the quickstart's where it was fetched already, else one that is fetched once."""
+    """The model's folder: the quickstart's where it was fetched already, else one that is fetched
+    once."""
     if QUICKSTART.is_dir():
         return QUICKSTART
     script = REPOSITORY / "examples" / "quickstart" / "fetch_model.py"
-    line = [sys.executable, str(script), "--output", str(OWN / "hf_base"), "--cache", str(OWN / "cache")]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)})
+    line = [
+        sys.executable,
+        str(script),
+        "--output",
+        str(OWN / "hf_base"),
+        "--cache",
+        str(OWN / "cache"),
+    ]
+    done = subprocess.run(
+        line, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return OWN / "hf_base"
 
@@ -40,7 +51,12 @@ def source() -> Path:
 def megatron(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2") / "megatron"
     card = import_hf(source, folder, progress=False)
-    assert (card.family, card.dtype, card.tied, card.padded_vocab_size) == ("llama", "float32", True, 49152)
+    assert (card.family, card.dtype, card.tied, card.padded_vocab_size) == (
+        "llama",
+        "float32",
+        True,
+        49152,
+    )
     return folder
 
 
@@ -77,7 +93,9 @@ def test_every_bit_comes_back(source: Path, megatron: Path, exported: Path) -> N
     assert set(ours.keys()) == set(original.keys())
     for name in original.keys():
         left, right = ours.get_tensor(name), original.get_tensor(name)
-        assert left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8)), name
+        assert left.dtype == right.dtype and torch.equal(
+            left.view(torch.uint8), right.view(torch.uint8)
+        ), name
 
 
 def all_logits(rank: int, folder: Path, ids: torch.Tensor, layout: Layout) -> torch.Tensor | None:
@@ -86,7 +104,9 @@ def all_logits(rank: int, folder: Path, ids: torch.Tensor, layout: Layout) -> to
     return logits if rank == 0 else None
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (3, 1), (1, 2)])  # 9 heads in 3 groups: no other TP divides them
+@pytest.mark.parametrize(
+    ("tp", "pp"), [(1, 1), (3, 1), (1, 2)]
+)  # 9 heads in 3 groups: no other TP divides them
 def test_logits_are_those_of_transformers(
     tp: int, pp: int, megatron: Path, page: torch.Tensor, theirs: torch.Tensor
 ) -> None:
@@ -95,7 +115,8 @@ def test_logits_are_those_of_transformers(
     print(f"TP {tp}, PP {pp}: {result}")
     assert result.positions == PAGE
     assert result.argmax_agreement == 1.0
-    # measured: 0 at TP 1 and PP 2; 1.1e-4 at TP 3, where sums over three ranks round otherwise (see the next test)
+    # measured: 0 at TP 1 and PP 2; 1.1e-4 at TP 3, where sums over three ranks round otherwise (see
+    # the next test)
     assert result.max_difference < (1e-4 if tp == 1 else 1e-5 * result.max_logit)
 
 
@@ -106,7 +127,10 @@ def in_float64(rank: int, folder: Path, ids: torch.Tensor, layout: Layout) -> to
 
 def test_three_ranks_hold_the_same_model_as_one(megatron: Path, page: torch.Tensor) -> None:
     """What TP 3 differs by in fp32 is rounding: in fp64 hardly anything is left of it."""
-    one, three = (run_ranks(tp, in_float64, megatron, page[:, :128], Layout(tp), timeout=600)[0] for tp in (1, 3))
+    one, three = (
+        run_ranks(tp, in_float64, megatron, page[:, :128], Layout(tp), timeout=600)[0]
+        for tp in (1, 3)
+    )
     print(f"TP 3, fp64: {difference(three, one)}")
     assert difference(three, one).max_difference < 1e-9
 
@@ -116,7 +140,9 @@ def test_the_export_generates_what_the_original_does(source: Path, exported: Pat
     print(answers[0])
     assert answers[0] == answers[1]
     assert "Paris" in answers[0]
-    assert tokenizer_fingerprint(load_tokenizer(source)) == tokenizer_fingerprint(load_tokenizer(exported))
+    assert tokenizer_fingerprint(load_tokenizer(source)) == tokenizer_fingerprint(
+        load_tokenizer(exported)
+    )
 
 
 def generate(folder: Path) -> str:
@@ -126,6 +152,8 @@ def generate(folder: Path) -> str:
     tokenizer: Any = AutoTokenizer.from_pretrained(str(folder))
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder))
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     tokens = model.generate(**prompt, max_new_tokens=16, do_sample=False)
     return tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)

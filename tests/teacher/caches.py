@@ -1,4 +1,5 @@
-"""What the tests of teacher caches share: prepared conversations, seeded records, and everything that a folder says."""
+"""What the tests of teacher caches share: prepared conversations, seeded records, and everything
+that a folder says."""
 
 import dataclasses
 import importlib.util
@@ -37,14 +38,25 @@ def load_tool(name: str) -> ModuleType:
 
 
 def prepared(
-    root: Path, name: str, count: int, seed: int, *, words: tuple[int, int] = (3, 14), again: Sequence[str] = ()
+    root: Path,
+    name: str,
+    count: int,
+    seed: int,
+    *,
+    words: tuple[int, int] = (3, 14),
+    again: Sequence[str] = (),
 ) -> PreparedData:
-    """root/name: `count` random conversations of a word-level tokenizer at root/hf, then those of other names again."""
+    """root/name: `count` random conversations of a word-level tokenizer at root/hf, then those of
+    other names again."""
     draw, lines = random.Random(seed), []
     for _ in range(count):
         text = " ".join(f"w{draw.randrange(WORDS)}" for _ in range(draw.randint(*words)))
         start = draw.randrange(WORDS)
-        lines.append(json.dumps({"prompt": f"w{start} plus w{draw.randrange(WORDS)} is", "completion": f" {text}"}))
+        lines.append(
+            json.dumps(
+                {"prompt": f"w{start} plus w{draw.randrange(WORDS)} is", "completion": f" {text}"}
+            )
+        )
     for other in again:
         lines += (root / f"{other}.jsonl").read_text().splitlines()
     (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -53,14 +65,17 @@ def prepared(
 
 
 def predictions(sample_id: str, tokens: int, k: int) -> TeacherTopK:
-    """What a teacher says of a conversation, fp64: a function of its sample_id and k; sure of every other token."""
+    """What a teacher says of a conversation, fp64: a function of its sample_id and k; sure of every
+    other token."""
     generator = torch.Generator().manual_seed(int(sample_id[:8], 16))
     logits = 3 * torch.randn(tokens, VOCABULARY, generator=generator, dtype=torch.float64)
     logits[::2, 0] += 25
     log_t = torch.log_softmax(logits, -1)
     ordered, ids = log_t.sort(-1, descending=True)
     label = log_t.gather(1, torch.randint(VOCABULARY, (tokens, 1), generator=generator))[:, 0]
-    tail = torch.logsumexp(ordered[:, k:], -1) if k < VOCABULARY else torch.full((tokens,), -torch.inf)
+    tail = (
+        torch.logsumexp(ordered[:, k:], -1) if k < VOCABULARY else torch.full((tokens,), -torch.inf)
+    )
     return TeacherTopK(ids[:, :k], ordered[:, :k], label_logprobs=label, tail_logmass=tail)
 
 
@@ -72,7 +87,9 @@ def record(sample_id: str, tokens: int, k: int) -> TeacherRows:
 def identity(data: Sequence[PreparedData], k: int, **changes: Any) -> CacheIdentity:
     """Of a cache of these data sets."""
     names = [part.card.fingerprint for part in data]
-    made = CacheIdentity("teacher", "0" * 16, data[0].card.tokenizer_fingerprint, VOCABULARY, k, 1.0, "fp32", names)
+    made = CacheIdentity(
+        "teacher", "0" * 16, data[0].card.tokenizer_fingerprint, VOCABULARY, k, 1.0, "fp32", names
+    )
     return dataclasses.replace(made, **changes)
 
 
@@ -80,10 +97,14 @@ def shard_records(plan: CachePlan, number: int, k: int) -> list[TeacherRows]:
     """`record` of each conversation of a shard."""
     members = range(plan.starts[number], plan.starts[number + 1])
     names = [plan.data[plan.of[i]].sample_ids[int(plan.row[i])].as_py() for i in members]
-    return [record(name, int(plan.supervised[i]), k) for name, i in zip(names, members, strict=True)]
+    return [
+        record(name, int(plan.supervised[i]), k) for name, i in zip(names, members, strict=True)
+    ]
 
 
-def write_cache(directory: Path, data: Sequence[PreparedData], k: int, shard_bytes: int | None = None) -> TeacherCache:
+def write_cache(
+    directory: Path, data: Sequence[PreparedData], k: int, shard_bytes: int | None = None
+) -> TeacherCache:
     """A finished cache of `record`s."""
     plan = plan_cache(data, k, shard_bytes)
     writer = CacheWriter(directory, identity(data, k), plan)
@@ -94,8 +115,11 @@ def write_cache(directory: Path, data: Sequence[PreparedData], k: int, shard_byt
     return TeacherCache.load(directory)
 
 
-def rewrite_shard(directory: Path, name: str, change: Callable[[list[dict[str, Any]]], Any]) -> None:
-    """Write a shard again after `change` of its rows, and its facts in the card: as a faulty program would have."""
+def rewrite_shard(
+    directory: Path, name: str, change: Callable[[list[dict[str, Any]]], Any]
+) -> None:
+    """Write a shard again after `change` of its rows, and its facts in the card: as a faulty
+    program would have."""
     card = json.loads((directory / CARD_FILE).read_text())
     path = directory / name
     with pa.OSFile(str(path)) as source:
@@ -111,7 +135,10 @@ def rewrite_shard(directory: Path, name: str, change: Callable[[list[dict[str, A
 def as_bytes(rows: TeacherRows) -> bytes:
     """Every bit of a record, with its types and shapes."""
     parts = (rows.ids, rows.logprobs, rows.label_logprobs, rows.tail_logmass)
-    return b"".join(f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes() for part in parts)
+    return b"".join(
+        f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
+        for part in parts
+    )
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -1,4 +1,5 @@
-"""A session's teacher folder and the data sets that its tests cache; all of one word-level tokenizer."""
+"""A session's teacher folder and the data sets that its tests cache; all of one word-level
+tokenizer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from tests.training.runs import make_hf
 
 @dataclass(frozen=True)
 class Home:
-    """hf: the teacher. train, held: data sets with nothing in common. both: held, and a part of its own."""
+    """hf: the teacher. train, held: data sets with nothing in common. both: held, and a part of its
+    own."""
 
     root: Path
     train: PreparedData

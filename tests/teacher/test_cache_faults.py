@@ -1,4 +1,5 @@
-"""What is wrong with a cache is said by name, with what to do, before anything trains; nothing damaged is ever read."""
+"""What is wrong with a cache is said by name, with what to do, before anything trains; nothing
+damaged is ever read."""
 
 import dataclasses
 import json
@@ -57,7 +58,11 @@ def test_no_flipped_bit_passes_anywhere(cache: Path) -> None:
     """Also in Arrow's own structure, where the shard cannot be opened at all."""
     content, draw = (cache / SHARD).read_bytes(), random.Random(0)
     structure = [draw.randrange(len(content) - 1200, len(content)) for _ in range(100)]
-    for place in [*range(0, 700, 7), *structure, *(draw.randrange(len(content)) for _ in range(50))]:
+    for place in [
+        *range(0, 700, 7),
+        *structure,
+        *(draw.randrange(len(content)) for _ in range(50)),
+    ]:
         damaged = bytearray(content)
         damaged[place] ^= 1 << draw.randrange(8)
         (cache / SHARD).unlink()  # another file: the old one may still be mapped
@@ -76,12 +81,15 @@ def test_a_missing_shard_is_named(cache: Path) -> None:
 def test_a_truncated_shard_is_named(cache: Path, cut: int) -> None:
     size = (cache / SHARD).stat().st_size
     (cache / SHARD).write_bytes((cache / SHARD).read_bytes()[:-cut])
-    with pytest.raises(UserError, match=f"{SHARD} has {size - cut} bytes instead of {size}: .*{AGAIN}"):
+    with pytest.raises(
+        UserError, match=f"{SHARD} has {size - cut} bytes instead of {size}: .*{AGAIN}"
+    ):
         TeacherCache.load(cache)
 
 
 def test_a_shard_of_another_cache_is_refused(cache: Path) -> None:
-    """It has the shape of the right one, and the card vouches for it; its conversations are there twice."""
+    """It has the shape of the right one, and the card vouches for it; its conversations are there
+    twice."""
     card = json.loads((cache / CARD_FILE).read_text())
     card["shards"][SHARD] = card["shards"]["shard-00000.arrow"]
     shutil.copy(cache / "shard-00000.arrow", cache / SHARD)
@@ -91,13 +99,19 @@ def test_a_shard_of_another_cache_is_refused(cache: Path) -> None:
         TeacherCache.load(cache)
 
 
-def test_without_a_card_it_is_no_cache_and_with_a_plan_an_unfinished_one(cache: Path, tmp_path: Path) -> None:
+def test_without_a_card_it_is_no_cache_and_with_a_plan_an_unfinished_one(
+    cache: Path, tmp_path: Path
+) -> None:
     (cache / CARD_FILE).unlink()
-    with pytest.raises(UserError, match="is an unfinished teacher cache: run tools/cache_teacher.py as before, it"):
+    with pytest.raises(
+        UserError, match="is an unfinished teacher cache: run tools/cache_teacher.py as before, it"
+    ):
         TeacherCache.load(cache)
     (cache / PLAN_FILE).unlink()
     for folder in (cache, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match=rf"{folder} has no {CARD_FILE}: make the cache with .*cache_teacher.py"):
+        with pytest.raises(
+            UserError, match=rf"{folder} has no {CARD_FILE}: make the cache with .*cache_teacher.py"
+        ):
             TeacherCache.load(folder)
 
 
@@ -109,14 +123,31 @@ def test_a_card_of_another_version_or_a_damaged_one(cache: Path) -> None:
             TeacherCache.load(cache)
         (cache / CARD_FILE).write_text(before)
 
-    of(lambda card: card.update(format_version=2), "not a teacher cache card of this version .*make the cache again")
-    of(lambda card: card.pop("shards") and card.update(pieces={}), "not a teacher cache card of this version")
-    of(lambda card: card["identity"].update(flavour="mint"), "is damaged .*flavour.*make the cache again")
+    of(
+        lambda card: card.update(format_version=2),
+        "not a teacher cache card of this version .*make the cache again",
+    )
+    of(
+        lambda card: card.pop("shards") and card.update(pieces={}),
+        "not a teacher cache card of this version",
+    )
+    of(
+        lambda card: card["identity"].update(flavour="mint"),
+        "is damaged .*flavour.*make the cache again",
+    )
     of(lambda card: card["identity"].pop("top_k"), "is damaged .*top_k.*make the cache again")
-    of(lambda card: card["identity"].update(top_k=5), f"(?s)shard-00000.arrow cannot be read .*{AGAIN}")
-    of(lambda card: card["shards"][SHARD].update(conversations=1), f"{SHARD} holds .* instead of 1: .*{AGAIN}")
+    of(
+        lambda card: card["identity"].update(top_k=5),
+        f"(?s)shard-00000.arrow cannot be read .*{AGAIN}",
+    )
+    of(
+        lambda card: card["shards"][SHARD].update(conversations=1),
+        f"{SHARD} holds .* instead of 1: .*{AGAIN}",
+    )
     (cache / CARD_FILE).write_text("{")
-    with pytest.raises(UserError, match="not a teacher cache card of this version .*make the cache again"):
+    with pytest.raises(
+        UserError, match="not a teacher cache card of this version .*make the cache again"
+    ):
         TeacherCache.load(cache)
 
 
@@ -139,20 +170,30 @@ def test_a_shard_of_another_layout_is_refused_in_one_line(cache: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_cache_of_other_data_says_how_much_is_missing_and_where_it_begins(home: Home, whole: Path) -> None:
+def test_a_cache_of_other_data_says_how_much_is_missing_and_where_it_begins(
+    home: Home, whole: Path
+) -> None:
     cache = TeacherCache.load(whole)
     with pytest.raises(UserError) as refused:
         CachedTeacher([cache], home.held)
     text, first = str(refused.value), home.held.sample_ids[0].as_py()
-    assert f"{whole} was made for another data set: it has no record of 12 of the 12 conversations" in text
-    assert f"of {home.held.directory} (the first: {first}): make one with tools/cache_teacher.py --data" in text
+    assert (
+        f"{whole} was made for another data set: it has no record of 12 of the 12 conversations"
+        in text
+    )
+    assert (
+        f"of {home.held.directory} (the first: {first}): make one with tools/cache_teacher.py"
+        " --data" in text
+    )
 
 
 def test_a_cache_of_a_part_names_the_first_that_it_lacks(home: Home, tmp_path: Path) -> None:
     held = write_cache(tmp_path / "cache", [home.held], K)
     own = [i for i in range(len(home.both)) if held.find(home.both)[i] < 0]
     first = home.both.sample_ids[own[0]].as_py()
-    with pytest.raises(UserError, match=rf"no record of {len(own)} of the {len(home.both)} .*the first: {first}"):
+    with pytest.raises(
+        UserError, match=rf"no record of {len(own)} of the {len(home.both)} .*the first: {first}"
+    ):
         CachedTeacher([held], home.both)
     assert len(own) == 9
 
@@ -160,11 +201,19 @@ def test_a_cache_of_a_part_names_the_first_that_it_lacks(home: Home, tmp_path: P
 def test_another_tokenizer_is_refused(home: Home, cache: Path) -> None:
     change_card(cache, lambda card: card["identity"].update(tokenizer_fingerprint="f" * 16))
     ours = home.train.card.tokenizer_fingerprint
-    with pytest.raises(UserError, match=rf"another tokenizer \(fingerprint f{{16}}\) than .*{ours}.*make a cache of"):
+    with pytest.raises(
+        UserError,
+        match=rf"another tokenizer \(fingerprint f{{16}}\) than .*{ours}.*make a cache of",
+    ):
         CachedTeacher([TeacherCache.load(cache)], home.train)
     check_same_tokenizer("teacher", ours, [home.train, home.held], "pass a --token-map")
-    for theirs, match in (("f" * 16, r"another tokenizer \(fingerprint f{16}\)"), (None, "no tokenizer")):
-        with pytest.raises(UserError, match=f"the teacher 70b has {match}.*{ours}.*or pass a --token-map"):
+    for theirs, match in (
+        ("f" * 16, r"another tokenizer \(fingerprint f{16}\)"),
+        (None, "no tokenizer"),
+    ):
+        with pytest.raises(
+            UserError, match=f"the teacher 70b has {match}.*{ours}.*or pass a --token-map"
+        ):
             check_same_tokenizer("70b", theirs, [home.train], "pass a --token-map")
 
 
@@ -195,7 +244,9 @@ def a_record(writer: CacheWriter) -> tuple[list[TeacherRows], int]:
 
 @pytest.fixture
 def writer(home: Home, tmp_path: Path) -> CacheWriter:
-    writer = CacheWriter(tmp_path / "new", identity([home.train], K), plan_cache([home.train], K, SHARD_BYTES))
+    writer = CacheWriter(
+        tmp_path / "new", identity([home.train], K), plan_cache([home.train], K, SHARD_BYTES)
+    )
     writer.begin()
     return writer
 
@@ -208,7 +259,9 @@ def test_impossible_ids_are_not_written(writer: CacheWriter, fault: str) -> None
     change(ids)
     records[i] = dataclasses.replace(records[i], ids=ids)
     name = writer.plan.data[0].sample_ids[int(writer.plan.row[i])].as_py()
-    with pytest.raises(UserError, match=f"record of conversation {name} cannot be cached: .*{match}"):
+    with pytest.raises(
+        UserError, match=f"record of conversation {name} cannot be cached: .*{match}"
+    ):
         writer.write_shard(0, records)
     assert [path.name for path in writer.directory.iterdir()] == [PLAN_FILE]
 
@@ -226,7 +279,9 @@ def test_impossible_ids_are_not_read(cache: Path, fault: str) -> None:
     rewrite_shard(cache, SHARD, lambda rows: None)
     TeacherCache.load(cache).verify()  # writing it again is no fault
     rewrite_shard(cache, SHARD, spoil)
-    with pytest.raises(UserError, match=f"{SHARD} holds a record that no teacher .*{match}; make the cache again"):
+    with pytest.raises(
+        UserError, match=f"{SHARD} holds a record that no teacher .*{match}; make the cache again"
+    ):
         TeacherCache.load(cache).verify()
 
 
@@ -255,7 +310,9 @@ def test_numbers_that_are_no_log_probs_are_not_written(
 def test_records_of_another_shape_are_not_written(writer: CacheWriter) -> None:
     records, i = a_record(writer)
     rows = records[i]
-    shorter = TeacherRows(rows.ids[1:], rows.logprobs[1:], rows.label_logprobs[1:], rows.tail_logmass[1:])
+    shorter = TeacherRows(
+        rows.ids[1:], rows.logprobs[1:], rows.label_logprobs[1:], rows.tail_logmass[1:]
+    )
     for wrong, match in (
         (shorter, "its ids are"),
         (dataclasses.replace(rows, logprobs=rows.logprobs[:, 1:]), "do not fit each other"),
@@ -267,7 +324,8 @@ def test_records_of_another_shape_are_not_written(writer: CacheWriter) -> None:
 
 def test_records_of_another_k_are_not_written(writer: CacheWriter) -> None:
     narrow = [
-        TeacherRows(r.ids[:, 1:], r.logprobs[:, 1:], r.label_logprobs, r.tail_logmass) for r in a_record(writer)[0]
+        TeacherRows(r.ids[:, 1:], r.logprobs[:, 1:], r.label_logprobs, r.tail_logmass)
+        for r in a_record(writer)[0]
     ]
     with pytest.raises(UserError, match="cannot be cached"):
         writer.write_shard(0, narrow)
@@ -286,9 +344,13 @@ def test_records_of_another_k_are_not_written(writer: CacheWriter) -> None:
         ("token_map", "1" * 16),
     ],
 )
-def test_the_folder_of_another_job_is_not_touched(writer: CacheWriter, name: str, value: Any) -> None:
+def test_the_folder_of_another_job_is_not_touched(
+    writer: CacheWriter, name: str, value: Any
+) -> None:
     before = (writer.directory / PLAN_FILE).read_bytes()
-    other = CacheWriter(writer.directory, dataclasses.replace(writer.identity, **{name: value}), writer.plan)
+    other = CacheWriter(
+        writer.directory, dataclasses.replace(writer.identity, **{name: value}), writer.plan
+    )
     with pytest.raises(UserError) as refused:
         other.begin()
     text = str(refused.value)
@@ -304,7 +366,9 @@ def test_a_folder_of_other_things_is_not_touched(writer: CacheWriter, tmp_path: 
     (tmp_path / "file").write_text("mine")
     for name in ("notes", "file"):
         other = CacheWriter(tmp_path / name, writer.identity, writer.plan)
-        with pytest.raises(UserError, match="exists already and is no teacher cache: name another --output"):
+        with pytest.raises(
+            UserError, match="exists already and is no teacher cache: name another --output"
+        ):
             other.begin()
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["a.txt"]
     (tmp_path / "empty").mkdir()
@@ -335,11 +399,19 @@ def test_a_token_map_must_be_one(home: Home, tmp_path: Path) -> None:
         [True, *straight[2:]],
     ):
         refused(wrong, "must be a JSON list of the teacher's ids")
-    refused([*straight, 99], f"has {VOCABULARY + 1} entries, the student's vocabulary {VOCABULARY}: make them agree")
+    refused(
+        [*straight, 99],
+        f"has {VOCABULARY + 1} entries, the student's vocabulary {VOCABULARY}: make them agree",
+    )
     lost = int(home.held.row(0).input_ids[0])
     without = [-1 if token == lost else token for token in straight]
-    refused(without, f"has no counterpart of token {lost}, which {home.held.directory} uses: add it")
-    refused(straight[:10], f"has no counterpart of token [0-9]+, which {home.held.directory} uses: add it")
+    refused(
+        without, f"has no counterpart of token {lost}, which {home.held.directory} uses: add it"
+    )
+    refused(
+        straight[:10],
+        f"has no counterpart of token [0-9]+, which {home.held.directory} uses: add it",
+    )
     refused([], "has no counterpart of token")
     refused("[1, 2", "cannot be read .*: pass a JSON list")
     file.unlink()

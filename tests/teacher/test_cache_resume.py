@@ -1,4 +1,5 @@
-"""A job that was killed goes on where it stopped: the cache is that of one that was not, and nothing is done twice."""
+"""A job that was killed goes on where it stopped: the cache is that of one that was not, and
+nothing is done twice."""
 
 import os
 import random
@@ -39,10 +40,17 @@ def shards(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def kill_at(line: list[str], directory: Path, count: int, wait: float) -> None:
-    """Start the tool and end it with SIGKILL `wait` seconds after it has written `count` shards more."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    """Start the tool and end it with SIGKILL `wait` seconds after it has written `count` shards
+    more."""
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     count += len(shards(directory))
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     try:
         while process.poll() is None and len(shards(directory)) < count:
             time.sleep(0.001)
@@ -61,22 +69,49 @@ def test_a_job_that_is_killed_three_times_makes_the_same_cache(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the tool sets it; undone afterwards
     data = prepared(home.root, "long", 400, 3)
-    flags = ["--teacher", str(home.hf), "--data", str(data.directory), "--top-k", "4", "--shard-bytes", "3500"]
-    flags += ["--device", "cpu", "--no-progress", "--batch-tokens", "1"]  # a conversation at a time: slow enough to hit
+    flags = [
+        "--teacher",
+        str(home.hf),
+        "--data",
+        str(data.directory),
+        "--top-k",
+        "4",
+        "--shard-bytes",
+        "3500",
+    ]
+    flags += [
+        "--device",
+        "cpu",
+        "--no-progress",
+        "--batch-tokens",
+        "1",
+    ]  # a conversation at a time: slow enough to hit
     assert TOOL.main([*flags, "--output", str(tmp_path / "whole")]) == 0
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert len(shards(whole)) >= 25
 
     draw, before = random.Random(7), {}
-    line = [sys.executable, str(REPOSITORY / "tools" / "cache_teacher.py"), *flags, "--output", str(killed)]
+    line = [
+        sys.executable,
+        str(REPOSITORY / "tools" / "cache_teacher.py"),
+        *flags,
+        "--output",
+        str(killed),
+    ]
     for _ in range(3):
         kill_at(line, killed, draw.randint(1, 6), draw.uniform(0, 0.02))
         now = shards(killed)
-        assert not (killed / CARD_FILE).exists() and before.items() <= now.items() and len(now) > len(before)
+        assert (
+            not (killed / CARD_FILE).exists()
+            and before.items() <= now.items()
+            and len(now) > len(before)
+        )
         with pytest.raises(UserError, match="is an unfinished teacher cache"):
             TeacherCache.load(killed)
         before = now
-    (killed / f".{shard_name(len(shards(whole)) - 1)}.tmp").write_bytes(b"half a shard")  # whatever moment was hit
+    (killed / f".{shard_name(len(shards(whole)) - 1)}.tmp").write_bytes(
+        b"half a shard"
+    )  # whatever moment was hit
     capsys.readouterr()
     assert TOOL.main([*flags, "--output", str(killed)]) == 0
     out = capsys.readouterr().out
@@ -91,7 +126,14 @@ def test_a_finished_cache_has_nothing_to_do(
     home: Home, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    flags = ["--teacher", str(home.hf), "--data", str(home.held.directory), "--output", str(tmp_path / "cache")]
+    flags = [
+        "--teacher",
+        str(home.hf),
+        "--data",
+        str(home.held.directory),
+        "--output",
+        str(tmp_path / "cache"),
+    ]
     flags += ["--top-k", "4", "--device", "cpu", "--no-progress"]
     assert TOOL.main(flags) == 0
 
@@ -106,7 +148,9 @@ def test_a_finished_cache_has_nothing_to_do(
     assert capsys.readouterr().out == f"{tmp_path / 'cache'} is finished already: nothing to do\n"
     assert files == state()
     assert TOOL.main([*flags, "--temperature", "2"]) == 2
-    assert "holds a teacher cache of another job (temperature 1.0, now 2.0)" in capsys.readouterr().err
+    assert (
+        "holds a teacher cache of another job (temperature 1.0, now 2.0)" in capsys.readouterr().err
+    )
 
 
 def test_what_a_killed_write_left_is_replaced(home: Home, tmp_path: Path) -> None:
@@ -134,7 +178,9 @@ def test_a_deleted_shard_and_card_are_made_again(home: Home, tmp_path: Path) -> 
     before, untouched = contents(cache.directory), shards(cache.directory)
     (cache.directory / CARD_FILE).unlink()
     (cache.directory / shard_name(2)).unlink()
-    write_missing = CacheWriter(cache.directory, cache.card.identity, plan_cache([home.train], K, SHARD_BYTES))
+    write_missing = CacheWriter(
+        cache.directory, cache.card.identity, plan_cache([home.train], K, SHARD_BYTES)
+    )
     write_missing.begin()
     assert write_missing.missing() == [2]
     write_missing.write_shard(2, shard_records(write_missing.plan, 2, K))
@@ -154,7 +200,15 @@ def test_ranks_share_the_shards_and_make_the_same_cache(
     home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    flags = ["--teacher", str(home.hf), "--data", str(home.train.directory), str(home.both.directory), "--top-k", "4"]
+    flags = [
+        "--teacher",
+        str(home.hf),
+        "--data",
+        str(home.train.directory),
+        str(home.both.directory),
+        "--top-k",
+        "4",
+    ]
     flags += ["--device", "cpu", "--no-progress", "--shard-bytes", "4000", "--batch-tokens", "64"]
     for world in (1, 2, 3):
         with socket.socket() as free:
@@ -165,7 +219,9 @@ def test_ranks_share_the_shards_and_make_the_same_cache(
     one = contents(tmp_path / "1")
     assert len(shards(tmp_path / "1")) > 3
     for world in ("2", "3"):
-        assert names(tmp_path / world) == names(tmp_path / "1") and contents(tmp_path / world) == one
+        assert (
+            names(tmp_path / world) == names(tmp_path / "1") and contents(tmp_path / world) == one
+        )
 
 
 def test_a_late_rank_has_the_share_of_one_in_time(home: Home, tmp_path: Path) -> None:
@@ -192,10 +248,14 @@ def test_a_late_rank_has_the_share_of_one_in_time(home: Home, tmp_path: Path) ->
 def test_other_shards_of_the_same_number_are_another_job(home: Home, tmp_path: Path) -> None:
     one = plan_cache([home.train], K, SHARD_BYTES)
     others = (plan_cache([home.train], K, SHARD_BYTES + more) for more in range(10, 800, 10))
-    other = next(plan for plan in others if plan.shards == one.shards and (plan.starts != one.starts).any())
+    other = next(
+        plan for plan in others if plan.shards == one.shards and (plan.starts != one.starts).any()
+    )
     writer = CacheWriter(tmp_path / "cache", identity([home.train], K), one)
     writer.begin()
-    for number in range(int((other.starts != one.starts).argmax())):  # the last of them ends elsewhere
+    for number in range(
+        int((other.starts != one.starts).argmax())
+    ):  # the last of them ends elsewhere
         writer.write_shard(number, shard_records(one, number, K))
     again = CacheWriter(writer.directory, writer.identity, other)
     try:
@@ -211,7 +271,9 @@ def test_other_shards_of_the_same_number_are_another_job(home: Home, tmp_path: P
 def test_killed_while_the_plan_is_written(home: Home, tmp_path: Path) -> None:
     writer = CacheWriter(tmp_path / "cache", identity([home.held], K), plan_cache([home.held], K))
     writer.directory.mkdir()
-    (writer.directory / f".{PLAN_FILE}.4711.tmp").write_text("{")  # atomic.write_text, before its rename
+    (writer.directory / f".{PLAN_FILE}.4711.tmp").write_text(
+        "{"
+    )  # atomic.write_text, before its rename
     writer.begin()
 
 

@@ -1,4 +1,5 @@
-"""A pack carries each conversation's records at its supervised positions, wherever it lies and however it is cut."""
+"""A pack carries each conversation's records at its supervised positions, wherever it lies and
+however it is cut."""
 
 import pickle
 from pathlib import Path
@@ -41,16 +42,33 @@ def rows_at(item: dict[str, torch.Tensor], place: int) -> tuple[Any, ...]:
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(
     ("seq_length", "truncate", "multiple"),
-    [(32, False, 1), (64, False, 1), (64, False, 16), (200, False, 1), (16, True, 1), (16, True, 4), (9, True, 1)],
+    [
+        (32, False, 1),
+        (64, False, 1),
+        (64, False, 16),
+        (200, False, 1),
+        (16, True, 1),
+        (16, True, 4),
+        (9, True, 1),
+    ],
 )
 def test_records_lie_at_their_tokens(
     home: Home, teacher: CachedTeacher, seq_length: int, truncate: bool, multiple: int, seed: int
 ) -> None:
     data = home.train
-    packs = packs_of(data, teacher, seq_length=seq_length, truncate=truncate, seed=seed, document_multiple=multiple)
+    packs = packs_of(
+        data,
+        teacher,
+        seq_length=seq_length,
+        truncate=truncate,
+        seed=seed,
+        document_multiple=multiple,
+    )
     assert (packs.truncated > 0) == truncate
     taught = 0
-    for index in range(packs.packs_per_epoch + 2):  # with the masked packs at its end, and two of the next epoch
+    for index in range(
+        packs.packs_per_epoch + 2
+    ):  # with the masked packs at its end, and two of the next epoch
         item, at = packs[index], 0
         wanted: dict[int, tuple[Any, ...]] = {}
         for row in packs.rows(index):
@@ -83,26 +101,36 @@ def test_the_packs_are_those_without_a_teacher(home: Home, teacher: CachedTeache
 
 
 @pytest.mark.parametrize("tail", ["uniform", "drop"])
-def test_a_micro_batch_has_the_records_of_its_packs(home: Home, teacher: CachedTeacher, tail: Any) -> None:
+def test_a_micro_batch_has_the_records_of_its_packs(
+    home: Home, teacher: CachedTeacher, tail: Any
+) -> None:
     packs = packs_of(home.train, teacher)
     batch = MicroBatch.from_packs(default_collate([packs[0], packs[1], packs[2]]), "cpu", tail)
     found = batch.teacher
     assert isinstance(found, TeacherTopK) and found.tail == tail
     assert found.label_logprobs is not None and found.tail_logmass is not None
     assert found.ids.shape == found.logprobs.shape == (1, 3 * 64, K)
-    assert found.label_logprobs.shape == found.tail_logmass.shape == batch.labels.shape == (1, 3 * 64)
+    assert (
+        found.label_logprobs.shape == found.tail_logmass.shape == batch.labels.shape == (1, 3 * 64)
+    )
     for i in range(3):
         place = slice(64 * i, 64 * (i + 1))
         values = (found.ids, found.logprobs, found.label_logprobs, found.tail_logmass)
         for name, value in zip(NAMES, values, strict=True):
             assert torch.equal(value[0, place], packs[i][name])
     assert torch.equal((found.ids >= 0).all(-1), batch.labels != -100)
-    assert MicroBatch.from_packs(default_collate([packs_of(home.train, None)[0]]), "cpu").teacher is None
+    assert (
+        MicroBatch.from_packs(default_collate([packs_of(home.train, None)[0]]), "cpu").teacher
+        is None
+    )
 
 
 def test_a_pickled_teacher_gives_the_same_rows(home: Home, tmp_path: Path) -> None:
     """What a loader's worker processes get: paths, not records."""
-    caches = [write_cache(tmp_path / "n", [home.held], 3), write_cache(tmp_path / "w", [home.both], K)]
+    caches = [
+        write_cache(tmp_path / "n", [home.held], 3),
+        write_cache(tmp_path / "w", [home.both], K),
+    ]
     teacher = CachedTeacher(caches, home.both)
     sent = pickle.dumps(teacher)
     assert len(sent) < 2000
@@ -127,7 +155,12 @@ class Shifted:
 
 
 def test_the_record_of_another_conversation_is_refused(home: Home, teacher: CachedTeacher) -> None:
-    packs = packs_of(home.train, None).with_teacher(Shifted(teacher, len(home.train)), weighted=False)
-    with pytest.raises(UserError, match="record of conversation [0-9a-f]{32} has .* tokens, the conversation .*again"):
+    packs = packs_of(home.train, None).with_teacher(
+        Shifted(teacher, len(home.train)), weighted=False
+    )
+    with pytest.raises(
+        UserError,
+        match="record of conversation [0-9a-f]{32} has .* tokens, the conversation .*again",
+    ):
         for index in range(packs.packs_per_epoch):
             packs[index]

@@ -12,8 +12,28 @@ from tests.training.runs import REPOSITORY, make_hf, write_rows
 def test_it_measures_writing_and_reading(tmp_path: Path) -> None:
     teacher = make_hf(tmp_path / "hf", num_hidden_layers=1)
     prepare(write_rows(tmp_path / "rows.jsonl", 20, 0), teacher, tmp_path / "data", progress=False)
-    command = [sys.executable, str(REPOSITORY / "tools/benchmark_cache.py"), "--teacher", str(teacher), "--top-k", "16"]
-    command += ["--data", str(tmp_path / "data"), "--repeat", "1", "--seq-length", "64", "--step-seconds", "1"]
+    command = [
+        sys.executable,
+        str(REPOSITORY / "tools/benchmark_cache.py"),
+        "--teacher",
+        str(teacher),
+        "--top-k",
+        "16",
+    ]
+    command += [
+        "--data",
+        str(tmp_path / "data"),
+        "--repeat",
+        "1",
+        "--seq-length",
+        "64",
+        "--step-seconds",
+        "1",
+    ]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert re.search(r"top-16: writing takes [\d.]+ x the teacher's forward alone .* bytes an entry on disk", out)
-    assert re.search(r"top-16: reading: -?[\d.]+ ms more a pack of 64; -?[\d.]+% of a step of 1 s", out)
+    assert re.search(
+        r"top-16: writing takes [\d.]+ x the teacher's forward alone .* bytes an entry on disk", out
+    )
+    assert re.search(
+        r"top-16: reading: -?[\d.]+ ms more a pack of 64; -?[\d.]+% of a step of 1 s", out
+    )

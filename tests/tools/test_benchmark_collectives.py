@@ -1,4 +1,5 @@
-"""The merge that the losses do not use gives the same statistics, so their times compare; the tool prints both."""
+"""The merge that the losses do not use gives the same statistics, so their times compare; the tool
+prints both."""
 
 import importlib.util
 import json
@@ -32,7 +33,9 @@ def both_ways(rank: int) -> None:
         problem, logits = tool.problem_of(name, 13, 7, group, torch.device("cpu"))
         shard = problem.shard(logits)
         local = implementation(logits).local_statistics(shard, problem.wanted())
-        other = tool.max_and_sum(Table(local.names, local.data.clone()), float(shard.a), float(shard.b), group)
+        other = tool.max_and_sum(
+            Table(local.names, local.data.clone()), float(shard.a), float(shard.b), group
+        )
         ours = merge(local, shard.a, shard.b, group)
         # m_pi is only an origin: what counts is the sum it is for
         for table in (ours, other):
@@ -50,7 +53,11 @@ def test_both_ways_agree() -> None:
 
 @pytest.mark.slow
 def test_the_tool_times_every_way() -> None:
-    command = [sys.executable, str(TOOL), *"--tp 2 --tokens 64 --columns 64 --repeat 1 --json".split()]
+    command = [
+        sys.executable,
+        str(TOOL),
+        *"--tp 2 --tokens 64 --columns 64 --repeat 1 --json".split(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)

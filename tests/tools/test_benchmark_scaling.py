@@ -1,4 +1,5 @@
-"""tools/benchmark_scaling.py: every message is counted once, its page shows its committed run. No time is judged."""
+"""tools/benchmark_scaling.py: every message is counted once, its page shows its committed run. No
+time is judged."""
 
 import importlib
 import json
@@ -40,7 +41,10 @@ def send(rank: int, tool: ModuleType) -> list[tuple[str, int]]:
 
 
 def test_every_message_is_counted_once(tool: ModuleType) -> None:
-    assert run_ranks(2, send, tool) == [[("all_gather", 60), ("reduce_scatter", 16), ("all_reduce", 16)]] * 2
+    assert (
+        run_ranks(2, send, tool)
+        == [[("all_gather", 60), ("reduce_scatter", 16), ("all_reduce", 16)]] * 2
+    )
 
 
 def test_operations_leave_out_views_and_allocations(tool: ModuleType) -> None:
@@ -62,11 +66,16 @@ def test_the_page_shows_the_committed_run(tool: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_a_run(tool: ModuleType, tmp_path: Path) -> None:
-    words = "--vocabulary 256 512 --vocabulary-tokens 8 --ranks 1 2 --tokens 16 --columns 512 --repeat 1"
+    words = (
+        "--vocabulary 256 512 --vocabulary-tokens 8 --ranks 1 2 --tokens 16 --columns 512"
+        " --repeat 1"
+    )
     command = [sys.executable, str(TOOL), "--output", str(tmp_path / "out"), *words.split()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"scaling.{e}" for e in ("json", "md", "png")]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        f"scaling.{e}" for e in ("json", "md", "png")
+    ]
     text = (tmp_path / "out/scaling.json").read_text()
     result = json.loads(text)
     assert str(tmp_path) not in text

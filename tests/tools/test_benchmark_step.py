@@ -1,4 +1,5 @@
-"""tools/benchmark_step.py: both sides take the same steps on the same packs, its files agree. No time is judged."""
+"""tools/benchmark_step.py: both sides take the same steps on the same packs, its files agree. No
+time is judged."""
 
 import importlib.util
 import json
@@ -21,7 +22,10 @@ TOOL = REPOSITORY / "tools" / "benchmark_step.py"
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """What a small run of everything wrote: (step.json, step.md)."""
     folder = tmp_path_factory.mktemp("step")
-    words = "--model tiny --seq-length 64 --packs 3 --supervised 0.6 --pairs 2 --startup-pairs 1 --no-progress".split()
+    words = (
+        "--model tiny --seq-length 64 --packs 3 --supervised 0.6 --pairs 2 --startup-pairs 1"
+        " --no-progress"
+    ).split()
     line = [sys.executable, str(TOOL), "--output", str(folder / "out"), *words]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
@@ -39,7 +43,9 @@ def test_both_sides_take_the_same_steps(written: tuple[dict[str, Any], str]) -> 
     assert list(rows) == [(dtype, name) for dtype in ("fp32", "bf16") for name in names]
     for (dtype, name), pairs in rows.items():
         first = rows[dtype, "plain"][0]["plain"]
-        assert len(pairs) == 2 and all(pair["plain"]["loss"] == first["loss"] for pair in pairs)  # nothing moved
+        assert len(pairs) == 2 and all(
+            pair["plain"]["loss"] == first["loss"] for pair in pairs
+        )  # nothing moved
         for pair in pairs:
             if name in ("plain", "sft"):  # bf16: the gradient of the logits is rounded to it
                 assert pair["ours"]["loss"] == pytest.approx(first["loss"], abs=1e-5)
@@ -52,14 +58,30 @@ def test_both_sides_take_the_same_steps(written: tuple[dict[str, Any], str]) -> 
 @pytest.mark.slow
 def test_the_files_agree(written: tuple[dict[str, Any], str]) -> None:
     result, text = written
-    assert [row["model"] for row in result["startup"]] == ["tiny"] and len(result["startup"][0]["pairs"]) == 1
+    assert [row["model"] for row in result["startup"]] == ["tiny"] and len(
+        result["startup"][0]["pairs"]
+    ) == 1
     for row in result["steps"] + result["startup"]:
         ratios = [pair["ours"]["cpu"] / pair["plain"]["cpu"] for pair in row["pairs"]]
         kept = row["cpu_ratio"]
-        assert kept["min"] == min(ratios) <= kept["q1"] <= kept["median"] <= kept["q3"] <= max(ratios) == kept["max"]
-        cells = f"| {len(ratios)} | {row['plain_cpu']:.2f} | {row['ours_cpu']:.2f} | {kept['median']:.3f} |"
+        assert (
+            kept["min"]
+            == min(ratios)
+            <= kept["q1"]
+            <= kept["median"]
+            <= kept["q3"]
+            <= max(ratios)
+            == kept["max"]
+        )
+        cells = (
+            f"| {len(ratios)} | {row['plain_cpu']:.2f} | {row['ours_cpu']:.2f} |"
+            f" {kept['median']:.3f} |"
+        )
         assert text.count(cells) >= 1
-    assert f"    {result['command']}\n" in text and result["environment"]["versions"]["megatron-core"] in text
+    assert (
+        f"    {result['command']}\n" in text
+        and result["environment"]["versions"]["megatron-core"] in text
+    )
 
 
 @pytest.fixture
@@ -74,7 +96,10 @@ def tool() -> ModuleType:
 def test_help_has_an_example(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         tool.parse(["--help"])
-    assert end.value.code == 0 and "tools/benchmark_step.py --output runs/step" in capsys.readouterr().out
+    assert (
+        end.value.code == 0
+        and "tools/benchmark_step.py --output runs/step" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,6 +111,8 @@ def test_help_has_an_example(tool: ModuleType, capsys: pytest.CaptureFixture[str
         (f"--output {TOOL}", f"--output {TOOL} is a file"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_runs(tool: ModuleType, words: str, says: str) -> None:
+def test_what_cannot_be_is_said_before_anything_runs(
+    tool: ModuleType, words: str, says: str
+) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
         tool.check(tool.parse(["--output", "out", *words.split()]))

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.runs import BATCH, CACHE_TOOL, Cache, Run, Server, Train, World, check_ran, make_hf, write_rows
+from tests.training.runs import (
+    BATCH,
+    CACHE_TOOL,
+    Cache,
+    Run,
+    Server,
+    Train,
+    World,
+    check_ran,
+    make_hf,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +48,8 @@ def train_in(server: Server, world: World) -> Callable[[Path], Train]:
 
 @pytest.fixture
 def train(train_in: Callable[[Path], Train], tmp_path: Path) -> Train:
-    """train(save, *flags, ranks=1, steps=3): a run on the session's model and data; a flag given twice: the last wins.
+    """train(save, *flags, ranks=1, steps=3): a run on the session's model and data; a flag given
+    twice: the last wins.
 
     It stops after `steps` without a checkpoint (writing one takes seconds) unless `keep` is set.
     """
@@ -57,7 +69,14 @@ def run_in(
 ) -> Run:
     """One training command whose files are in `folder`."""
     save = folder / save
-    argv = ["--tsft-model", str(world.base), "--tsft-data", str(world.train), "--tsft-device", "cpu"]
+    argv = [
+        "--tsft-model",
+        str(world.base),
+        "--tsft-data",
+        str(world.train),
+        "--tsft-device",
+        "cpu",
+    ]
     argv += [*BATCH.split(), "--save", str(save), "--train-iters", str(steps if keep else 1000)]
     argv += [] if keep else ["--exit-interval", str(steps), "--save-interval", "1000"]
     log = folder / f"{save.name}.log"
@@ -68,17 +87,29 @@ def run_in(
 
 @pytest.fixture(scope="session")
 def cache(server: Server, world: World, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    """cache(teacher, *flags, ranks=1, top_k=8): the folder of a teacher's cache of both data sets, made once."""
+    """cache(teacher, *flags, ranks=1, top_k=8): the folder of a teacher's cache of both data sets,
+    made once."""
     made: dict[tuple, Path] = {}
 
     def make(teacher: Path, *flags: str, ranks: int = 1, top_k: int = 8) -> Path:
         key = (teacher, flags, ranks, top_k)
         if key not in made:
             folder = tmp_path_factory.mktemp("cache")
-            argv = ["--teacher", str(teacher), "--data", str(world.train), str(world.held), "--output", str(folder)]
+            argv = [
+                "--teacher",
+                str(teacher),
+                "--data",
+                str(world.train),
+                str(world.held),
+                "--output",
+                str(folder),
+            ]
             argv += ["--top-k", str(top_k), "--device", "cpu", *flags]
             codes = server.run(ranks, argv, folder.with_suffix(".log"), 120, str(CACHE_TOOL))
-            logs = [Path(f"{folder.with_suffix('.log')}.{rank}").read_text(errors="replace") for rank in range(ranks)]
+            logs = [
+                Path(f"{folder.with_suffix('.log')}.{rank}").read_text(errors="replace")
+                for rank in range(ranks)
+            ]
             check_ran(Run(codes, logs, folder))
             made[key] = folder
         return made[key]
@@ -88,8 +119,8 @@ def cache(server: Server, world: World, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def teacher(world: World) -> Path:
-    """An imported teacher that is deeper, wider and has other heads than the student; its Hugging Face folder is
-    beside it, teacher_hf."""
+    """An imported teacher that is deeper, wider and has other heads than the student; its Hugging
+    Face folder is beside it, teacher_hf."""
     from megatron_tsft.checkpoint.convert import import_hf
 
     shape = {"num_hidden_layers": 8, "hidden_size": 96, "intermediate_size": 128, "head_dim": 12}

@@ -1,4 +1,5 @@
-"""The cells of the parallelism matrix: which layouts take the same steps as one rank, of which model."""
+"""The cells of the parallelism matrix: which layouts take the same steps as one rank, of which
+model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,9 @@ CELLS = {
     # one kind of parallelism
     "TP2": Cell("dense", 2, TP2),
     "TP2 SP": Cell("dense", 2, TP2_SP),
-    "TP4 SP": Cell("dense", 4, "--tensor-model-parallel-size 4 --sequence-parallel"),  # two ranks share a key head
+    "TP4 SP": Cell(
+        "dense", 4, "--tensor-model-parallel-size 4 --sequence-parallel"
+    ),  # two ranks share a key head
     "PP2": Cell("dense", 2, PP2),
     "PP4": Cell("dense", 4, PP4),
     "PP2 VPP2": Cell("dense", 2, VPP2),
@@ -79,5 +82,7 @@ CELLS = {
     "experts: PP2 VPP2 EP2": Cell("experts", 4, f"{VPP2} {EP2}"),
     "experts: CP2 EP2": Cell("experts", 2, f"{CP2} {EP2}"),
     "experts: PP2 VPP2 CP2 EP2": Cell("experts", 4, f"{VPP2} {CP2} {EP2}"),
-    "experts: TP2 SP PP2 EP2 recompute": Cell("experts", 4, f"{TP2_SP} {PP2} {EP2} {WHOLE_EXPERTS} {RECOMPUTE}"),
+    "experts: TP2 SP PP2 EP2 recompute": Cell(
+        "experts", 4, f"{TP2_SP} {PP2} {EP2} {WHOLE_EXPERTS} {RECOMPUTE}"
+    ),
 }

@@ -1,7 +1,8 @@
-"""Runs training commands for the tests: Megatron is imported once, on the CPU layer, and each case's ranks are forked.
+"""Runs training commands for the tests: Megatron is imported once, on the CPU layer, and each
+case's ranks are forked.
 
-Reads one JSON object a line: {"world", "argv", "log", "timeout", "tool"}, where tool is a script that runs in place of
-training, or ""; answers with {"codes": [exit status of each rank]}.
+Reads one JSON object a line: {"world", "argv", "log", "timeout", "tool"}, where tool is a script
+that runs in place of training, or ""; answers with {"codes": [exit status of each rank]}.
 A process of its own, because the CPU layer changes torch for good.
 """
 
@@ -34,7 +35,12 @@ def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path, too
         with Path(f"{log}.{rank}").open("wb", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "RANK": str(rank)}
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+            "RANK": str(rank),
+        }
         os.environ.update(address, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
         if tool:
             code = runpy.run_path(tool)["main"](argv)
@@ -47,14 +53,16 @@ def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path, too
     except BaseException:
         traceback.print_exc()
     finally:
-        multiprocessing.util._exit_function()  # what Python does at exit: ends the processes that the rank started
+        # what Python does at exit: ends the processes that the rank started
+        multiprocessing.util._exit_function()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def run_case(world: int, argv: list[str], log: str, timeout: float, tool: str = "") -> list[int]:
-    """Start the ranks and wait; when one fails or time is up, the others are killed, by their ids."""
+    """Start the ranks and wait; when one fails or time is up, the others are killed, by their
+    ids."""
     port = free_port()
     alive = {start_rank(rank, world, port, argv, Path(log), tool): rank for rank in range(world)}
     codes = [-1] * world
@@ -64,7 +72,9 @@ def run_case(world: int, argv: list[str], log: str, timeout: float, tool: str = 
         if pid in alive:
             codes[alive.pop(pid)] = os.waitstatus_to_exitcode(status)
         if any(code > 0 for code in codes):
-            deadline = min(deadline, time.monotonic() + 1)  # as torchrun does: its peers may wait for it
+            deadline = min(
+                deadline, time.monotonic() + 1
+            )  # as torchrun does: its peers may wait for it
         if time.monotonic() > deadline:
             for left in alive:
                 os.kill(left, signal.SIGKILL)

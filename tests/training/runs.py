@@ -1,4 +1,5 @@
-"""Training runs for the tests: a tiny Llama, prepared data, and a server that runs Megatron's real loop on gloo."""
+"""Training runs for the tests: a tiny Llama, prepared data, and a server that runs Megatron's real
+loop on gloo."""
 
 import json
 import os
@@ -14,7 +15,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Run:
-    """What a training command left: exit status of each rank, what rank 0 said, the rows of metrics.jsonl."""
+    """What a training command left: exit status of each rank, what rank 0 said, the rows of
+    metrics.jsonl."""
 
     codes: list[int]
     logs: list[str]
@@ -43,7 +45,11 @@ class Server:
     """tests/training/rank_server.py, started once a session."""
 
     def __init__(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         program = Path(__file__).with_name("rank_server.py")
         self.process = subprocess.Popen(
             [sys.executable, str(program)],
@@ -56,7 +62,9 @@ class Server:
         assert self.process.stdout is not None
         assert self.process.stdout.readline().strip() == "ready"
 
-    def run(self, world: int, argv: list[str], log: Path, timeout: float, tool: str = "") -> list[int]:
+    def run(
+        self, world: int, argv: list[str], log: Path, timeout: float, tool: str = ""
+    ) -> list[int]:
         assert self.process.stdin is not None and self.process.stdout is not None
         case = {"world": world, "argv": argv, "log": str(log), "timeout": timeout, "tool": tool}
         self.process.stdin.write(json.dumps(case) + "\n")
@@ -77,7 +85,8 @@ class Server:
 
 WORDS = 60
 MODEL: dict[str, Any] = {
-    "vocab_size": WORDS + 7,  # padded to 128 at TP 1; at TP 2 to 256, so that a whole shard is padding
+    "vocab_size": WORDS
+    + 7,  # padded to 128 at TP 1; at TP 2 to 256, so that a whole shard is padding
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
@@ -97,26 +106,46 @@ def make_tokenizer() -> Any:
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = ["<unk>", "<s>", "</s>", "plus", "is", "user", "assistant", *(f"w{i}" for i in range(WORDS))]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    vocabulary = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        "plus",
+        "is",
+        "user",
+        "assistant",
+        *(f"w{i}" for i in range(WORDS)),
+    ]
+    inner = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT_TEMPLATE, **special)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, chat_template=CHAT_TEMPLATE, **special
+    )
 
 
 def make_hf(folder: Path, architecture: str = "LlamaForCausalLM", **overrides: Any) -> Path:
-    """A random model (a Llama unless told otherwise) with peaked predictions and a word-level tokenizer, as a Hugging
-    Face folder."""
+    """A random model (a Llama unless told otherwise) with peaked predictions and a word-level
+    tokenizer, as a Hugging Face folder."""
     import transformers
 
-    config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**(MODEL | overrides))
+    config = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(
+        **(MODEL | overrides)
+    )
     return _save(getattr(transformers, architecture)(config), folder)
 
 
 # four experts, two a token
 QWEN3_MOE: tuple[str, dict[str, Any]] = (
     "Qwen3MoeForCausalLM",
-    {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}
+    {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    }
     | {"decoder_sparse_step": 1, "mlp_only_layers": []},
 )
 
@@ -142,7 +171,8 @@ def _save(model: Any, folder: Path) -> Path:
 
 
 def write_rows(path: Path, count: int, seed: int, **extra: Any) -> Path:
-    """Completion-only rows of different lengths: the completion repeats the prompt, shifted by one word."""
+    """Completion-only rows of different lengths: the completion repeats the prompt, shifted by one
+    word."""
     import random
 
     draw = random.Random(seed)
@@ -150,7 +180,10 @@ def write_rows(path: Path, count: int, seed: int, **extra: Any) -> Path:
         for _ in range(count):
             start, length = draw.randrange(WORDS), draw.randrange(3, 14)
             words = [f"w{(start + i) % WORDS}" for i in range(length)]
-            row = {"prompt": " ".join(words) + " plus is", "completion": " " + " ".join(words[1:] + words[:1])}
+            row = {
+                "prompt": " ".join(words) + " plus is",
+                "completion": " " + " ".join(words[1:] + words[:1]),
+            }
             file.write(json.dumps(row | extra) + "\n")
     return path
 
@@ -181,11 +214,14 @@ class World:
 Train = Callable[..., Run]
 Cache = Callable[..., Path]
 CACHE_TOOL = REPOSITORY / "tools" / "cache_teacher.py"
-BATCH = "--seq-length 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant"
+BATCH = (
+    "--seq-length 64 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --lr-decay-style constant"
+)
 
 
 def check_ran(run: Run) -> Run:
-    """Assert that every rank ended well; shows the end of the log that has a traceback, else rank 0's."""
+    """Assert that every rank ended well; shows the end of the log that has a traceback, else rank
+    0's."""
     worst = next((log for log in run.logs if "Traceback" in log), run.logs[0])
     assert run.codes == [0] * len(run.codes), worst[-3000:]
     return run

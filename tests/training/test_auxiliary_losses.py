@@ -1,4 +1,5 @@
-"""Auxiliary losses of experts beside a loss per supervised token: the step's gradient is dense autograd's."""
+"""Auxiliary losses of experts beside a loss per supervised token: the step's gradient is dense
+autograd's."""
 
 from argparse import Namespace
 from typing import Any
@@ -16,11 +17,13 @@ from tests.training.runs import Train, World, check_ran, make_moe
 PACKS, MULTIPLE, BALANCE, Z = 8, 4, 1.0, 0.1
 FLAGS = (
     f"--micro-batch-size 1 --global-batch-size {PACKS} --tsft-document-multiple {MULTIPLE}"
-    f" --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {BALANCE} --moe-z-loss-coeff {Z}"
+    f" --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {BALANCE} --moe-z-loss-coeff"
+    f" {Z}"
 ).split()
 SFT = ("--tsft-objective", "sft")
 TP2, PP2, CP2, EP2 = (
-    f"--{kind}-parallel-size 2" for kind in ("tensor-model", "pipeline-model", "context", "expert-model")
+    f"--{kind}-parallel-size 2"
+    for kind in ("tensor-model", "pipeline-model", "context", "expert-model")
 )
 LAYOUTS = {
     "one": (1, ""),
@@ -45,7 +48,8 @@ def experts(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def dense_norm(world: World, weight_of_one: float | None) -> float:
-    """Gradient norm of mean cross-entropy + the auxiliary losses, each layer's and each pack's, in float64.
+    """Gradient norm of mean cross-entropy + the auxiliary losses, each layer's and each pack's, in
+    float64.
 
     weight_of_one: of one pack's auxiliary losses; None is 1 / packs.
     """
@@ -59,7 +63,9 @@ def dense_norm(world: World, weight_of_one: float | None) -> float:
         if name.endswith("mlp.gate"):
             said = routed.setdefault(name, [])
             module.register_forward_hook(
-                lambda gate, inputs, _, said=said: said.append(inputs[0].flatten(0, -2) @ gate.weight.T)
+                lambda gate, inputs, _, said=said: said.append(
+                    inputs[0].flatten(0, -2) @ gate.weight.T
+                )
             )
     packs = PackedDataset(
         PreparedData.load(world.train),
@@ -106,13 +112,24 @@ def test_the_gradient_is_that_of_dense_autograd(train: Train, experts: World) ->
 
 @pytest.mark.slow
 def test_a_teacher_with_experts_stays_as_it_was(train: Train, experts: World) -> None:
-    """The reference rides along with the student's auxiliary losses on: trained two steps, it still says the same.
+    """The reference rides along with the student's auxiliary losses on: trained two steps, it still
+    says the same.
 
     From step 0 again with the trained student, a reference that had moved would change the loss.
     """
-    guided = ("--tsft-model", str(experts.base), *FLAGS, "--tsft-teacher", "reference", "--tsft-args", "eta=0.5")
+    guided = (
+        "--tsft-model",
+        str(experts.base),
+        *FLAGS,
+        "--tsft-teacher",
+        "reference",
+        "--tsft-args",
+        "eta=0.5",
+    )
     first = check_ran(train("first", *guided, "--save-interval", "2", ranks=1, steps=4, keep=True))
-    again = check_ran(train("again", *guided, "--load", str(first.save), "--ckpt-step", "2", steps=4, keep=True))
+    again = check_ran(
+        train("again", *guided, "--load", str(first.save), "--ckpt-step", "2", steps=4, keep=True)
+    )
     for ours, theirs in zip(again.rows, first.rows[2:], strict=True):
         assert {k: v for k, v in ours.items() if k != "tokens_per_second"} == {
             k: v for k, v in theirs.items() if k != "tokens_per_second"
@@ -136,13 +153,16 @@ def test_a_teacher_with_experts_stays_as_it_was(train: Train, experts: World) ->
 def test_which_runs_have_auxiliary_losses(arguments: dict[str, Any], has: bool) -> None:
     given = {"kinds": "none", "z": None, "experts": 4} | arguments
     args = Namespace(
-        moe_router_load_balancing_type=given["kinds"], moe_z_loss_coeff=given["z"], num_experts=given["experts"]
+        moe_router_load_balancing_type=given["kinds"],
+        moe_z_loss_coeff=given["z"],
+        num_experts=given["experts"],
     )
     assert has_auxiliary_losses(args) == has
 
 
 def test_the_scale_of_a_step() -> None:
-    """Supervised over all positions, times fp16's scale, which on a GPU meets only a tensor without dimensions."""
+    """Supervised over all positions, times fp16's scale, which on a GPU meets only a tensor without
+    dimensions."""
     import megatron.training.global_vars as global_vars
 
     class Packs:
@@ -161,7 +181,9 @@ def test_the_scale_of_a_step() -> None:
     scale = AuxiliaryScale(config, packs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            global_vars, "_GLOBAL_ARGS", Namespace(consumed_train_samples=16, global_batch_size=8, seq_length=64)
+            global_vars,
+            "_GLOBAL_ARGS",
+            Namespace(consumed_train_samples=16, global_batch_size=8, seq_length=64),
         )
         assert scale() == scale() == 48 / (8 * 64)
         config.grad_scale_func = fp16

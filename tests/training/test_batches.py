@@ -1,4 +1,5 @@
-"""What a run reads: every conversation once an epoch, each epoch in its own order, with whatever ranks it resumes."""
+"""What a run reads: every conversation once an epoch, each epoch in its own order, with whatever
+ranks it resumes."""
 
 import itertools
 from argparse import Namespace
@@ -22,16 +23,29 @@ CP2, DISTRIBUTED = ("--context-parallel-size", "2"), ("--use-distributed-optimiz
 
 def packs_of(world: World, size: int, multiple: int = 1) -> PackedDataset:
     data = PreparedData.load(world.train)
-    return PackedDataset(data, seq_length=64, global_batch_size=size, seed=1234, document_multiple=multiple)
+    return PackedDataset(
+        data, seq_length=64, global_batch_size=size, seed=1234, document_multiple=multiple
+    )
 
 
-def steps(packs: PackedDataset, ranks: int, micro: int, size: int, consumed: int) -> Iterator[list[int]]:
-    """The packs of each step from `consumed` on, by Megatron's own sampler on every data-parallel rank."""
+def steps(
+    packs: PackedDataset, ranks: int, micro: int, size: int, consumed: int
+) -> Iterator[list[int]]:
+    """The packs of each step from `consumed` on, by Megatron's own sampler on every data-parallel
+    rank."""
     from megatron.training.datasets.data_samplers import MegatronPretrainingSampler
 
-    samplers = [iter(MegatronPretrainingSampler(len(packs), consumed, micro, rank, ranks)) for rank in range(ranks)]
+    samplers = [
+        iter(MegatronPretrainingSampler(len(packs), consumed, micro, rank, ranks))
+        for rank in range(ranks)
+    ]
     while True:
-        yield [index for s in samplers for part in itertools.islice(s, size // (micro * ranks)) for index in part]
+        yield [
+            index
+            for s in samplers
+            for part in itertools.islice(s, size // (micro * ranks))
+            for index in part
+        ]
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2), (4, 2), (2, 4)])
@@ -42,9 +56,13 @@ def test_a_resume_with_other_ranks_reads_exactly_what_is_left(
     size, stop = 8, 2
     packs = packs_of(world, size)
     an_epoch = packs.packs_per_epoch // size
-    assert 0 < packs.packs_per_epoch - packs.packs < size and an_epoch > stop  # ragged, and stopped in the middle
+    assert (
+        0 < packs.packs_per_epoch - packs.packs < size and an_epoch > stop
+    )  # ragged, and stopped in the middle
     before = list(itertools.islice(steps(packs, first, micro, size, 0), stop))
-    after = list(itertools.islice(steps(packs, second, micro, size, stop * size), 3 * an_epoch - stop))
+    after = list(
+        itertools.islice(steps(packs, second, micro, size, stop * size), 3 * an_epoch - stop)
+    )
     straight = list(itertools.islice(steps(packs, 1, micro, size, 0), 3 * an_epoch))
     assert [sorted(step) for step in before + after] == [sorted(step) for step in straight]
     every = Counter(range(len(packs.data)))
@@ -66,19 +84,48 @@ def test_a_resume_with_other_ranks_reads_exactly_what_is_left(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second"),
-    [((2, DISTRIBUTED), (1, DISTRIBUTED)), ((2, (*CP2, *DISTRIBUTED)), (2, DISTRIBUTED)), ((1, ()), (2, CP2))],
+    [
+        ((2, DISTRIBUTED), (1, DISTRIBUTED)),
+        ((2, (*CP2, *DISTRIBUTED)), (2, DISTRIBUTED)),
+        ((1, ()), (2, CP2)),
+    ],
     ids=["dp2-to-dp1", "cp2-to-dp2", "one-to-cp2"],
 )
 def test_a_run_goes_on_in_another_layout(
-    train: Train, world: World, first: tuple[int, tuple[str, ...]], second: tuple[int, tuple[str, ...]]
+    train: Train,
+    world: World,
+    first: tuple[int, tuple[str, ...]],
+    second: tuple[int, tuple[str, ...]],
 ) -> None:
-    """Two steps in one layout, four in another, over the masked end of an epoch: the steps of a run that never stopped,
-    each over the supervised tokens that its packs hold."""
+    """Two steps in one layout, four in another, over the masked end of an epoch: the steps of a run
+    that never stopped, each over the supervised tokens that its packs hold."""
     ranks, flags = first
-    check_ran(train("run", *OPTIONS, *GUIDED, *flags, "--exit-interval", "2", ranks=ranks, steps=6, keep=True))
+    check_ran(
+        train(
+            "run",
+            *OPTIONS,
+            *GUIDED,
+            *flags,
+            "--exit-interval",
+            "2",
+            ranks=ranks,
+            steps=6,
+            keep=True,
+        )
+    )
     ranks, flags = second
     resumed = check_ran(
-        train("run", *OPTIONS, *GUIDED, *flags, "--save-interval", "9", ranks=ranks, steps=6, keep=True)
+        train(
+            "run",
+            *OPTIONS,
+            *GUIDED,
+            *flags,
+            "--save-interval",
+            "9",
+            ranks=ranks,
+            steps=6,
+            keep=True,
+        )
     )
     assert "at iteration 2" in resumed.logs[0]
     straight = check_ran(train("straight", *OPTIONS, *GUIDED, steps=6))
@@ -100,10 +147,14 @@ def test_other_packs_are_refused(train: Train, world: World) -> None:
         "--seed 1": "was trained with --seed 1234",
         "--tsft-document-multiple 8": "Pass --tsft-document-multiple 4, or start anew",
         f"--tsft-data {world.held}": "was trained on other --tsft-data",
-        f"--tsft-data {world.train}:1 {world.held}:1": "was trained on other --tsft-data, or with other shares",
+        f"--tsft-data {world.train}:1 {world.held}:1": "was trained on other --tsft-data, or with"
+        " other shares",
     }.items():
         other = train("run", *start, *flags.split(), steps=2, keep=True)
-        assert other.codes == [2] and words in other.error and "--finetune" in other.error, (flags, other.error)
+        assert other.codes == [2] and words in other.error and "--finetune" in other.error, (
+            flags,
+            other.error,
+        )
     # without the optimizer's state the place in the data still comes from the checkpoint
     folder = check_ran(train("run", *start, steps=1, keep=True)).save
     other = train("other", *start, "--load", str(folder), "--no-load-optim", "--seed", "7", steps=2)
@@ -121,7 +172,10 @@ def test_the_way_out_that_a_refusal_names_works(train: Train) -> None:
         wide = ("0", "--context-parallel-size", context)
         run = train(save, *start, *wide, ranks=int(context), steps=2, keep=True)
         then = multiple if multiple != "0" else "1"
-        words = f"are cut for --context-parallel-size {fits}: pass it and --tsft-document-multiple {then}, or start"
+        words = (
+            f"are cut for --context-parallel-size {fits}: pass it and"
+            f" --tsft-document-multiple {then}, or start"
+        )
         assert 2 in run.codes and words in run.error, run.error
         size = fits.split()[-1]
         flags = (then, "--context-parallel-size", size)
@@ -145,7 +199,8 @@ def test_a_batch_size_may_change_within_the_first_epoch(world: World) -> None:
     check(240, 12)  # 24 as well
     check(240, 20, members=2)  # a mixture's epochs are not filled up
     with pytest.raises(
-        UserError, match="trained with --global-batch-size 8, now it is 20: .* Pass .*-size 8, or start"
+        UserError,
+        match="trained with --global-batch-size 8, now it is 20: .* Pass .*-size 8, or start",
     ):
         check(32, 20)
 

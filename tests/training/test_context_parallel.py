@@ -1,4 +1,5 @@
-"""Everything that travels with a token is cut with it: each kind of teacher, weights, sequences, mixtures over CP."""
+"""Everything that travels with a token is cut with it: each kind of teacher, weights, sequences,
+mixtures over CP."""
 
 from pathlib import Path
 
@@ -54,12 +55,28 @@ def test_sequences_span_the_ranks(train: Train, world: World, teacher: Path) -> 
 
 @pytest.mark.slow
 def test_a_teacher_of_another_shape(train: Train, teacher: Path) -> None:
-    same_steps(train, "--tsft-teacher", "model", "--tsft-teacher-load", str(teacher), "--tsft-args", "eta=0.5")
+    same_steps(
+        train,
+        "--tsft-teacher",
+        "model",
+        "--tsft-teacher-load",
+        str(teacher),
+        "--tsft-args",
+        "eta=0.5",
+    )
 
 
 @pytest.mark.slow
 def test_a_cached_teacher(train: Train, teacher: Path, cache: Cache) -> None:
-    same_steps(train, "--tsft-teacher", "cache", "--tsft-teacher-cache", str(cache(teacher)), "--tsft-args", "eta=0.5")
+    same_steps(
+        train,
+        "--tsft-teacher",
+        "cache",
+        "--tsft-teacher-cache",
+        str(cache(teacher)),
+        "--tsft-args",
+        "eta=0.5",
+    )
 
 
 @pytest.mark.slow
@@ -71,7 +88,8 @@ def test_weights_and_mixtures(train: Train, world: World, weighted: Path) -> Non
 
 @pytest.mark.slow
 def test_documents_that_fill_a_whole_pack(train: Train, world: World) -> None:
-    """One document as long as the pack: Megatron's rotary table then has a row for each of the pack's positions."""
+    """One document as long as the pack: Megatron's rotary table then has a row for each of the
+    pack's positions."""
     from megatron_tsft.data.prepare import prepare
 
     words = " ".join(f"w{i % 60}" for i in range(31))
@@ -79,6 +97,11 @@ def test_documents_that_fill_a_whole_pack(train: Train, world: World) -> None:
     rows.write_text(f'{{"prompt": "{words} is", "completion": " {words}"}}\n' * 3)
     prepare(rows, world.hf, world.root / "long", progress=False)
     run = same_steps(
-        train, "--tsft-data", str(world.root / "long"), "--tsft-objective", "sft", layouts={"cp2": (2, CP2)}
+        train,
+        "--tsft-data",
+        str(world.root / "long"),
+        "--tsft-objective",
+        "sft",
+        layouts={"cp2": (2, CP2)},
     )
     assert run.rows[0]["tokens"] == 32 * 3

@@ -1,4 +1,5 @@
-"""--tsft-fuse-head trains as the plain head does: tied to the embedding or not, in fp32 and bf16, in every layout."""
+"""--tsft-fuse-head trains as the plain head does: tied to the embedding or not, in fp32 and bf16,
+in every layout."""
 
 import json
 from pathlib import Path
@@ -28,7 +29,11 @@ def same_steps(ours: Run, plain: Run, tolerance: float) -> None:
             if b[key] is None:  # gem's target is no distribution: no KL
                 assert a[key] is None
             else:
-                assert a[key] == pytest.approx(b[key], rel=tolerance), (ours.save.name, a["step"], key)
+                assert a[key] == pytest.approx(b[key], rel=tolerance), (
+                    ours.save.name,
+                    a["step"],
+                    key,
+                )
 
 
 @pytest.mark.slow
@@ -39,11 +44,21 @@ def test_a_head_tied_to_the_embedding(train: Train, tied: Path) -> None:
     layouts = {
         "fused": (1, ""),
         "fused-tp2": (2, "--tensor-model-parallel-size 2"),
-        "fused-pp2": (2, "--pipeline-model-parallel-size 2"),  # the head's copy of the embedding is on the last stage
-        "fused-overlap": (2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"),
+        "fused-pp2": (
+            2,
+            "--pipeline-model-parallel-size 2",
+        ),  # the head's copy of the embedding is on the last stage
+        "fused-overlap": (
+            2,
+            "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+        ),
     }
     for name, (ranks, flags) in layouts.items():
-        same_steps(check_ran(train(name, *model, "--tsft-fuse-head", *flags.split(), ranks=ranks)), plain, 3e-5)
+        same_steps(
+            check_ran(train(name, *model, "--tsft-fuse-head", *flags.split(), ranks=ranks)),
+            plain,
+            3e-5,
+        )
 
 
 @pytest.mark.slow
@@ -67,5 +82,7 @@ def test_evaluation_and_resume(train: Train, world: World) -> None:
     whole = check_ran(train("whole", *start, steps=4, keep=True))
     check_ran(train("halves", *start, "--tsft-fuse-head", steps=2, keep=True))
     halves = check_ran(train("halves", *start, steps=4, keep=True))
-    for ours, theirs in zip(halves.rows + halves.heldout[-1:], whole.rows + whole.heldout[-1:], strict=True):
+    for ours, theirs in zip(
+        halves.rows + halves.heldout[-1:], whole.rows + whole.heldout[-1:], strict=True
+    ):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=3e-5), json.dumps([ours, theirs])

@@ -1,4 +1,5 @@
-"""metrics.jsonl: what Megatron's writer is told becomes rows; a resumed run leaves no step twice and no half line."""
+"""metrics.jsonl: what Megatron's writer is told becomes rows; a resumed run leaves no step twice
+and no half line."""
 
 import json
 import math
@@ -38,7 +39,14 @@ def step(to: MetricsWriter, number: int, loss: float = 1.0) -> None:
     """What training_log of Megatron writes for one step, in its order."""
     to.add_scalar("learning-rate", 0.1, number)
     to.add_scalar("batch-size", 4, number)
-    for name, value in {"loss": loss, "nll": 2.0, "gamma": 0.5, "entropy": 3.0, "kl": math.nan, "tokens": 8.0}.items():
+    for name, value in {
+        "loss": loss,
+        "nll": 2.0,
+        "gamma": 0.5,
+        "entropy": 3.0,
+        "kl": math.nan,
+        "tokens": 8.0,
+    }.items():
         to.add_scalar(name, value, number)
         to.add_scalar(f"{name} vs samples", value, 4 * number)
     to.add_scalar("grad-norm", 0.25, number)
@@ -59,7 +67,15 @@ def test_a_step_is_one_row_at_once(tmp_path: Path) -> None:
     to = writer(path)
     step(to, 1)
     assert list(rows(path)[0]) == list(COLUMNS)
-    expected = {"step": 1, "loss": 1.0, "kl": None, "tokens": 8, "tokens_per_second": 4.0, "lr": 0.1, "grad_norm": 0.25}
+    expected = {
+        "step": 1,
+        "loss": 1.0,
+        "kl": None,
+        "tokens": 8,
+        "tokens_per_second": 4.0,
+        "lr": 0.1,
+        "grad_norm": 0.25,
+    }
     assert rows(path)[0].items() >= expected.items()
     step(to, 2)
     assert rows(path)[1]["tokens_per_second"] == 2.0  # 8 tokens in 4 seconds
@@ -69,7 +85,13 @@ def test_a_step_without_a_gradient_norm_waits_for_the_next(tmp_path: Path) -> No
     """fp16 skips steps whose gradient overflows: Megatron then writes no norm."""
     path = tmp_path / "metrics.jsonl"
     to = writer(path)
-    for name, value in {"learning-rate": 0.1, "loss": 1.0, "nll": 2.0, "tokens": 8.0, "bad_teacher_rows": 3.0}.items():
+    for name, value in {
+        "learning-rate": 0.1,
+        "loss": 1.0,
+        "nll": 2.0,
+        "tokens": 8.0,
+        "bad_teacher_rows": 3.0,
+    }.items():
         to.add_scalar(name, value, 1)
     assert not path.exists()
     step(to, 2)
@@ -82,10 +104,13 @@ def test_a_step_without_a_gradient_norm_waits_for_the_next(tmp_path: Path) -> No
     assert rows(path)[-1]["step"] == 3
 
 
-def test_the_console_shows_what_megatron_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_console_shows_what_megatron_leaves_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     step(writer(tmp_path / "metrics.jsonl"), 1, loss=-1.25)
     shown = (
-        "step 1 | loss -1.25 | nll 2 | gamma 0.5 | entropy 3 | tokens 8 | tokens_per_second 4 | lr 0.1 | grad_norm 0.25"
+        "step 1 | loss -1.25 | nll 2 | gamma 0.5 | entropy 3 | tokens 8 | tokens_per_second 4"
+        " | lr 0.1 | grad_norm 0.25"
     )
     assert capsys.readouterr().out == shown + "\n"
 
@@ -96,7 +121,9 @@ def test_an_evaluation_is_one_row_once(tmp_path: Path) -> None:
     step(to, 1)
     evaluation(to, 1)
     evaluation(to, 1)  # Megatron evaluates once more when training is over
-    assert rows(path)[1:] == [{"split": "heldout", "step": 1, "loss": 1.5, "nll": 2.5, "tokens": 50}]
+    assert rows(path)[1:] == [
+        {"split": "heldout", "step": 1, "loss": 1.5, "nll": 2.5, "tokens": 50}
+    ]
 
 
 def test_a_resumed_run_replaces_what_it_computes_again(tmp_path: Path) -> None:
@@ -139,11 +166,21 @@ def test_tensorboard_gets_its_own_interval(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_with_a_plugin_reaches_tensorboard(train: Train, world: World, tmp_path: Path) -> None:
+def test_a_run_with_a_plugin_reaches_tensorboard(
+    train: Train, world: World, tmp_path: Path
+) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     plugin = str(REPOSITORY / "examples" / "plugins" / "power_target.py")
-    flags = ["--tsft-plugin", plugin, "--tsft-objective", "power-target", "--tsft-args", "alpha=0.5", "eta=0.3"]
+    flags = [
+        "--tsft-plugin",
+        plugin,
+        "--tsft-objective",
+        "power-target",
+        "--tsft-args",
+        "alpha=0.5",
+        "eta=0.3",
+    ]
     flags += ["--tsft-teacher", "reference", "--tensorboard-dir", str(tmp_path / "board")]
     run = check_ran(train("plugin", *flags, steps=2))
     assert "power-target, alpha=0.5, eta=0.3" in run.logs[0]
@@ -152,5 +189,7 @@ def test_a_run_with_a_plugin_reaches_tensorboard(train: Train, world: World, tmp
         assert [event.step for event in events.Scalars(name)] == [1, 2], name
     assert events.Scalars("gamma")[0].value == pytest.approx(run.rows[0]["gamma"])
     other = check_ran(train("dft", "--tsft-objective", "dft", steps=1))
-    assert run.rows[0]["gamma"] > 1.5 * other.rows[0]["gamma"]  # p^0.5 trusts unlikely labels more than p
+    assert (
+        run.rows[0]["gamma"] > 1.5 * other.rows[0]["gamma"]
+    )  # p^0.5 trusts unlikely labels more than p
     assert run.rows[0]["nll"] == pytest.approx(other.rows[0]["nll"])

@@ -1,4 +1,5 @@
-"""Several data sets in one run, each with its objective, one of them on a schedule: real runs, counted by hand."""
+"""Several data sets in one run, each with its objective, one of them on a schedule: real runs,
+counted by hand."""
 
 import json
 from collections.abc import Sequence
@@ -27,21 +28,29 @@ def weighted(world: World) -> Path:
     rows = write_rows(world.root / "weighted.jsonl", 40, 2)
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     for i, line in enumerate(lines):
-        line |= {"weight": (0.5, 2.0, 0.0)[i % 3], "critical": [[0, 6]]}  # of 3 words and more, the first two
+        line |= {
+            "weight": (0.5, 2.0, 0.0)[i % 3],
+            "critical": [[0, 6]],
+        }  # of 3 words and more, the first two
     rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepare(rows, world.hf, world.root / "weighted", progress=False)
     return world.root / "weighted"
 
 
-def mixture_flags(world: World, weighted: Path, eta: str = "linear:0:0.5:4", shares: Shares = SHARES) -> list[str]:
+def mixture_flags(
+    world: World, weighted: Path, eta: str = "linear:0:0.5:4", shares: Shares = SHARES
+) -> list[str]:
     data = [f"{world.train}:{shares[0]}:target-sft,eta={eta}", f"{weighted}:{shares[1]}:critical"]
     return ["--tsft-data", *data, "--tsft-teacher", "reference"]
 
 
 def packs_of_step(world: World, weighted: Path, shares: Shares, step: int) -> list[dict[str, Any]]:
-    """The packs of a 0-based step: which data set, how many supervised tokens, the sum of their weights."""
+    """The packs of a 0-based step: which data set, how many supervised tokens, the sum of their
+    weights."""
     members = [
-        PackedDataset(PreparedData.load(folder), seq_length=SEQ_LENGTH, global_batch_size=1, seed=SEED)
+        PackedDataset(
+            PreparedData.load(folder), seq_length=SEQ_LENGTH, global_batch_size=1, seed=SEED
+        )
         for folder in (world.train, weighted)
     ]
     blend = BlendedPacks(members, shares)
@@ -49,13 +58,23 @@ def packs_of_step(world: World, weighted: Path, shares: Shares, step: int) -> li
     for index in range(step * BATCH_PACKS, (step + 1) * BATCH_PACKS):
         item = blend[index]
         supervised = item["labels"] != IGNORED
-        weights = item["token_weights"][supervised].sum() if "token_weights" in item else supervised.sum()
-        packs.append({"member": int(item["dataset"]), "tokens": int(supervised.sum()), "weight": float(weights)})
+        weights = (
+            item["token_weights"][supervised].sum() if "token_weights" in item else supervised.sum()
+        )
+        packs.append(
+            {
+                "member": int(item["dataset"]),
+                "tokens": int(supervised.sum()),
+                "weight": float(weights),
+            }
+        )
     return packs
 
 
 def without_clock(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows
+    ]
 
 
 def assert_same(ours: Run, theirs: Run, what: str) -> None:
@@ -68,11 +87,14 @@ def assert_same(ours: Run, theirs: Run, what: str) -> None:
 
 
 def assert_adds_up(run: Run, world: World, weighted: Path, shares: Shares) -> None:
-    """Values of each data set against the totals, tokens and weights against the packs themselves."""
+    """Values of each data set against the totals, tokens and weights against the packs
+    themselves."""
     for row in run.rows:
         packs = packs_of_step(world, weighted, shares, row["step"] - 1)
         for member, name in enumerate(("train", "weighted")):
-            assert row[f"tokens/{name}"] == sum(pack["tokens"] for pack in packs if pack["member"] == member)
+            assert row[f"tokens/{name}"] == sum(
+                pack["tokens"] for pack in packs if pack["member"] == member
+            )
         assert row["tokens"] == row["tokens/train"] + row["tokens/weighted"]
         mean = sum(pack["weight"] for pack in packs) / row["tokens"]
         assert row["weight"] == pytest.approx(mean, rel=1e-6)
@@ -80,14 +102,19 @@ def assert_adds_up(run: Run, world: World, weighted: Path, shares: Shares) -> No
         for key in VALUES:
             total = sum(row[f"{key}/{name}"] * row[f"tokens/{name}"] for name in there)
             assert total / row["tokens"] == pytest.approx(row[key], rel=1e-5), (row["step"], key)
-            assert all((row[f"{key}/{name}"] is None) == (name not in there) for name in ("train", "weighted"))
+            assert all(
+                (row[f"{key}/{name}"] is None) == (name not in there)
+                for name in ("train", "weighted")
+            )
         if "weighted" in there:
             assert row["gamma/weighted"] == 1  # critical trusts the label, whatever it weighs
         assert 0 < row["gamma/train"] < 1  # target-sft: the label's probability
 
 
 @pytest.mark.slow
-def test_values_of_each_data_set_add_up_in_every_layout(train: Train, world: World, weighted: Path) -> None:
+def test_values_of_each_data_set_add_up_in_every_layout(
+    train: Train, world: World, weighted: Path
+) -> None:
     flags = mixture_flags(world, weighted)
     alone = check_ran(train("alone", *flags, steps=STEPS))
     assert [row["step"] for row in alone.rows] == list(range(1, STEPS + 1))
@@ -102,9 +129,12 @@ def test_values_of_each_data_set_add_up_in_every_layout(train: Train, world: Wor
         "fused": (1, "--tsft-fuse-head"),
     }
     for name, (ranks, layout) in layouts.items():
-        assert_same(check_ran(train(name, *flags, *layout.split(), ranks=ranks, steps=STEPS)), alone, name)
+        assert_same(
+            check_ran(train(name, *flags, *layout.split(), ranks=ranks, steps=STEPS)), alone, name
+        )
 
-    # the comparison would mean nothing if eta did not matter: the reference differs from the second step on
+    # the comparison would mean nothing if eta did not matter: the reference differs from the second
+    # step on
     still = check_ran(train("still", *mixture_flags(world, weighted, "constant:0"), steps=STEPS))
     assert still.rows[0]["grad_norm"] == alone.rows[0]["grad_norm"]  # both are at eta 0
     assert abs(still.rows[-1]["loss/train"] / alone.rows[-1]["loss/train"] - 1) > 1e-2
@@ -150,11 +180,18 @@ def test_a_schedule_of_the_only_data_set(train: Train, world: World) -> None:
 def test_weights_of_the_only_data_set(train: Train, weighted: Path) -> None:
     """`weight` is there without a mixture too, and is what the loss was multiplied with."""
     run = check_ran(train("only", "--tsft-objective", "sft", "--tsft-data", str(weighted), steps=2))
-    data = PackedDataset(PreparedData.load(weighted), seq_length=SEQ_LENGTH, global_batch_size=BATCH_PACKS, seed=SEED)
+    data = PackedDataset(
+        PreparedData.load(weighted), seq_length=SEQ_LENGTH, global_batch_size=BATCH_PACKS, seed=SEED
+    )
     for row in run.rows:
-        items = [data[index] for index in range((row["step"] - 1) * BATCH_PACKS, row["step"] * BATCH_PACKS)]
+        items = [
+            data[index]
+            for index in range((row["step"] - 1) * BATCH_PACKS, row["step"] * BATCH_PACKS)
+        ]
         tokens = sum(int((item["labels"] != IGNORED).sum()) for item in items)
-        weight = sum(float(item["token_weights"][item["labels"] != IGNORED].sum()) for item in items)
+        weight = sum(
+            float(item["token_weights"][item["labels"] != IGNORED].sum()) for item in items
+        )
         assert row["tokens"] == tokens and row["weight"] == pytest.approx(weight / tokens, rel=1e-6)
         assert row["gamma"] == 1 and row["loss"] < row["nll"]
 
@@ -168,7 +205,13 @@ def test_what_does_not_fit_is_refused(train: Train, world: World, weighted: Path
             ["critical", "token_weights", f"{plain}: give", "prepare them again"],
         ),
         "teacher-that-nobody-reads": (
-            ["--tsft-data", f"{plain}:0.5:sft", f"{heavy}:0.5:critical", "--tsft-teacher", "reference"],
+            [
+                "--tsft-data",
+                f"{plain}:0.5:sft",
+                f"{heavy}:0.5:critical",
+                "--tsft-teacher",
+                "reference",
+            ],
             ["critical, sft", "ignores the teacher", "--tsft-teacher none"],
         ),
         "args-that-nobody-reads": (
@@ -203,8 +246,14 @@ def test_what_does_not_fit_is_refused(train: Train, world: World, weighted: Path
             ["--tsft-data", f"{plain}:0.5:sft", f"{heavy}:0.5:sfd"],
             [f"--tsft-data {heavy}", "'sfd'", "target-sft"],
         ),
-        "a-share-that-is-none": (["--tsft-data", f"{plain}:0"], [f"{plain}:0", "'0' is no positive number"]),
-        "a-folder-twice": (["--tsft-data", f"{plain}:0.5:sft", f"{plain}:0.5:dft"], [plain, "twice"]),
+        "a-share-that-is-none": (
+            ["--tsft-data", f"{plain}:0"],
+            [f"{plain}:0", "'0' is no positive number"],
+        ),
+        "a-folder-twice": (
+            ["--tsft-data", f"{plain}:0.5:sft", f"{plain}:0.5:dft"],
+            [plain, "twice"],
+        ),
     }
     for name, (flags, parts) in cases.items():
         run = train(name, *flags)

@@ -1,4 +1,5 @@
-"""Students and teachers with experts: the same step as dense autograd through transformers, in every pipeline."""
+"""Students and teachers with experts: the same step as dense autograd through transformers, in
+every pipeline."""
 
 from pathlib import Path
 
@@ -19,11 +20,17 @@ def experts(world: World) -> Path:
 
 
 @pytest.mark.slow
-def test_a_student_with_experts(train: Train, world: World, teacher: Path, experts: Path, cache: Cache) -> None:
+def test_a_student_with_experts(
+    train: Train, world: World, teacher: Path, experts: Path, cache: Cache
+) -> None:
     dense = Dense(world.train, world.root / "experts_hf", world.root / "teacher_hf")
     start = (*WHOLE, "--tsft-model", str(experts))
     for name, flags in LAYOUTS.items():
-        agrees(train(name, *start, *online(teacher), *flags.split(), ranks=2, steps=1), "target-sft", dense)
+        agrees(
+            train(name, *start, *online(teacher), *flags.split(), ranks=2, steps=1),
+            "target-sft",
+            dense,
+        )
     folder = cache(teacher)
     known = Dense(world.train, world.root / "experts_hf", None, folder)
     agrees(train("cached", *start, *cached(folder), steps=1), "target-sft", known)
@@ -34,15 +41,31 @@ def test_a_teacher_with_experts(train: Train, world: World, experts: Path, cache
     """Beside a dense student, whose flags know nothing of experts; and asked for a cache."""
     dense = Dense(world.train, world.hf, world.root / "experts_hf")
     for name, flags in LAYOUTS.items():
-        agrees(train(name, *WHOLE, *online(experts), *flags.split(), ranks=2, steps=1), "target-sft", dense)
+        agrees(
+            train(name, *WHOLE, *online(experts), *flags.split(), ranks=2, steps=1),
+            "target-sft",
+            dense,
+        )
     megatron, transformers = cache(experts), cache(world.root / "experts_hf")
-    ours, theirs = (check_ran(train(f.name, *WHOLE, *cached(f), steps=1)) for f in (megatron, transformers))
+    ours, theirs = (
+        check_ran(train(f.name, *WHOLE, *cached(f), steps=1)) for f in (megatron, transformers)
+    )
     same_rows(ours, theirs, 1e-4)
 
 
 @pytest.mark.slow
-def test_pipelines_evaluation_and_resume(train: Train, world: World, teacher: Path, experts: Path) -> None:
-    start = ("--tsft-model", str(experts), *online(teacher), *HELD, str(world.held), "--eval-interval", "2")
+def test_pipelines_evaluation_and_resume(
+    train: Train, world: World, teacher: Path, experts: Path
+) -> None:
+    start = (
+        "--tsft-model",
+        str(experts),
+        *online(teacher),
+        *HELD,
+        str(world.held),
+        "--eval-interval",
+        "2",
+    )
     alone = check_ran(train("alone", *start, steps=4, keep=True))
     vpp2 = "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1".split()
     check_ran(train("halves", *start, *vpp2, "--exit-interval", "2", ranks=2, steps=4, keep=True))

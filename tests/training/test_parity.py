@@ -1,7 +1,9 @@
-"""One checkpoint, every layout: the same losses and gradient norms to five digits, guided by a reference that differs.
+"""One checkpoint, every layout: the same losses and gradient norms to five digits, guided by a
+reference that differs.
 
-Packed data, four steps over the masked end of an epoch into the next one, and an evaluation. With TSFT_MATRIX=FILE the
-figures are written there: docs/parallelism.md shows those of docs/benchmark/matrix.json.
+Packed data, four steps over the masked end of an epoch into the next one, and an evaluation. With
+TSFT_MATRIX=FILE the figures are written there: docs/parallelism.md shows those of
+docs/benchmark/matrix.json.
 """
 
 import functools
@@ -19,7 +21,9 @@ from tests.training.runs import Run, Server, Train, World, check_ran, make_hf
 
 STEPS, PACKS = 4, 8
 GUIDED = ("--tsft-teacher", "reference", "--tsft-args", "eta=0.5")
-COMMON = f"--micro-batch-size 1 --global-batch-size {PACKS} --tsft-document-multiple 8 --lr 1e-4".split()
+COMMON = (
+    f"--micro-batch-size 1 --global-batch-size {PACKS} --tsft-document-multiple 8 --lr 1e-4".split()
+)
 KEYS = ("loss", "nll", "gamma", "entropy", "kl", "grad_norm")
 Starts = Callable[[str], tuple[str, ...]]
 Alone = Callable[[str], Run]
@@ -27,26 +31,45 @@ Alone = Callable[[str], Run]
 
 @pytest.fixture(scope="module")
 def starts(server: Server, world: World, tmp_path_factory: pytest.TempPathFactory) -> Starts:
-    """starts(model): flags of a run from weights that were trained 20 steps, with the untrained ones as reference."""
+    """starts(model): flags of a run from weights that were trained 20 steps, with the untrained
+    ones as reference."""
 
     @functools.cache
     def make(model: str) -> tuple[str, ...]:
         root = tmp_path_factory.mktemp(model)
         architecture, config = MODELS[model]
         import_hf(make_hf(root / "hf", architecture, **config), root / "base", progress=False)
-        argv = ["--tsft-model", str(root / "base"), "--tsft-data", str(world.train), "--tsft-device", "cpu"]
-        argv += "--tsft-objective sft --seq-length 64 --micro-batch-size 2 --global-batch-size 4".split()
+        argv = [
+            "--tsft-model",
+            str(root / "base"),
+            "--tsft-data",
+            str(world.train),
+            "--tsft-device",
+            "cpu",
+        ]
+        argv += ["--tsft-objective", "sft", "--seq-length", "64"]
+        argv += "--micro-batch-size 2 --global-batch-size 4".split()
         argv += "--lr 3e-3 --lr-decay-style constant --train-iters 20".split()
         codes = server.run(1, [*argv, "--save", str(root / "save")], root / "log", 120)
         check_ran(Run(codes, [Path(f"{root / 'log'}.0").read_text()], root / "save"))
         evaluate = ("--tsft-eval-data", str(world.held), "--eval-interval", str(STEPS))
-        return ("--tsft-model", str(root / "base"), "--load", str(root / "save"), "--finetune", *COMMON, *evaluate)
+        return (
+            "--tsft-model",
+            str(root / "base"),
+            "--load",
+            str(root / "save"),
+            "--finetune",
+            *COMMON,
+            *evaluate,
+        )
 
     return make
 
 
 @pytest.fixture(scope="module")
-def alone(train_in: Callable[[Path], Train], starts: Starts, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+def alone(
+    train_in: Callable[[Path], Train], starts: Starts, tmp_path_factory: pytest.TempPathFactory
+) -> Alone:
     """alone(model): the run of one rank."""
 
     @functools.cache
@@ -54,7 +77,9 @@ def alone(train_in: Callable[[Path], Train], starts: Starts, tmp_path_factory: p
         folder = tmp_path_factory.mktemp("alone")
         found = check_ran(train_in(folder)(model, *starts(model), *GUIDED, steps=STEPS))
         assert len(found.rows) == STEPS and found.heldout[0]["step"] == STEPS
-        assert found.rows[2]["tokens"] < 0.8 * found.rows[0]["tokens"]  # the masked end of the epoch
+        assert (
+            found.rows[2]["tokens"] < 0.8 * found.rows[0]["tokens"]
+        )  # the masked end of the epoch
         return found
 
     return run
@@ -73,15 +98,28 @@ def figures(name: str, flags: str, ranks: int, run: Run, farthest: float) -> dic
     """One row for docs."""
     steps = [{key: row[key] for key in ("loss", "grad_norm", "tokens")} for row in run.rows]
     heldout = run.heldout[0]["nll"]
-    return {"cell": name, "flags": flags, "ranks": ranks, "steps": steps, "heldout": heldout, "difference": farthest}
+    return {
+        "cell": name,
+        "flags": flags,
+        "ranks": ranks,
+        "steps": steps,
+        "heldout": heldout,
+        "difference": farthest,
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_the_teacher_matters(
-    train: Train, starts: Starts, alone: Alone, record: list[dict[str, Any]], tmp_path: Path, model: str
+    train: Train,
+    starts: Starts,
+    alone: Alone,
+    record: list[dict[str, Any]],
+    tmp_path: Path,
+    model: str,
 ) -> None:
-    """Without it, or with the student as its own, losses differ: else the comparison of layouts would mean little."""
+    """Without it, or with the student as its own, losses differ: else the comparison of layouts
+    would mean little."""
     run = alone(model)
     record.append(figures(f"{model}, one rank", "", 1, run, 0.0))
     start = starts(model)
@@ -106,7 +144,9 @@ def test_every_layout_takes_the_same_steps(
 ) -> None:
     cell = CELLS[name]
     flags = f"{cell.flags} {FUSED}".strip() if fused else cell.flags
-    run = check_ran(train("cell", *starts(cell.model), *GUIDED, *flags.split(), ranks=cell.ranks, steps=STEPS))
+    run = check_ran(
+        train("cell", *starts(cell.model), *GUIDED, *flags.split(), ranks=cell.ranks, steps=STEPS)
+    )
     one, farthest = alone(cell.model), 0.0
     for ours, theirs in zip(run.rows + run.heldout, one.rows + one.heldout, strict=True):
         assert ours["tokens"] == theirs["tokens"]
@@ -114,4 +154,6 @@ def test_every_layout_takes_the_same_steps(
             if key in theirs:
                 farthest = max(farthest, abs(ours[key] / theirs[key] - 1))
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
-    record.append(figures(f"{name}, fused head" if fused else name, flags, cell.ranks, run, farthest))
+    record.append(
+        figures(f"{name}, fused head" if fused else name, flags, cell.ranks, run, farthest)
+    )

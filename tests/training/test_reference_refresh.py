@@ -1,4 +1,5 @@
-"""A reference that takes the student's weights every N steps: the ratio there is exactly 1, in a resumed run too."""
+"""A reference that takes the student's weights every N steps: the ratio there is exactly 1, in a
+resumed run too."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,17 +8,27 @@ import pytest
 
 from tests.training.runs import Run, Train, World, check_ran
 
-MOVING = (*"--tsft-objective proximal --tsft-teacher reference".split(), "--tsft-reference-refresh", "2")
+MOVING = (
+    *"--tsft-objective proximal --tsft-teacher reference".split(),
+    "--tsft-reference-refresh",
+    "2",
+)
 
 
 def without_clock(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows
+    ]
 
 
 def assert_refreshed(run: Run, every: int) -> None:
-    """gamma is the mean of ratios p / p_ref: exactly 1 where both are the same numbers, and nowhere else."""
+    """gamma is the mean of ratios p / p_ref: exactly 1 where both are the same numbers, and nowhere
+    else."""
     for row in run.rows:
-        assert (row["gamma"] == 1.0) == ((row["step"] - 1) % every == 0), (row["step"], row["gamma"])
+        assert (row["gamma"] == 1.0) == ((row["step"] - 1) % every == 0), (
+            row["step"],
+            row["gamma"],
+        )
 
 
 @pytest.mark.slow
@@ -39,7 +50,8 @@ def test_the_ratio_is_one_at_every_refresh_in_every_layout(train: Train) -> None
             for key in ("loss", "nll", "gamma", "grad_norm"):
                 assert ours[key] == pytest.approx(theirs[key], rel=5e-5), (name, ours["step"], key)
 
-    # how often matters: every step is plain maximum likelihood's gradient, never is another run from step 3 on
+    # how often matters: every step is plain maximum likelihood's gradient, never is another run
+    # from step 3 on
     assert_refreshed(check_ran(train("each", *MOVING, "--tsft-reference-refresh", "1")), 1)
     fixed = check_ran(train("fixed", *MOVING, "--tsft-reference-refresh", "0"))
     assert without_clock(fixed.rows[:2]) == without_clock(alone.rows[:2])
@@ -54,10 +66,23 @@ def test_it_resumes_with_the_reference_it_had(train: Train, ranks: int, flags: s
     start = (*MOVING, *flags.split())
     straight = check_ran(train("straight", *start, ranks=ranks, steps=6))
     assert_refreshed(straight, 2)
-    for stop in (2, 3):  # where the next step takes the student's weights anyway; one step after a refresh
+    for stop in (
+        2,
+        3,
+    ):  # where the next step takes the student's weights anyway; one step after a refresh
         name = f"stopped-{stop}"
         first = check_ran(
-            train(name, *start, "--save-interval", "1", "--exit-interval", str(stop), ranks=ranks, steps=6, keep=True)
+            train(
+                name,
+                *start,
+                "--save-interval",
+                "1",
+                "--exit-interval",
+                str(stop),
+                ranks=ranks,
+                steps=6,
+                keep=True,
+            )
         )
         assert [row["step"] for row in first.rows] == list(range(1, stop + 1))
         resumed = check_ran(train(name, *start, "--save-interval", "1000", ranks=ranks, steps=6))
@@ -72,12 +97,15 @@ def test_a_reference_that_is_gone_is_refused(train: Train) -> None:
     check_ran(train("gone", *MOVING, *gone, steps=6, keep=True))
     resumed = train("gone", *MOVING, "--save-interval", "4", steps=6, keep=True)
     assert resumed.codes == [2] and "Traceback" not in resumed.logs[0]
-    assert all(part in resumed.error for part in ("step 3", "step 2", "gone", "multiple of 2")), resumed.error
+    assert all(part in resumed.error for part in ("step 3", "step 2", "gone", "multiple of 2")), (
+        resumed.error
+    )
 
 
 @pytest.mark.slow
 def test_a_finished_run_started_again_evaluates_the_same(train: Train, world: World) -> None:
-    """A requeued job whose run was over: it writes the last evaluation again, by the reference of the last refresh."""
+    """A requeued job whose run was over: it writes the last evaluation again, by the reference of
+    the last refresh."""
     held = ("--tsft-eval-data", str(world.held), "--eval-interval", "4", "--save-interval", "2")
     once = check_ran(train("over", *MOVING, *held, steps=4, keep=True)).heldout
     assert [row["step"] for row in once] == [4]
@@ -104,7 +132,10 @@ REFUSED = {
         "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
         ["--tsft-reference-refresh", "--overlap-param-gather"],
     ),
-    "saves between refreshes": ("--save-interval 3", ["--save-interval 3", "--tsft-reference-refresh 2", "multiple"]),
+    "saves between refreshes": (
+        "--save-interval 3",
+        ["--save-interval 3", "--tsft-reference-refresh 2", "multiple"],
+    ),
     "refreshes between saves": (
         "--tsft-reference-refresh 5 --save-interval 3",
         ["--save-interval 3", "--tsft-reference-refresh 5", "multiple"],

@@ -1,4 +1,5 @@
-"""A run that stops, by plan or by kill -9, and starts again is the run that never stopped, bit for bit."""
+"""A run that stops, by plan or by kill -9, and starts again is the run that never stopped, bit for
+bit."""
 
 import json
 import os
@@ -21,7 +22,9 @@ GUIDED = ("--tsft-teacher", "reference")
 
 def step_values(rows: list[dict]) -> list[dict]:
     """Rows without what depends on the clock."""
-    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
+    return [
+        {key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows
+    ]
 
 
 def weights(save: Path, step: int) -> dict[str, bytes]:
@@ -40,7 +43,11 @@ def weights(save: Path, step: int) -> dict[str, bytes]:
     ("first", "second", "flags"),
     [
         (1, 1, ()),
-        (2, 1, ("--use-distributed-optimizer",)),  # the number of data-parallel ranks changes in the middle of an epoch
+        (
+            2,
+            1,
+            ("--use-distributed-optimizer",),
+        ),  # the number of data-parallel ranks changes in the middle of an epoch
         (2, 2, ("--pipeline-model-parallel-size", "2", "--bf16")),
     ],
     ids=["one-rank", "dp2-to-dp1", "pp2-bf16"],
@@ -51,10 +58,22 @@ def test_resume_equals_not_stopping(
     start = (*GUIDED, *flags, "--tsft-eval-data", str(world.held), "--eval-interval", "4")
     straight = check_ran(train("straight", *start, ranks=first, steps=6, keep=True))
     stopped = check_ran(
-        train("stopped", *start, "--save-interval", "3", "--exit-interval", "3", ranks=first, steps=6, keep=True)
+        train(
+            "stopped",
+            *start,
+            "--save-interval",
+            "3",
+            "--exit-interval",
+            "3",
+            ranks=first,
+            steps=6,
+            keep=True,
+        )
     )
     assert [row["step"] for row in stopped.rows] == [1, 2, 3]
-    resumed = check_ran(train("stopped", *start, "--save-interval", "6", ranks=second, steps=6, keep=True))
+    resumed = check_ran(
+        train("stopped", *start, "--save-interval", "6", ranks=second, steps=6, keep=True)
+    )
     assert [row["step"] for row in resumed.rows] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in resumed.heldout] == [4, 6]
     if first == second:
@@ -70,7 +89,8 @@ def test_resume_equals_not_stopping(
 
 @pytest.mark.slow
 def test_the_own_checkpoint_wins_over_where_the_run_started(train: Train, tmp_path: Path) -> None:
-    """A requeued job repeats its command line: --load L --finetune --save S must go on from S, not begin again."""
+    """A requeued job repeats its command line: --load L --finetune --save S must go on from S, not
+    begin again."""
     first = check_ran(train("first", "--tsft-objective", "sft", steps=2, keep=True))
     start = ("--tsft-objective", "dft", "--load", str(first.save), "--finetune")
     check_ran(train("second", *start, steps=3, keep=True))
@@ -85,23 +105,55 @@ def test_the_own_checkpoint_wins_over_where_the_run_started(train: Train, tmp_pa
 @pytest.mark.slow
 def test_kill_9_loses_nothing(train: Train, world: World, tmp_path: Path) -> None:
     save = tmp_path / "killed"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+    ]
     command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", "-m"]
-    command += ["megatron_tsft.training.pretrain_gpt", "--tsft-model", str(world.base), "--tsft-data", str(world.train)]
-    command += [*BATCH.split(), "--tsft-device", "cpu", *GUIDED, "--save", str(save), "--train-iters", "400"]
+    command += [
+        "megatron_tsft.training.pretrain_gpt",
+        "--tsft-model",
+        str(world.base),
+        "--tsft-data",
+        str(world.train),
+    ]
+    command += [
+        *BATCH.split(),
+        "--tsft-device",
+        "cpu",
+        *GUIDED,
+        "--save",
+        str(save),
+        "--train-iters",
+        "400",
+    ]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     log = (tmp_path / "killed.log").open("wb")
     process = subprocess.Popen(
-        [*command, "--save-interval", "5"], env=environment, stdout=log, stderr=log, start_new_session=True
+        [*command, "--save-interval", "5"],
+        env=environment,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 120
         metrics = save / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_text().count("\n") < 8:  # a checkpoint at 5, steps beyond it
-            assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()[-3000:]
+        while (
+            not metrics.exists() or metrics.read_text().count("\n") < 8
+        ):  # a checkpoint at 5, steps beyond it
+            assert process.poll() is None and time.monotonic() < deadline, Path(
+                log.name
+            ).read_text()[-3000:]
             time.sleep(0.05)
     finally:
-        # torchrun puts its ranks into sessions of their own: each is killed by its id, whatever it is doing
+        # torchrun puts its ranks into sessions of their own: each is killed by its id, whatever it
+        # is doing
         for victim in (*psutil.Process(process.pid).children(recursive=True), process):
             victim.kill()
         process.wait()
@@ -125,5 +177,7 @@ def test_kill_9_loses_nothing(train: Train, world: World, tmp_path: Path) -> Non
     out = model.generate(prompt["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=2)
     assert out.shape[1] == prompt["input_ids"].shape[1] + 3
     base = transformers.AutoModelForCausalLM.from_pretrained(str(world.hf))
-    assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(
+        model.model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight
+    )
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == 67

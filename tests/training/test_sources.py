@@ -54,19 +54,26 @@ def test_names_of_links_are_told_apart(tmp_path: Path, monkeypatch: pytest.Monke
     assert len({source.name for source in parse_sources(["a", "b", "z/a"])}) == 3
 
 
-def test_the_name_is_the_folders_not_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_is_the_folders_not_the_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "train").mkdir()
     monkeypatch.chdir(tmp_path / "train")
     assert parse_sources(["."])[0].name == "train"
     assert parse_sources(["../train:0.5"])[0].name == "train"
 
 
-@pytest.mark.parametrize("share", ["0", "0.0", "-0.5", "nan", "inf", "-inf", "half", "0,7", "target-sft", " "])
+@pytest.mark.parametrize(
+    "share", ["0", "0.0", "-0.5", "nan", "inf", "-inf", "half", "0,7", "target-sft", " "]
+)
 def test_a_share_that_is_no_positive_number(share: str) -> None:
     with pytest.raises(UserError) as error:
         parse_sources(["a:0.5", f"data/maths:{share}:sft"])
     text = str(error.value)
-    assert f"--tsft-data data/maths:{share}:sft" in text and f"the share {share!r} is no positive number" in text
+    assert (
+        f"--tsft-data data/maths:{share}:sft" in text
+        and f"the share {share!r} is no positive number" in text
+    )
     assert SYNTAX in text and "\n" not in text
 
 

@@ -1,4 +1,5 @@
-"""A teacher says the same in every layout, vocabulary and order, riding along or cached, also after a resume."""
+"""A teacher says the same in every layout, vocabulary and order, riding along or cached, also after
+a resume."""
 
 import json
 from pathlib import Path
@@ -10,7 +11,16 @@ import torch
 from megatron_tsft.checkpoint.convert import import_hf
 from megatron_tsft.checkpoint.keys import checkpoint_keys
 from megatron_tsft.data.prepare import prepare
-from tests.training.runs import Cache, Run, Train, World, check_ran, make_hf, make_tokenizer, write_rows
+from tests.training.runs import (
+    Cache,
+    Run,
+    Train,
+    World,
+    check_ran,
+    make_hf,
+    make_tokenizer,
+    write_rows,
+)
 from tests.training.test_teachers import HELD, WHOLE, Dense, agrees
 
 KEYS = ("loss", "nll", "gamma", "entropy", "kl", "tokens", "grad_norm")
@@ -22,7 +32,11 @@ def same_rows(ours: Run, theirs: Run, tolerance: float = 3e-5) -> None:
     for a, b in zip(ours.rows + ours.heldout, theirs.rows + theirs.heldout, strict=True):
         for key in KEYS:
             if b.get(key) is not None:
-                assert a[key] == pytest.approx(b[key], rel=tolerance), (ours.save.name, a["step"], key)
+                assert a[key] == pytest.approx(b[key], rel=tolerance), (
+                    ours.save.name,
+                    a["step"],
+                    key,
+                )
 
 
 def online(teacher: Path) -> tuple[str, ...]:
@@ -34,7 +48,9 @@ def cached(folder: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-def test_a_deeper_and_wider_teacher_in_every_pipeline(train: Train, world: World, teacher: Path) -> None:
+def test_a_deeper_and_wider_teacher_in_every_pipeline(
+    train: Train, world: World, teacher: Path
+) -> None:
     start = (*online(teacher), *HELD, str(world.held), "--eval-interval", "2")
     alone = check_ran(train("alone", *start, steps=4, keep=True))
     layouts = {
@@ -44,7 +60,9 @@ def test_a_deeper_and_wider_teacher_in_every_pipeline(train: Train, world: World
         "uneven": "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1",
     }
     for name, flags in layouts.items():
-        same_rows(check_ran(train(name, *start, *flags.split(), ranks=2, steps=4, keep=True)), alone)
+        same_rows(
+            check_ran(train(name, *start, *flags.split(), ranks=2, steps=4, keep=True)), alone
+        )
         # the teacher is never saved with the student
         keys = checkpoint_keys(world.base / "release").keys()
         assert checkpoint_keys(alone.save.parent / name / "iter_0000004").keys() == keys
@@ -60,14 +78,25 @@ def test_a_deeper_and_wider_teacher_in_every_pipeline(train: Train, world: World
 def test_one_cache_serves_every_length_order_and_layout(
     train: Train, world: World, teacher: Path, cache: Cache
 ) -> None:
-    """The whole data set is one batch, so neither packs nor order may matter; 8 of 67 tokens are known."""
+    """The whole data set is one batch, so neither packs nor order may matter; 8 of 67 tokens are
+    known."""
     tp2 = cache(teacher, "--tensor-model-parallel-size", "2", "--batch-tokens", "128", ranks=2)
     one = cache(teacher.parent / "teacher_hf", "--batch-tokens", "64")
     start = (*WHOLE, *HELD, str(world.held))
     first = check_ran(train("first", *start, *cached(tp2), steps=1))
     runs = {
         "long": (1, ("--seq-length", "256", "--global-batch-size", "6", "--seed", "5")),
-        "pp2": (2, ("--pipeline-model-parallel-size", "2", "--seq-length", "96", "--global-batch-size", "14")),
+        "pp2": (
+            2,
+            (
+                "--pipeline-model-parallel-size",
+                "2",
+                "--seq-length",
+                "96",
+                "--global-batch-size",
+                "14",
+            ),
+        ),
         "dp2": (
             2,
             (
@@ -83,7 +112,8 @@ def test_one_cache_serves_every_length_order_and_layout(
     two = cache(teacher, "--shard-bytes", "4000", "--batch-tokens", "128", ranks=2)
     assert len(list(two.glob("*.arrow"))) > 4
     same_rows(check_ran(train("two", *start, *cached(two), steps=1)), first, 1e-4)
-    # made by transformers, one conversation after the other: fp16 rounds to either side of the same number
+    # made by transformers, one conversation after the other: fp16 rounds to either side of the same
+    # number
     same_rows(check_ran(train("one", *start, *cached(one), steps=1)), first, 1e-4)
 
 
@@ -103,7 +133,8 @@ def test_all_tokens_cached_equal_the_riding_teacher(
 
 @pytest.fixture(scope="module")
 def wide(world: World) -> Path:
-    """A teacher with more rows than the tokenizer has tokens: another padded vocabulary, the same tokens."""
+    """A teacher with more rows than the tokenizer has tokens: another padded vocabulary, the same
+    tokens."""
     hf = make_hf(world.root / "wide_hf", vocab_size=150, num_hidden_layers=2)
     import_hf(hf, world.root / "wide", progress=False)
     return world.root / "wide"
@@ -111,13 +142,20 @@ def wide(world: World) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [(), ("--tsft-fuse-head",)], ids=["plain", "fused"])
-def test_another_padded_vocabulary(train: Train, world: World, wide: Path, fused: tuple[str, ...]) -> None:
-    """Larger than the student's: its own extra columns get no mass. Smaller: what it lacks has none."""
+def test_another_padded_vocabulary(
+    train: Train, world: World, wide: Path, fused: tuple[str, ...]
+) -> None:
+    """Larger than the student's: its own extra columns get no mass. Smaller: what it lacks has
+    none."""
     tp2 = ("--tensor-model-parallel-size", "2", *fused)
     larger = train("larger", *WHOLE, *online(wide), *tp2, ranks=2, steps=1)
     agrees(larger, "target-sft", Dense(world.train, world.hf, world.root / "wide_hf", columns=True))
-    smaller = train("smaller", *WHOLE, *online(world.base), "--tsft-model", str(wide), *tp2, ranks=2, steps=1)
-    agrees(smaller, "target-sft", Dense(world.train, world.root / "wide_hf", world.hf, columns=True))
+    smaller = train(
+        "smaller", *WHOLE, *online(world.base), "--tsft-model", str(wide), *tp2, ranks=2, steps=1
+    )
+    agrees(
+        smaller, "target-sft", Dense(world.train, world.root / "wide_hf", world.hf, columns=True)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +164,9 @@ def renamed(world: World) -> tuple[Path, Path]:
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     model: Any = AutoModelForCausalLM.from_pretrained(str(world.root / "teacher_hf"))
-    order = torch.randperm(67, generator=torch.Generator().manual_seed(3))  # new row i is the old row order[i]
+    order = torch.randperm(
+        67, generator=torch.Generator().manual_seed(3)
+    )  # new row i is the old row order[i]
     with torch.no_grad():
         for weight in (model.model.embed_tokens.weight, model.lm_head.weight):
             weight.copy_(weight[order].clone())
@@ -139,9 +179,9 @@ def renamed(world: World) -> tuple[Path, Path]:
     from tokenizers import Tokenizer
 
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(inner)), **special).save_pretrained(
-        str(world.root / "renamed_hf")
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(inner)), **special
+    ).save_pretrained(str(world.root / "renamed_hf"))
     import_hf(world.root / "renamed_hf", world.root / "renamed", progress=False)
     file = world.root / "map.json"
     file.write_text(json.dumps(new_id))
@@ -159,28 +199,63 @@ def test_another_tokenizer_needs_a_map(
         assert text in refused.error
     layout = ("--pipeline-model-parallel-size", "2")
     mapped = (*online(folder), "--tsft-teacher-token-map", str(file))
-    same_rows(check_ran(train("mapped", *mapped, *layout, ranks=2)), check_ran(train("plain", *online(teacher))))
+    same_rows(
+        check_ran(train("mapped", *mapped, *layout, ranks=2)),
+        check_ran(train("plain", *online(teacher))),
+    )
     tp2 = ("--tensor-model-parallel-size", "2", "--token-map", str(file), "--vocab-size", "67")
     ours = check_ran(train("cache-mapped", *cached(cache(folder, *tp2, ranks=2))))
     same_rows(ours, check_ran(train("cache-plain", *cached(cache(teacher)))), 1e-4)
 
 
 @pytest.mark.slow
-def test_what_cannot_work_is_refused_by_name(train: Train, world: World, teacher: Path, cache: Cache) -> None:
+def test_what_cannot_work_is_refused_by_name(
+    train: Train, world: World, teacher: Path, cache: Cache
+) -> None:
     hf = make_hf(
-        world.root / "three_hf", num_hidden_layers=3, hidden_size=48, num_attention_heads=3, num_key_value_heads=3
+        world.root / "three_hf",
+        num_hidden_layers=3,
+        hidden_size=48,
+        num_attention_heads=3,
+        num_key_value_heads=3,
     )
     import_hf(hf, world.root / "three", progress=False)
     three = world.root / "three"
-    import_hf(make_hf(world.root / "narrow_hf", vocab_size=60), world.root / "narrow", progress=False)
+    import_hf(
+        make_hf(world.root / "narrow_hf", vocab_size=60), world.root / "narrow", progress=False
+    )
     narrow = world.root / "narrow"
     cases = {
-        "load": (1, ("--tsft-teacher", "model"), ["--tsft-teacher model needs --tsft-teacher-load"]),
-        "cache": (1, ("--tsft-teacher", "cache"), ["--tsft-teacher cache needs --tsft-teacher-cache"]),
-        "stray": (1, ("--tsft-teacher-load", str(teacher), "--tsft-args", "eta=0"), ["--tsft-teacher model", "none"]),
-        "layers": (2, (*online(three), "--pipeline-model-parallel-size", "2"), ["3 layers", "2 pipeline stages"]),
-        "heads": (2, (*online(three), "--tensor-model-parallel-size", "2"), ["3 attention heads", "does not divide"]),
-        "tail": (1, (*online(teacher), "--tsft-teacher-tail", "drop"), ["--tsft-teacher-tail", "--tsft-teacher cache"]),
+        "load": (
+            1,
+            ("--tsft-teacher", "model"),
+            ["--tsft-teacher model needs --tsft-teacher-load"],
+        ),
+        "cache": (
+            1,
+            ("--tsft-teacher", "cache"),
+            ["--tsft-teacher cache needs --tsft-teacher-cache"],
+        ),
+        "stray": (
+            1,
+            ("--tsft-teacher-load", str(teacher), "--tsft-args", "eta=0"),
+            ["--tsft-teacher model", "none"],
+        ),
+        "layers": (
+            2,
+            (*online(three), "--pipeline-model-parallel-size", "2"),
+            ["3 layers", "2 pipeline stages"],
+        ),
+        "heads": (
+            2,
+            (*online(three), "--tensor-model-parallel-size", "2"),
+            ["3 attention heads", "does not divide"],
+        ),
+        "tail": (
+            1,
+            (*online(teacher), "--tsft-teacher-tail", "drop"),
+            ["--tsft-teacher-tail", "--tsft-teacher cache"],
+        ),
         "narrow": (1, online(narrow), ["token id 66", "ends at 59"]),
         "no-model": (1, online(world.root / "nowhere"), ["nowhere", "import"]),
         "no-cache": (1, cached(world.root / "nowhere"), ["nowhere", "cache_teacher"]),
@@ -208,11 +283,16 @@ def test_what_cannot_work_is_refused_by_name(train: Train, world: World, teacher
 
 
 @pytest.mark.slow
-def test_a_cache_of_more_rows_than_the_student_has(train: Train, world: World, wide: Path, cache: Cache) -> None:
-    """Refused where a record names such a row; with --vocab-size of the student it is the narrowed teacher."""
+def test_a_cache_of_more_rows_than_the_student_has(
+    train: Train, world: World, wide: Path, cache: Cache
+) -> None:
+    """Refused where a record names such a row; with --vocab-size of the student it is the narrowed
+    teacher."""
     refused = train("refused", *cached(cache(wide)))
     assert (
-        refused.codes == [2] and "--vocab-size 67" in refused.error and "outside the vocabulary of 67" in refused.error
+        refused.codes == [2]
+        and "--vocab-size 67" in refused.error
+        and "outside the vocabulary of 67" in refused.error
     )
     everything = cache(wide, "--vocab-size", "67", top_k=67)
     ours = check_ran(train("narrowed", *WHOLE, *cached(everything), steps=1)).rows[0]
@@ -228,8 +308,15 @@ def test_a_data_set_that_reads_no_teacher_needs_no_records(
     """Packs of both kinds in one batch; the held-out data, by sft, is in no cache either."""
     other = prepare_rows(world, "untaught", 5)
     mixture = ("--tsft-data", f"{world.train}:0.5:kd", f"{other}:0.5:sft")
-    evaluation = ("--tsft-eval-data", str(prepare_rows(world, "unseen", 6)), "--tsft-objective", "sft")
-    ours = check_ran(train("cached", *mixture, *cached(cache(teacher, top_k=67)), *evaluation, keep=True))
+    evaluation = (
+        "--tsft-eval-data",
+        str(prepare_rows(world, "unseen", 6)),
+        "--tsft-objective",
+        "sft",
+    )
+    ours = check_ran(
+        train("cached", *mixture, *cached(cache(teacher, top_k=67)), *evaluation, keep=True)
+    )
     theirs = check_ran(train("online", *mixture, *online(teacher), *evaluation, keep=True))
     same_rows(ours, theirs, 1e-3)
     assert ours.rows[0]["tokens/untaught"] > 0 < ours.rows[0]["tokens/train"]
@@ -237,5 +324,10 @@ def test_a_data_set_that_reads_no_teacher_needs_no_records(
 
 def prepare_rows(world: World, name: str, seed: int) -> Path:
     """Prepared rows of their own."""
-    prepare(write_rows(world.root / f"{name}.jsonl", 30, seed), world.hf, world.root / name, progress=False)
+    prepare(
+        write_rows(world.root / f"{name}.jsonl", 30, seed),
+        world.hf,
+        world.root / name,
+        progress=False,
+    )
     return world.root / name

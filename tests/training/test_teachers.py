@@ -1,7 +1,9 @@
-"""Every objective that takes a teacher, with each kind of teacher, against dense autograd of the published definition.
+"""Every objective that takes a teacher, with each kind of teacher, against dense autograd of the
+published definition.
 
-The step's batch is the whole data set, so the loop's loss and gradient norm are those of the mean over all supervised
-tokens. The teacher's weights differ from the student's, and for `model` and `cache` so do its depth, width and heads.
+The step's batch is the whole data set, so the loop's loss and gradient norm are those of the mean
+over all supervised tokens. The teacher's weights differ from the student's, and for `model` and
+`cache` so do its depth, width and heads.
 """
 
 from pathlib import Path
@@ -17,7 +19,10 @@ from tests.loss.published import PUBLISHED, SURROGATE, Batch, sequence_log_ratio
 from tests.training.runs import Cache, Run, Train, World, check_ran
 
 OBJECTIVES = ("target-sft", "sft-kl", "asft", "kd", "kd-hybrid", "gift", "iw-sft", "proximal")
-LAYOUTS = {"tp2": "--tensor-model-parallel-size 2 --sequence-parallel", "pp2": "--pipeline-model-parallel-size 2"}
+LAYOUTS = {
+    "tp2": "--tensor-model-parallel-size 2 --sequence-parallel",
+    "pp2": "--pipeline-model-parallel-size 2",
+}
 WHOLE = ("--global-batch-size", "20", "--lr", "1e-12")  # 60 conversations fill fewer than 20 packs
 HELD = ("--eval-interval", "1", "--tsft-eval-data")
 
@@ -26,12 +31,15 @@ def load(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     # the default of experts, a grouped product, has no fp64
-    loaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float64, experts_implementation="eager")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float64, experts_implementation="eager"
+    )
     return loaded.eval()
 
 
 class Dense:
-    """All supervised tokens of a data set, one conversation at a time through transformers in fp64."""
+    """All supervised tokens of a data set, one conversation at a time through transformers in
+    fp64."""
 
     def __init__(
         self,
@@ -42,7 +50,8 @@ class Dense:
         tail: str = "uniform",
         columns: bool = False,
     ):
-        """columns: the teacher has another vocabulary size; it is cut, or filled up with -inf, to the student's."""
+        """columns: the teacher has another vocabulary size; it is cut, or filled up with -inf, to
+        the student's."""
         self.student, prepared = load(student), PreparedData.load(data)
         other = None if teacher is None else load(teacher)
         cached = None if cache is None else CachedTeacher([TeacherCache.load(cache)], prepared)
@@ -63,7 +72,9 @@ class Dense:
                     logits = other(input_ids=ids[None, :-1]).logits[0][wanted]
                 if columns:
                     shared = min(logits.shape[1], z.shape[1])
-                    logits = torch.nn.functional.pad(logits[:, :shared], (0, z.shape[1] - shared), value=-torch.inf)
+                    logits = torch.nn.functional.pad(
+                        logits[:, :shared], (0, z.shape[1] - shared), value=-torch.inf
+                    )
                 log_t = torch.log_softmax(logits, -1)
                 log_ref = log_t.gather(1, labels[:, None])[:, 0]
             parts.append([z, labels, log_t, log_ref, torch.full_like(labels, row)])
@@ -84,7 +95,11 @@ class Dense:
         """Norm of the gradient of the published loss's mean."""
         self.student.zero_grad()
         PUBLISHED[objective](self.batch).mean().backward(retain_graph=True)
-        return float(torch.stack([p.grad.norm() for p in self.student.parameters() if p.grad is not None]).norm())
+        return float(
+            torch.stack(
+                [p.grad.norm() for p in self.student.parameters() if p.grad is not None]
+            ).norm()
+        )
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +127,17 @@ def test_a_model_of_another_shape(
     for name in ("train", "held"):
         if name not in dense:
             dense[name] = Dense(world.root / name, world.hf, world.root / "teacher_hf")
-    flags = ("--tsft-objective", objective, "--tsft-teacher", "model", "--tsft-teacher-load", str(teacher))
-    run = train("run", *WHOLE, *flags, *HELD, str(world.held), *LAYOUTS[layout].split(), ranks=2, steps=1)
+    flags = (
+        "--tsft-objective",
+        objective,
+        "--tsft-teacher",
+        "model",
+        "--tsft-teacher-load",
+        str(teacher),
+    )
+    run = train(
+        "run", *WHOLE, *flags, *HELD, str(world.held), *LAYOUTS[layout].split(), ranks=2, steps=1
+    )
     agrees(run, objective, dense["train"], dense["held"])
 
 
@@ -121,7 +145,13 @@ def test_a_model_of_another_shape(
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_cache(
-    train: Train, world: World, teacher: Path, cache: Cache, dense: dict, objective: str, layout: str
+    train: Train,
+    world: World,
+    teacher: Path,
+    cache: Cache,
+    dense: dict,
+    objective: str,
+    layout: str,
 ) -> None:
     """Made at TP 2, with packs of 128; read with packs of 64 and the tail that the flag says."""
     folder = cache(teacher, *LAYOUTS["tp2"].split(), "--batch-tokens", "128", ranks=2)
@@ -129,7 +159,14 @@ def test_a_cache(
     for name in ("train", "held"):
         if (name, tail) not in dense:
             dense[name, tail] = Dense(world.root / name, world.hf, None, folder, tail)
-    flags = ("--tsft-objective", objective, "--tsft-teacher", "cache", "--tsft-teacher-cache", str(folder))
+    flags = (
+        "--tsft-objective",
+        objective,
+        "--tsft-teacher",
+        "cache",
+        "--tsft-teacher-cache",
+        str(folder),
+    )
     flags += ("--tsft-teacher-tail", tail, *HELD, str(world.held))
     run = train("run", *WHOLE, *flags, *LAYOUTS[layout].split(), ranks=2, steps=1)
     agrees(run, objective, dense["train", tail], dense["held", tail])
@@ -137,12 +174,21 @@ def test_a_cache(
 
 @pytest.fixture(scope="module")
 def student(server: Any, world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose weights have moved away from the imported model's; exported beside it as hf."""
+    """A checkpoint whose weights have moved away from the imported model's; exported beside it as
+    hf."""
     from megatron_tsft.checkpoint.convert import export_hf
     from tests.training.runs import BATCH
 
     save = tmp_path_factory.mktemp("student") / "save"
-    argv = ["--tsft-model", str(world.base), "--tsft-data", str(world.train), "--tsft-device", "cpu", *BATCH.split()]
+    argv = [
+        "--tsft-model",
+        str(world.base),
+        "--tsft-data",
+        str(world.train),
+        "--tsft-device",
+        "cpu",
+        *BATCH.split(),
+    ]
     argv += ["--save", str(save), "--train-iters", "20", "--lr", "3e-3", "--tsft-objective", "sft"]
     assert server.run(1, argv, save.with_suffix(".log"), 120) == [0]
     export_hf(save, save.parent / "hf", progress=False)
@@ -152,9 +198,19 @@ def student(server: Any, world: World, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_reference(train: Train, world: World, student: Path, dense: dict, objective: str, layout: str) -> None:
+def test_the_reference(
+    train: Train, world: World, student: Path, dense: dict, objective: str, layout: str
+) -> None:
     if "reference" not in dense:
         dense["reference"] = Dense(world.train, student.parent / "hf", world.hf)
-    flags = ("--tsft-objective", objective, "--tsft-teacher", "reference", "--load", str(student), "--finetune")
+    flags = (
+        "--tsft-objective",
+        objective,
+        "--tsft-teacher",
+        "reference",
+        "--load",
+        str(student),
+        "--finetune",
+    )
     run = train("run", *WHOLE, *flags, *LAYOUTS[layout].split(), ranks=2, steps=1)
     agrees(run, objective, dense["reference"])

@@ -23,7 +23,10 @@ def start_twice() -> dict[str, Any]:
             return error.code
         return "went on"
 
-    result: dict[str, Any] = {"applies": [dataset_helpers.applies()], "start": [compile_as_start_up_does()]}
+    result: dict[str, Any] = {
+        "applies": [dataset_helpers.applies()],
+        "start": [compile_as_start_up_does()],
+    }
     dataset_helpers.apply()
     result["applies"].append(dataset_helpers.applies())
     result["start"].append(compile_as_start_up_does())
@@ -40,7 +43,9 @@ def test_rank_0_leaves_without_a_makefile_and_goes_on_with_the_repair() -> None:
     assert result["helper"]  # nothing had to be compiled
 
 
-def test_a_makefile_or_a_missing_helper_is_left_to_megatron(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_makefile_or_a_missing_helper_is_left_to_megatron(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import megatron.core.datasets.utils as utils
 
     monkeypatch.setattr(utils, "compile_helpers", lambda: None)

@@ -7,13 +7,16 @@ import pytest
 
 
 def test_torchs_wrapper_does_not_divide_gradients() -> None:
-    """With --calculate-per-token-loss finalize_model_grads divides by calling scale_gradients: here it does nothing.
+    """With --calculate-per-token-loss finalize_model_grads divides by calling scale_gradients: here
+    it does nothing.
 
-    Seen in a run of two ranks on the CPU (docs/parallelism.md): losses right, gradient norms 63 times too large, which
-    is 126 supervised tokens over two ranks.
+    Seen in a run of two ranks on the CPU (docs/parallelism.md): losses right, gradient norms 63
+    times too large, which is 126 supervised tokens over two ranks.
     """
     from megatron.core.distributed.distributed_data_parallel import DistributedDataParallel
-    from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
+    from megatron.core.distributed.torch_fully_sharded_data_parallel import (
+        TorchFullyShardedDataParallel,
+    )
 
     class Buffer:
         scaled = 1.0
@@ -33,6 +36,12 @@ def test_megatrons_wants_a_format_of_its_own() -> None:
 
     from megatron.training import arguments
 
-    # its validation needs a whole command line and an initialised world; the sentence is what a user would read
-    if "requires the `fsdp_dtensor` checkpointing format" not in inspect.getsource(arguments.validate_args):
-        pytest.fail("Megatron-FSDP may take torch_dist now: try it, and lift the refusal in training/arguments.py")
+    # its validation needs a whole command line and an initialised world; the sentence is what a
+    # user would read
+    if "requires the `fsdp_dtensor` checkpointing format" not in inspect.getsource(
+        arguments.validate_args
+    ):
+        pytest.fail(
+            "Megatron-FSDP may take torch_dist now: try it, and lift the refusal in"
+            " training/arguments.py"
+        )

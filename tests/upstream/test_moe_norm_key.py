@@ -1,4 +1,5 @@
-"""The norm before experts has one name in a checkpoint, whichever spec saved it, only with the repair."""
+"""The norm before experts has one name in a checkpoint, whichever spec saved it, only with the
+repair."""
 
 from typing import Any
 
@@ -11,7 +12,8 @@ DENSE = ATTENTION | {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def key_maps() -> dict[str, Any]:
-    """The key maps that Megatron's local spec has with experts and without, before and after the repair."""
+    """The key maps that Megatron's local spec has with experts and without, before and after the
+    repair."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     def key_map(*args: Any, **kwargs: Any) -> dict[str, str]:
@@ -31,8 +33,18 @@ def key_maps() -> dict[str, Any]:
 def test_the_norm_before_experts_keeps_its_name() -> None:
     result = fresh(key_maps)
     assert result["applies"] == [True, False]
-    assert result["before"] == [DENSE, DENSE, DENSE, DENSE]  # experts have no linear_fc1 that the norm could belong to
-    assert result["after"] == [ATTENTION, ATTENTION, DENSE, DENSE]  # without experts nothing changes
+    assert result["before"] == [
+        DENSE,
+        DENSE,
+        DENSE,
+        DENSE,
+    ]  # experts have no linear_fc1 that the norm could belong to
+    assert result["after"] == [
+        ATTENTION,
+        ATTENTION,
+        DENSE,
+        DENSE,
+    ]  # without experts nothing changes
 
 
 def test_the_docstring_names_the_right_lines() -> None:

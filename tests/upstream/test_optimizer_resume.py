@@ -1,4 +1,5 @@
-"""The distributed optimizer with torch's Adam: three reasons not to resume, and an exact resume with the repair."""
+"""The distributed optimizer with torch's Adam: three reasons not to resume, and an exact resume
+with the repair."""
 
 import tempfile
 from typing import Any
@@ -32,7 +33,10 @@ def one_rank(_: int, folder: str) -> dict[str, Any]:
     trained = Training()
     losses = trained.steps(0)
     trained.save(folder)
-    result: dict[str, Any] = {"applies": [optimizer_resume.applies()], "losses": losses + trained.steps(STEPS)}
+    result: dict[str, Any] = {
+        "applies": [optimizer_resume.applies()],
+        "losses": losses + trained.steps(STEPS),
+    }
 
     result["line 839"] = failure(lambda: Training().load(folder))
     prepared = Training()
@@ -81,7 +85,10 @@ class Training:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         metadata = {"dp_cp_group": group, "distrib_optim_sharding_type": "fully_reshardable"}
         model = self.model.module.sharded_state_dict(metadata=metadata)
-        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
+        return {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata),
+        }
 
     def save(self, folder: str) -> None:
         from megatron.core import dist_checkpointing
@@ -110,7 +117,9 @@ def failure(action: Any) -> list[str]:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next
-        assert trace is not None and trace.tb_frame.f_code.co_filename.endswith("distrib_optimizer.py")
+        assert trace is not None and trace.tb_frame.f_code.co_filename.endswith(
+            "distrib_optimizer.py"
+        )
         return [type(error).__name__, str(error), str(trace.tb_lineno)]
     return ["nothing was raised"]
 
@@ -122,7 +131,9 @@ def test_three_reasons_not_to_resume_and_an_exact_resume_with_the_repair() -> No
     assert result["line 1223"] == ["KeyError", "'step'", "1223"]
     tensors, parameters, *counts = result["line 1032"]
     assert tensors == 1 < parameters
-    assert counts == [STEPS + parameters]  # one more step advanced the one tensor once for every parameter
+    assert counts == [
+        STEPS + parameters
+    ]  # one more step advanced the one tensor once for every parameter
     assert len(set(result["losses"])) == 2 * STEPS
     assert result["resumed"] == result["losses"][STEPS:]  # to the last bit
     assert result["step counts"] == [[2 * STEPS], [2 * STEPS]]

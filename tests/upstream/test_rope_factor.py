@@ -8,13 +8,15 @@ from tests.fresh import fresh
 from tests.upstream.source import check_lines
 
 FLAGS = (
-    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --vocab-size 128 --max-position-embeddings 4096"
+    "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --vocab-size 128"
+    " --max-position-embeddings 4096"
     " --position-embedding-type rope"
 ).split()
 
 
 def factors() -> dict[str, Any]:
-    """(rope_scaling, rope_scaling_factor) of what Megatron makes of the flags, before and after the repair."""
+    """(rope_scaling, rope_scaling_factor) of what Megatron makes of the flags, before and after the
+    repair."""
     from megatron.core.transformer.transformer_config import TransformerConfig
     from megatron.training import argument_utils
     from megatron.training.arguments import add_megatron_arguments
@@ -42,4 +44,7 @@ def test_the_factor_is_lost_and_found() -> None:
 
 
 def test_the_docstring_names_the_right_lines() -> None:
-    check_lines(rope_factor, {("training/argument_utils.py", 464): 'kwargs["rope_scaling"] = args.use_rope_scaling'})
+    check_lines(
+        rope_factor,
+        {("training/argument_utils.py", 464): 'kwargs["rope_scaling"] = args.use_rope_scaling'},
+    )

@@ -1,4 +1,5 @@
-"""A synchronous save starts a manager process; with the repair it starts none and writes the same."""
+"""A synchronous save starts a manager process; with the repair it starts none and writes the
+same."""
 
 import multiprocessing
 import tempfile
@@ -10,7 +11,8 @@ from tests.upstream.source import check_lines
 
 
 def save_twice() -> dict[str, Any]:
-    """Children of the process after a save, and what a load gives back: before and after the repair."""
+    """Children of the process after a save, and what a load gives back: before and after the
+    repair."""
     from megatron_tsft import cpu
 
     cpu.install()
@@ -44,5 +46,7 @@ def test_a_save_starts_no_process() -> None:
 
 
 def test_the_docstring_names_the_right_line() -> None:
-    lines = {("core/dist_checkpointing/strategies/filesystem_async.py", 65): "ctx.Manager().Queue()"}
+    lines = {
+        ("core/dist_checkpointing/strategies/filesystem_async.py", 65): "ctx.Manager().Queue()"
+    }
     check_lines(save_queue, lines)

@@ -1,4 +1,5 @@
-"""A tiny GPTModel of Megatron's local layer spec under DDP, for ranks that have installed the CPU layer."""
+"""A tiny GPTModel of Megatron's local layer spec under DDP, for ranks that have installed the CPU
+layer."""
 
 from typing import Any
 
@@ -8,13 +9,16 @@ VOCABULARY, LENGTH = 64, 16
 
 
 def tiny_gpt(**config: Any) -> Any:
-    """DDP around two layers with RMSNorm and a tied embedding; its numbers do not depend on the parallel layout."""
+    """DDP around two layers with RMSNorm and a tied embedding; its numbers do not depend on the
+    parallel layout."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    distributed = DistributedDataParallelConfig(use_distributed_optimizer=config.pop("distributed_optimizer", False))
+    distributed = DistributedDataParallelConfig(
+        use_distributed_optimizer=config.pop("distributed_optimizer", False)
+    )
     transformer = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -43,10 +47,13 @@ def tiny_gpt(**config: Any) -> Any:
 
 
 def backward(model: Any, seed: int) -> float:
-    """One micro-batch of two random sequences; gradients are reduced as in training. Returns the mean loss."""
+    """One micro-batch of two random sequences; gradients are reduced as in training. Returns the
+    mean loss."""
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
-    tokens = torch.randint(VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(seed)
+    )
     mask = torch.triu(torch.ones(LENGTH, LENGTH, dtype=torch.bool), 1)[None, None]
     positions = torch.arange(LENGTH).expand(2, LENGTH)
     model.zero_grad_buffer()

@@ -17,12 +17,15 @@ TOP_K = 64
 
 @dataclass(frozen=True)
 class Choice:
-    """An objective of the benchmark: its row of the catalogue, its parameters and what plays the teacher."""
+    """An objective of the benchmark: its row of the catalogue, its parameters and what plays the
+    teacher."""
 
     name: str
     parameters: dict[str, float]
     teacher: str = "none"  # none, dense or topk
-    passes: int = 3  # over the logits' bytes that no implementation can avoid: two reads and a write, and the teacher's
+    # over the logits' bytes that no implementation can avoid: two reads and a write, and the
+    # teacher's
+    passes: int = 3
 
     def objective(self) -> objectives.Objective:
         return objectives.get(self.name, **self.parameters)
@@ -40,7 +43,8 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens, the whole vocabulary and how many shards it is cut into; text such as 8192x151936/8."""
+    """Tokens, the whole vocabulary and how many shards it is cut into; text such as
+    8192x151936/8."""
 
     tokens: int
     vocabulary: int
@@ -51,10 +55,16 @@ class Shape:
         """Raises UserError where `text` is no shape."""
         match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:/([1-9]\d*))?", text)
         if not match:
-            raise UserError(f"--shapes {text}: write TOKENSxVOCABULARY or TOKENSxVOCABULARY/TP, such as 8192x151936/8")
+            raise UserError(
+                f"--shapes {text}: write TOKENSxVOCABULARY or TOKENSxVOCABULARY/TP, such as"
+                " 8192x151936/8"
+            )
         shape = cls(int(match[1]), int(match[2]), int(match[3] or 1))
         if shape.vocabulary % shape.tp:
-            raise UserError(f"--shapes {text}: {shape.vocabulary} columns cannot be cut into {shape.tp} equal shards")
+            raise UserError(
+                f"--shapes {text}: {shape.vocabulary} columns cannot be cut into {shape.tp} equal"
+                " shards"
+            )
         return shape
 
     @property
@@ -68,7 +78,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Section:
-    """One table: a shape in one type, given as logits, or as the hidden states and weight of the output head."""
+    """One table: a shape in one type, given as logits, or as the hidden states and weight of the
+    output head."""
 
     shape: Shape
     dtype: str
@@ -91,15 +102,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Case:
-    """The tensors of one section under one objective; N tokens, W columns of this shard, H hidden."""
+    """The tensors of one section under one objective; N tokens, W columns of this shard, H
+    hidden."""
 
     key: str
     labels: Tensor  # [N] int64, global ids
     upstream: Tensor  # [N] fp32, the gradient that arrives at the per-token loss
-    leaves: tuple[Tensor, ...]  # (logits [N, W],) or (hidden [N, H], weight [W, H]): what gradients are taken of
+    leaves: tuple[
+        Tensor, ...
+    ]  # (logits [N, W],) or (hidden [N, H], weight [W, H]): what gradients are taken of
     dense: Tensor | None  # [N, W] teacher logits
     topk: TeacherTopK | None
-    teacher_head: tuple[Tensor, Tensor] | None  # hidden [N, H] and weight [W, H] of a teacher that has its own head
+    teacher_head: (
+        tuple[Tensor, Tensor] | None
+    )  # hidden [N, H] and weight [W, H] of a teacher that has its own head
     group: Any = None  # of the processes that hold the shards
 
     @property
@@ -113,9 +129,17 @@ class Case:
             return None if value is None else value[:tokens].detach().clone()
 
         full = self.topk
-        topk = None if full is None else TeacherTopK(full.ids[:tokens].clone(), full.logprobs[:tokens].clone())
+        topk = (
+            None
+            if full is None
+            else TeacherTopK(full.ids[:tokens].clone(), full.logprobs[:tokens].clone())
+        )
         leaves = (self.leaves[0][:tokens], *self.leaves[1:])
-        head = None if self.teacher_head is None else (self.teacher_head[0][:tokens].clone(), self.teacher_head[1])
+        head = (
+            None
+            if self.teacher_head is None
+            else (self.teacher_head[0][:tokens].clone(), self.teacher_head[1])
+        )
         return replace(
             self,
             labels=self.labels[:tokens].clone(),
@@ -128,7 +152,8 @@ class Case:
 
 
 def make_case(section: Section, rank: int = 0) -> Case:
-    """Random tensors of one rank; labels, hidden states and top-k teachers are the same on every rank."""
+    """Random tensors of one rank; labels, hidden states and top-k teachers are the same on every
+    rank."""
     n, width, device = section.shape.tokens, section.shape.columns, section.device
     vocabulary, dtype, h = width * section.world, DTYPES[section.dtype], section.hidden
     same = torch.Generator(device).manual_seed(section.seed)
@@ -139,7 +164,9 @@ def make_case(section: Section, rank: int = 0) -> Case:
 
     labels = torch.randint(vocabulary, (n,), device=device, generator=same)
     upstream = torch.rand(n, device=device, generator=same) + 0.5
-    lift = 14 * torch.rand(n, device=device, generator=same)  # of the label's logit: p(y) takes every size
+    lift = 14 * torch.rand(
+        n, device=device, generator=same
+    )  # of the label's logit: p(y) takes every size
     local = labels - rank * width
     mine = (local >= 0) & (local < width)
     local = local.clamp(0, width - 1)
@@ -159,7 +186,9 @@ def make_case(section: Section, rank: int = 0) -> Case:
             head = normal(n, h, generator=same), normal(width, h, generator=own) / h**0.5
     if "dense" in teachers:
         dense = normal(n, width, generator=own)
-    return Case("", labels, upstream, tuple(leaf.requires_grad_() for leaf in leaves), dense, topk, head)
+    return Case(
+        "", labels, upstream, tuple(leaf.requires_grad_() for leaf in leaves), dense, topk, head
+    )
 
 
 def _topk(n: int, vocabulary: int, device: str, generator: torch.Generator) -> TeacherTopK:
@@ -167,5 +196,7 @@ def _topk(n: int, vocabulary: int, device: str, generator: torch.Generator) -> T
     k = min(TOP_K, vocabulary)
     start = torch.randint(vocabulary, (n, 1), device=device, generator=generator)
     ids = (start + torch.arange(k, device=device) * (vocabulary // k)) % vocabulary
-    logprobs = torch.log_softmax(2 * torch.randn(n, k + 1, device=device, generator=generator), -1)[:, :k]
+    logprobs = torch.log_softmax(2 * torch.randn(n, k + 1, device=device, generator=generator), -1)[
+        :, :k
+    ]
     return TeacherTopK(ids, logprobs.contiguous())

@@ -1,9 +1,11 @@
-"""One measurement, in processes of its own: agreement with ours, time of forward and backward, peak of extra memory.
+"""One measurement, in processes of its own: agreement with ours, time of forward and backward, peak
+of extra memory.
 
-Memory on CUDA is the allocator's own high-water mark. On a CPU it is the kernel's: 5 written to /proc/self/clear_refs
-sets VmHWM of /proc/self/status back to what is resident now. For that glibc is told to map every larger block by itself
-and to give it back at once, which costs time, so time is taken in another process with the allocator as it is. Pages of
-files (code that is loaded on first use) are left out.
+Memory on CUDA is the allocator's own high-water mark. On a CPU it is the kernel's: 5 written to
+/proc/self/clear_refs sets VmHWM of /proc/self/status back to what is resident now. For that glibc
+is told to map every larger block by itself and to give it back at once, which costs time, so time
+is taken in another process with the allocator as it is. Pages of files (code that is loaded on
+first use) are left out.
 """
 
 import ctypes
@@ -49,13 +51,17 @@ class Task:
     what: tuple[str, ...] = ("difference", "memory", "time")
 
 
-# ---- in the measuring process ----------------------------------------------------------------------------------------
+# ---- in the measuring process
+# ----------------------------------------------------------------------------------------
 
 
 def status_bytes(field: str) -> int:
     """One line of /proc/self/status, such as VmHWM."""
     text = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith(field + ":")) << 10
+    return (
+        next(int(line.split()[1]) for line in text.splitlines() if line.startswith(field + ":"))
+        << 10
+    )
 
 
 def extra_memory(step: Step, device: str) -> tuple[int, tuple[Tensor, ...]]:
@@ -76,11 +82,14 @@ def extra_memory(step: Step, device: str) -> tuple[int, tuple[Tensor, ...]]:
 
 
 def strict_allocator() -> None:
-    """Every block of 64 KiB or more is its own mapping, so that freed memory is not resident memory."""
+    """Every block of 64 KiB or more is its own mapping, so that freed memory is not resident
+    memory."""
     libc = ctypes.CDLL(None)
     for option, value in ((MMAP_THRESHOLD, 64 << 10), (TRIM_THRESHOLD, 0)):
         if libc.mallopt(option, value) != 1:
-            raise RuntimeError(f"mallopt({option}, {value}) failed: memory cannot be measured with this C library")
+            raise RuntimeError(
+                f"mallopt({option}, {value}) failed: memory cannot be measured with this C library"
+            )
 
 
 def new_bytes(grads: tuple[Tensor, ...], leaves: tuple[Tensor, ...]) -> int:
@@ -160,7 +169,8 @@ def measure(task: Task, case: Case, section: Section, settings: Settings) -> dic
     result: dict[str, Any] = {}
     result["difference"] = largest_difference(peer, case)  # always: it loads code, too
     if peer.compiles:
-        torch._dynamo.reset()  # what it learnt from the few tokens would make it compile for any number of them
+        # what it learnt from the few tokens would make it compile for any number of them
+        torch._dynamo.reset()
     step = peer.build(case)
     if "memory" in task.what:
         if peer.compiles:
@@ -183,7 +193,8 @@ def work(
     case: Case | None,
     pipe: Any,
 ) -> None:
-    """The body of a measuring process: a result, or why there is none, through the pipe for each task."""
+    """The body of a measuring process: a result, or why there is none, through the pipe for each
+    task."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     debug = os.environ.get("TSFT_DEBUG", "0") not in ("", "0")
     if not debug:  # what packages say while they are imported and compiled would bury the tables
@@ -197,7 +208,9 @@ def work(
             path = str(Path(folder) / "store")
             store = torch.distributed.FileStore(path, section.world)  # pyright: ignore[reportPrivateImportUsage]
             backend = "nccl" if section.device == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=section.world)
+            torch.distributed.init_process_group(
+                backend, store=store, rank=rank, world_size=section.world
+            )
         case = case or make_case(section, rank)
         case = replace(case, group=group_of(case) if section.world > 1 else None)
         broken = None
@@ -210,7 +223,8 @@ def work(
             assert case is not None
             if section.device == "cuda":
                 gc.collect()
-                torch.cuda.empty_cache()  # one that ran out of memory must not be the end of the next
+                # one that ran out of memory must not be the end of the next
+                torch.cuda.empty_cache()
             pipe.send(measure(task, case, section, settings))
         except Exception as error:
             if debug:
@@ -226,11 +240,15 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
 
 
-# ---- in the parent -------------------------------------------------------------------------------------------------
+# ---- in the parent
+# -------------------------------------------------------------------------------------------------
 
 
-def run(tasks: Sequence[Task], section: Section, settings: Settings, case: Case | None) -> Iterator[dict[str, Any]]:
-    """The result of each task; `{"failed": why}` where there is none. One process a rank does them all while it lives.
+def run(
+    tasks: Sequence[Task], section: Section, settings: Settings, case: Case | None
+) -> Iterator[dict[str, Any]]:
+    """The result of each task; `{"failed": why}` where there is none. One process a rank does them
+    all while it lives.
 
     `case` is inherited by forks on a CPU; else every process makes its own.
     """
@@ -251,12 +269,18 @@ def run(tasks: Sequence[Task], section: Section, settings: Settings, case: Case 
                     process.join()
 
 
-def _start(left: list[Task], section: Section, settings: Settings, case: Case | None, folder: str) -> Any:
-    context: Any = multiprocessing.get_context("fork" if section.device == "cpu" else "spawn")  # CUDA survives no fork
+def _start(
+    left: list[Task], section: Section, settings: Settings, case: Case | None, folder: str
+) -> Any:
+    context: Any = multiprocessing.get_context(
+        "fork" if section.device == "cpu" else "spawn"
+    )  # CUDA survives no fork
     ranks, pipes = [], []
     for rank in range(section.world):
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(rank, folder, left, section, settings, case, sender), daemon=True)
+        process = context.Process(
+            target=work, args=(rank, folder, left, section, settings, case, sender), daemon=True
+        )
         process.start()
         sender.close()  # here, so that the end of the process is the end of the pipe
         ranks.append(process)
@@ -265,11 +289,14 @@ def _start(left: list[Task], section: Section, settings: Settings, case: Case | 
 
 
 def _collect(pipes: list[Any], ranks: list[Any], timeout: float) -> dict[str, Any]:
-    """One task's results of all ranks as one: the slowest time of each repeat, the largest of everything else."""
+    """One task's results of all ranks as one: the slowest time of each repeat, the largest of
+    everything else."""
     results, deadline = [], time.monotonic() + timeout
     waiting: dict[Any, Any] = dict(zip(pipes, ranks, strict=True))
     while waiting:
-        ready: Any = multiprocessing.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        ready: Any = multiprocessing.connection.wait(
+            list(waiting), max(0.0, deadline - time.monotonic())
+        )
         if not ready:
             for process in ranks:
                 process.kill()
@@ -282,7 +309,8 @@ def _collect(pipes: list[Any], ranks: list[Any], timeout: float) -> dict[str, An
             except EOFError:
                 process.join()
                 result = {
-                    "failed": f"its process ended with exit code {process.exitcode} (TSFT_DEBUG=1 shows its messages)"
+                    "failed": f"its process ended with exit code {process.exitcode} (TSFT_DEBUG=1"
+                    " shows its messages)"
                 }
             if "failed" in result:
                 return result
@@ -291,5 +319,7 @@ def _collect(pipes: list[Any], ranks: list[Any], timeout: float) -> dict[str, An
         name: max(result[name] for result in results) for name in results[0] if name != "times_ms"
     }
     if "times_ms" in results[0]:
-        merged["times_ms"] = [max(times) for times in zip(*(result["times_ms"] for result in results), strict=True)]
+        merged["times_ms"] = [
+            max(times) for times in zip(*(result["times_ms"] for result in results), strict=True)
+        ]
     return merged

@@ -1,8 +1,9 @@
-"""Every implementation that is timed: what it is called, why it cannot run here, and one forward and backward of it.
+"""Every implementation that is timed: what it is called, why it cannot run here, and one forward
+and backward of it.
 
-A builder takes a `Case` and returns a step: a function that computes the per-token loss and returns the gradients of
-the case's leaves for its upstream gradient. Builders marked "GPU" follow the package's documented interface; they have
-not been run on a GPU.
+A builder takes a `Case` and returns a step: a function that computes the per-token loss and returns
+the gradients of the case's leaves for its upstream gradient. Builders marked "GPU" follow the
+package's documented interface; they have not been run on a GPU.
 """
 
 import importlib.util
@@ -35,13 +36,16 @@ class Peer:
     package: str = ""  # and the package that brings it
     needs_gpu: bool = False
     sharded: bool = False  # knows tensor-parallel groups
-    destroys: bool = False  # writes over the logits: gets a fresh copy each time, which is not timed
+    destroys: bool = (
+        False  # writes over the logits: gets a fresh copy each time, which is not timed
+    )
     compiles: bool = False  # in its first call
     per_token: bool = True  # False: only a sum over the tokens, so the upstream gradient is one
     missing: Callable[[], str | None] = lambda: None
 
     def why_not(self, device: str, world: int) -> str | None:
-        """Why it cannot run on this device with this many shards, in a few words; None where it can."""
+        """Why it cannot run on this device with this many shards, in a few words; None where it
+        can."""
         if self.module and importlib.util.find_spec(self.module) is None:
             return f"not installed (pip install {self.package})"
         if self.needs_gpu and device == "cpu":
@@ -57,7 +61,7 @@ def gradients(loss: Tensor, case: Case) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, case.leaves, upstream)
 
 
-# ---- ours ----------------------------------------------------------------------------------------------------------
+# ---- ours ----------------------------------------------------------------------------------------
 
 
 def use_backend(name: str | None) -> None:
@@ -68,7 +72,9 @@ def use_backend(name: str | None) -> None:
         os.environ["TSFT_BACKEND"] = name
 
 
-def our_loss(case: Case, logits: Tensor, teacher: Tensor | TeacherTopK | None, inplace: bool = False) -> Tensor:
+def our_loss(
+    case: Case, logits: Tensor, teacher: Tensor | TeacherTopK | None, inplace: bool = False
+) -> Tensor:
     """[N] `q_target_cross_entropy` of this case's objective."""
     from megatron_tsft import q_target_cross_entropy
 
@@ -90,7 +96,8 @@ def ours(backend: str, inplace: bool = False) -> Callable[[Case], Step]:
 
 
 def head_gradients(loss: Tensor, case: Case) -> tuple[Tensor, ...]:
-    """As `gradients`; a matrix product by a shard of the weight gives a part of the hidden states' gradient."""
+    """As `gradients`; a matrix product by a shard of the weight gives a part of the hidden states'
+    gradient."""
     found = gradients(loss, case)
     if case.group is not None:
         torch.distributed.all_reduce(found[0], group=case.group)
@@ -98,7 +105,8 @@ def head_gradients(loss: Tensor, case: Case) -> tuple[Tensor, ...]:
 
 
 def matmul_ours(teacher_head: bool) -> Callable[[Case], Step]:
-    """The baseline of a fused head: logits as a matrix, then our loss; with `teacher_head` a second such product."""
+    """The baseline of a fused head: logits as a matrix, then our loss; with `teacher_head` a second
+    such product."""
 
     def build(case: Case) -> Step:
         hidden, weight = case.leaves
@@ -130,7 +138,9 @@ def fused_ours(teacher_head: bool) -> Callable[[Case], Step]:
 
         def step() -> tuple[Tensor, ...]:
             use_backend(None)
-            out = fused(hidden, weight, case.labels, objective, teacher=teacher, tp_group=case.group)
+            out = fused(
+                hidden, weight, case.labels, objective, teacher=teacher, tp_group=case.group
+            )
             return gradients(out.loss, case)
 
         return step
@@ -148,10 +158,12 @@ def lacks(*names: str) -> Callable[[], str | None]:
     return missing
 
 
-# ---- plain torch ---------------------------------------------------------------------------------------------------
+# ---- plain torch ---------------------------------------------------------------------------------
 
 
-def plain_loss(key: str, logits: Tensor, labels: Tensor, teacher: Tensor | TeacherTopK | None) -> Tensor:
+def plain_loss(
+    key: str, logits: Tensor, labels: Tensor, teacher: Tensor | TeacherTopK | None
+) -> Tensor:
     """[N] what one writes by hand: fp32, targets detached, autograd for the rest."""
     log_p = torch.log_softmax(logits.float(), -1)
     nll = -log_p.gather(-1, labels[:, None])[:, 0]
@@ -167,8 +179,12 @@ def plain_loss(key: str, logits: Tensor, labels: Tensor, teacher: Tensor | Teach
     if teacher is None:
         pi = log_p.detach().exp()
     else:
-        dense = _densified(teacher, logits.shape[-1]) if isinstance(teacher, TeacherTopK) else teacher
-        pi = torch.softmax((1 - eta) * log_p.detach() + eta * dense.float(), -1)  # a constant per token is no matter
+        dense = (
+            _densified(teacher, logits.shape[-1]) if isinstance(teacher, TeacherTopK) else teacher
+        )
+        pi = torch.softmax(
+            (1 - eta) * log_p.detach() + eta * dense.float(), -1
+        )  # a constant per token is no matter
     return p_y * nll - (1 - p_y) * (pi * log_p).sum(-1)
 
 
@@ -200,7 +216,9 @@ def torch_cross_entropy(compiled: bool = False) -> Callable[[Case], Step]:
 
 def matmul_torch(case: Case) -> Step:
     hidden, weight = case.leaves
-    return lambda: gradients(F.cross_entropy(hidden @ weight.T, case.labels, reduction="none"), case)
+    return lambda: gradients(
+        F.cross_entropy(hidden @ weight.T, case.labels, reduction="none"), case
+    )
 
 
 def torch_linear_cross_entropy(case: Case) -> Step:
@@ -212,7 +230,7 @@ def torch_linear_cross_entropy(case: Case) -> Step:
     )
 
 
-# ---- other packages ------------------------------------------------------------------------------------------------
+# ---- other packages ------------------------------------------------------------------------------
 
 
 def group_of(case: Case) -> Any:
@@ -253,7 +271,9 @@ def transformer_engine(case: Case) -> Step:
     from transformer_engine.pytorch.cross_entropy import parallel_cross_entropy  # pyright: ignore[reportMissingImports]
 
     def step() -> tuple[Tensor, ...]:
-        loss = parallel_cross_entropy(case.leaves[0][None], case.labels[None], 0.0, False, case.group)
+        loss = parallel_cross_entropy(
+            case.leaves[0][None], case.labels[None], 0.0, False, case.group
+        )
         return gradients(loss, case)
 
     return step
@@ -263,7 +283,9 @@ def liger(case: Case) -> Step:
     """GPU."""
     from liger_kernel.transformers.functional import liger_cross_entropy  # pyright: ignore[reportMissingImports]
 
-    return lambda: gradients(liger_cross_entropy(case.leaves[0], case.labels, reduction="none"), case)
+    return lambda: gradients(
+        liger_cross_entropy(case.leaves[0], case.labels, reduction="none"), case
+    )
 
 
 def quack(case: Case) -> Step:
@@ -277,7 +299,9 @@ def flash_attention(case: Case) -> Step:
     """GPU."""
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss  # pyright: ignore[reportMissingImports]
 
-    return lambda: gradients(cross_entropy_loss(case.leaves[0], case.labels, process_group=case.group)[0], case)
+    return lambda: gradients(
+        cross_entropy_loss(case.leaves[0], case.labels, process_group=case.group)[0], case
+    )
 
 
 def liger_head(case: Case) -> Step:
@@ -287,7 +311,9 @@ def liger_head(case: Case) -> Step:
     )
 
     hidden, weight = case.leaves
-    return lambda: gradients(liger_fused_linear_cross_entropy(hidden, weight, case.labels, reduction="sum"), case)
+    return lambda: gradients(
+        liger_fused_linear_cross_entropy(hidden, weight, case.labels, reduction="sum"), case
+    )
 
 
 def cut_cross_entropy(case: Case) -> Step:
@@ -296,7 +322,9 @@ def cut_cross_entropy(case: Case) -> Step:
 
     hidden, weight = case.leaves
     impl = "torch_compile" if hidden.device.type == "cpu" else "cce"
-    return lambda: gradients(linear_cross_entropy(hidden, weight, case.labels, reduction="none", impl=impl), case)
+    return lambda: gradients(
+        linear_cross_entropy(hidden, weight, case.labels, reduction="none", impl=impl), case
+    )
 
 
 TRITON = {"module": "triton", "package": "triton", "needs_gpu": True}
@@ -304,14 +332,44 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("ours-torch", "logits", ours("torch"), sharded=True),
-        Peer("ours-torch-inplace", "logits", ours("torch", inplace=True), sharded=True, destroys=True),
+        Peer(
+            "ours-torch-inplace", "logits", ours("torch", inplace=True), sharded=True, destroys=True
+        ),
         Peer("ours-triton", "logits", ours("triton"), sharded=True, **TRITON),
-        Peer("ours-triton-inplace", "logits", ours("triton", inplace=True), sharded=True, destroys=True, **TRITON),
+        Peer(
+            "ours-triton-inplace",
+            "logits",
+            ours("triton", inplace=True),
+            sharded=True,
+            destroys=True,
+            **TRITON,
+        ),
         Peer("plain-autograd", "logits", plain()),
-        Peer("plain-autograd-compiled", "logits", plain(compiled=True), tuple(CHOICES)[1:], compiles=True),
+        Peer(
+            "plain-autograd-compiled",
+            "logits",
+            plain(compiled=True),
+            tuple(CHOICES)[1:],
+            compiles=True,
+        ),
         Peer("F.cross_entropy", "logits", torch_cross_entropy(), SFT),
-        Peer("F.cross_entropy-compiled", "logits", torch_cross_entropy(compiled=True), SFT, compiles=True),
-        Peer("megatron", "logits", megatron(False), SFT, "megatron", "megatron-core", sharded=True, destroys=True),
+        Peer(
+            "F.cross_entropy-compiled",
+            "logits",
+            torch_cross_entropy(compiled=True),
+            SFT,
+            compiles=True,
+        ),
+        Peer(
+            "megatron",
+            "logits",
+            megatron(False),
+            SFT,
+            "megatron",
+            "megatron-core",
+            sharded=True,
+            destroys=True,
+        ),
         Peer(
             "megatron-fused",
             "logits",
@@ -334,12 +392,36 @@ PEERS = {
             sharded=True,
             destroys=True,
         ),
-        Peer("liger", "logits", liger, SFT, "liger_kernel", "liger-kernel", needs_gpu=True, destroys=True),
+        Peer(
+            "liger",
+            "logits",
+            liger,
+            SFT,
+            "liger_kernel",
+            "liger-kernel",
+            needs_gpu=True,
+            destroys=True,
+        ),
         Peer("quack", "logits", quack, SFT, "quack", "quack-kernels", needs_gpu=True),
-        Peer("flash-attn", "logits", flash_attention, SFT, "flash_attn", "flash-attn", needs_gpu=True, sharded=True),
+        Peer(
+            "flash-attn",
+            "logits",
+            flash_attention,
+            SFT,
+            "flash_attn",
+            "flash-attn",
+            needs_gpu=True,
+            sharded=True,
+        ),
         Peer("matmul+ours", "head", matmul_ours(False), sharded=True),
         Peer("matmul+ours+teacher-head", "head", matmul_ours(True), DENSE, sharded=True),
-        Peer("ours-fused", "head", fused_ours(False), sharded=True, missing=lacks("q_target_linear_cross_entropy")),
+        Peer(
+            "ours-fused",
+            "head",
+            fused_ours(False),
+            sharded=True,
+            missing=lacks("q_target_linear_cross_entropy"),
+        ),
         Peer(
             "ours-fused+teacher-head",
             "head",
@@ -355,11 +437,30 @@ PEERS = {
             torch_linear_cross_entropy,
             SFT,
             per_token=False,
-            missing=lambda: None if hasattr(F, "linear_cross_entropy") else "this torch has no linear_cross_entropy",
+            missing=lambda: (
+                None
+                if hasattr(F, "linear_cross_entropy")
+                else "this torch has no linear_cross_entropy"
+            ),
         ),
-        Peer("liger-head", "head", liger_head, SFT, "liger_kernel", "liger-kernel", needs_gpu=True, per_token=False),
         Peer(
-            "cut-cross-entropy", "head", cut_cross_entropy, SFT, "cut_cross_entropy", "cut-cross-entropy", compiles=True
+            "liger-head",
+            "head",
+            liger_head,
+            SFT,
+            "liger_kernel",
+            "liger-kernel",
+            needs_gpu=True,
+            per_token=False,
+        ),
+        Peer(
+            "cut-cross-entropy",
+            "head",
+            cut_cross_entropy,
+            SFT,
+            "cut_cross_entropy",
+            "cut-cross-entropy",
+            compiles=True,
         ),
     )
 }

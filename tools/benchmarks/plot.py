@@ -1,4 +1,5 @@
-"""The picture: time of each implementation as bars, grouped by objective, with the floor as a line."""
+"""The picture: time of each implementation as bars, grouped by objective, with the floor as a
+line."""
 
 import statistics
 from collections.abc import Mapping
@@ -19,10 +20,14 @@ def draw_section(axes: Any, section: Mapping[str, Any]) -> None:
     """One panel: a group of bars for each objective, fastest on top."""
     rows = [row for row in section["rows"] if row["status"] == "measured"]
     times = [row["median_ms"] for row in rows]
-    longest = min(max(times), OUTLIER * statistics.median(times))  # longer bars are cut, or they would flatten the rest
+    longest = min(
+        max(times), OUTLIER * statistics.median(times)
+    )  # longer bars are cut, or they would flatten the rest
     y, labels, places = 0.0, [], []
     for key, floor in section["floor_ms"].items():
-        group = sorted((row for row in rows if row["objective"] == key), key=lambda row: row["median_ms"])
+        group = sorted(
+            (row for row in rows if row["objective"] == key), key=lambda row: row["median_ms"]
+        )
         if not group:
             continue
         axes.text(0, y, key, fontsize=9, fontweight="bold", va="center")
@@ -31,7 +36,13 @@ def draw_section(axes: Any, section: Mapping[str, Any]) -> None:
             time, shown = row["median_ms"], min(row["median_ms"], longest)
             axes.barh(y, shown, height=0.8, color=colour(row["implementation"]))
             text = f"{time:,.0f}" if time >= 100 else f"{time:.3g}"
-            axes.text(shown + longest / 100, y, f"{text} (cut)" if time > shown else text, va="center", fontsize=8)
+            axes.text(
+                shown + longest / 100,
+                y,
+                f"{text} (cut)" if time > shown else text,
+                va="center",
+                fontsize=8,
+            )
             places.append(y)
             labels.append(row["implementation"])
             y += 1
@@ -57,7 +68,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    sections = [s for s in result["sections"] if any(row["status"] == "measured" for row in s["rows"])]
+    sections = [
+        s for s in result["sections"] if any(row["status"] == "measured" for row in s["rows"])
+    ]
     columns = min(2, max(1, len(sections)))
     lines = [sections[i : i + columns] for i in range(0, len(sections), columns)]
     bars = [max(len(s["rows"]) + 1.4 * len(s["floor_ms"]) for s in line) for line in lines] or [1]
@@ -80,10 +93,16 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         Patch(color=COLOURS["ours"], label="this package"),
         Patch(color=COLOURS["inplace"], label="this package, over the logits"),
         Patch(color=COLOURS["peer"], label="others, or with a matrix of logits"),
-        Line2D([], [], color="#b03030", linewidth=1.8, label="floor: copy kernel over the same bytes"),
+        Line2D(
+            [], [], color="#b03030", linewidth=1.8, label="floor: copy kernel over the same bytes"
+        ),
     ]
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=4 if columns == 2 else 2, fontsize=9, frameon=False
+        handles=handles,
+        loc="outside upper center",
+        ncols=4 if columns == 2 else 2,
+        fontsize=9,
+        frameon=False,
     )
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     figure.savefig(temporary, dpi=140)

@@ -1,4 +1,5 @@
-"""Measured rows as tables, for the terminal and the same in Markdown, and the command that measured them."""
+"""Measured rows as tables, for the terminal and the same in Markdown, and the command that measured
+them."""
 
 import argparse
 import shlex
@@ -25,10 +26,19 @@ def cells(row: Mapping[str, Any], ratios: Iterable[str], counted: bool) -> list[
     logits = row["logits_bytes"]
     memory = []
     for size in (row["peak_bytes"], row["extra_bytes"]):
-        memory += [number(size / 2**20, 1), number(size / logits, 3)] if size is not None else ["-", "-"]
-    line = [row["objective"], row["implementation"], number(row["median_ms"]), number(row["min_ms"])]
+        memory += (
+            [number(size / 2**20, 1), number(size / logits, 3)] if size is not None else ["-", "-"]
+        )
+    line = [
+        row["objective"],
+        row["implementation"],
+        number(row["median_ms"]),
+        number(row["min_ms"]),
+    ]
     line += [*(number(row["ratios"][name]) for name in ratios), *memory]
-    return line + [f"{row['difference']:.1e}"] + ([number(row["bytes_per_logit"])] if counted else [])
+    return (
+        line + [f"{row['difference']:.1e}"] + ([number(row["bytes_per_logit"])] if counted else [])
+    )
 
 
 def section_table(section: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -60,23 +70,30 @@ def not_run(section: Mapping[str, Any]) -> list[str]:
 
 def target_table(targets: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     rows = [
-        [t["section"], t["target"], number(t["measured"], 3), f"<= {t['to_reach']:g}", t["verdict"]] for t in targets
+        [t["section"], t["target"], number(t["measured"], 3), f"<= {t['to_reach']:g}", t["verdict"]]
+        for t in targets
     ]
     return ["section", "target", "measured", "to reach", ""], rows
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: text to the left, numbers to the right; a blank line where the first column changes."""
+    """Aligned columns: text to the left, numbers to the right; a blank line where the first column
+    changes."""
     if not rows:
         return "nothing was measured"
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    left = [i < 2 or not name for i, name in enumerate(header)]  # names come first; a verdict has no header
+    left = [
+        i < 2 or not name for i, name in enumerate(header)
+    ]  # names come first; a verdict has no header
     lines, previous = [], None
     for row in (header, *rows):
         if previous not in (None, row[0], header[0]):
             lines.append("")
         previous = row[0]
-        padded = (cell.ljust(w) if side else cell.rjust(w) for cell, w, side in zip(row, widths, left, strict=True))
+        padded = (
+            cell.ljust(w) if side else cell.rjust(w)
+            for cell, w, side in zip(row, widths, left, strict=True)
+        )
         lines.append("  ".join(padded).rstrip())
     return "\n".join(lines)
 
@@ -106,10 +123,11 @@ def section_notes(section: Mapping[str, Any]) -> list[str]:
 
 
 EXPLANATION = """\
-Forward and backward: median ms and fastest (min). x floor: by the time of a copy kernel over the bytes that no
-implementation can avoid (5 x the logits' with a dense teacher, else 3 x). x F.ce: by eager F.cross_entropy; x plain: by
-plain autograd of the same loss; x mm+...: by a matrix product and then that. peak: memory beyond the inputs at its
-highest; no grads: without the gradients' own buffers; /logits: by the logits' bytes. diff: largest difference of a
+Forward and backward: median ms and fastest (min). x floor: by the time of a copy kernel over the
+bytes that no implementation can avoid (5 x the logits' with a dense teacher, else 3 x). x F.ce: by
+eager F.cross_entropy; x plain: by plain autograd of the same loss; x mm+...: by a matrix product
+and then that. peak: memory beyond the inputs at its highest; no grads: without the gradients' own
+buffers; /logits: by the logits' bytes. diff: largest difference of a
 gradient to ours on 8 tokens."""
 
 
@@ -117,7 +135,10 @@ def environment_lines(result: Mapping[str, Any]) -> list[str]:
     """What ran where, and the command."""
     e = result["environment"]
     versions = ", ".join(f"{name} {value}" for name, value in e["versions"].items() if value)
-    return [f"{result['date']}, {e['device_name']}, {e['threads']} thread(s); {versions}", result["command"]]
+    return [
+        f"{result['date']}, {e['device_name']}, {e['threads']} thread(s); {versions}",
+        result["command"],
+    ]
 
 
 def counted_line(counted: Mapping[str, Any]) -> str:
@@ -131,23 +152,36 @@ def counted_line(counted: Mapping[str, Any]) -> str:
 def markdown(result: Mapping[str, Any]) -> str:
     """The whole run, to be pasted into documentation."""
     when, command = environment_lines(result)
-    parts = ["# Loss benchmark", f"{when}\n\n    {command}", EXPLANATION, counted_line(result["counted"])]
+    parts = [
+        "# Loss benchmark",
+        f"{when}\n\n    {command}",
+        EXPLANATION,
+        counted_line(result["counted"]),
+    ]
     if result["interrupted"]:
         parts.append("Interrupted: what follows is what had been measured.")
     for section in result["sections"]:
         table = markdown_table(*section_table(section))
-        parts += [f"## {section['name']}", table, "\n".join(f"- {note}" for note in section_notes(section))]
+        parts += [
+            f"## {section['name']}",
+            table,
+            "\n".join(f"- {note}" for note in section_notes(section)),
+        ]
     if result["targets"]:
         parts += ["## Targets", markdown_table(*target_table(result["targets"]))]
     return "\n\n".join(parts) + "\n"
 
 
 def command_line(tool: str, args: argparse.Namespace) -> str:
-    """As it was given; of the output folder only the name, so that no path of this machine is published."""
+    """As it was given; of the output folder only the name, so that no path of this machine is
+    published."""
     words = [tool, "--output", Path(args.output).name]
     for name, value in vars(args).items():
         if name in ("output", "no_progress") or value is None or value is False:
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [f"--{name.replace('_', '-')}", *(f"{v:g}" if isinstance(v, float) else str(v) for v in values)]
+        words += [
+            f"--{name.replace('_', '-')}",
+            *(f"{v:g}" if isinstance(v, float) else str(v) for v in values),
+        ]
     return shlex.join(words)

@@ -1,4 +1,5 @@
-"""The families: every module of this folder holds one `FAMILY`; a new family is a new file and no other edit."""
+"""The families: every module of this folder holds one `FAMILY`; a new family is a new file and no
+other edit."""
 
 import importlib
 import pkgutil
@@ -35,7 +36,8 @@ def family_of(config: Any) -> Family:
     """The family that serves a Hugging Face config.
 
     Raises:
-        UserError: no family serves its architecture; says why, where known, and lists those that are served.
+        UserError: no family serves its architecture; says why, where known, and lists those that
+            are served.
     """
     known = families().values()
     architectures = list(getattr(config, "architectures", None) or [])
@@ -46,7 +48,8 @@ def family_of(config: Any) -> Family:
             )  # the model that transformers would build
             if own not in family.architectures:
                 raise UserError(
-                    f"transformers reads config.json as {type(config).__name__}, which does not go with"
+                    f"transformers reads config.json as {type(config).__name__}, which does not go"
+                    " with"
                     f" architectures={architectures}: correct one of them"
                 )
             return family
@@ -54,4 +57,6 @@ def family_of(config: Any) -> Family:
     if reason:
         raise UserError(f"{architectures[0]} is not supported: {reason}")
     served = ", ".join(sorted(name for family in known for name in family.architectures))
-    raise UserError(f"config.json says architectures={architectures}: this converter serves {served}")
+    raise UserError(
+        f"config.json says architectures={architectures}: this converter serves {served}"
+    )

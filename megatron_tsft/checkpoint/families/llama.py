@@ -10,7 +10,10 @@ from megatron_tsft.checkpoint.mapping import Family
 def arguments(config: Any) -> dict[str, Any]:
     """LlamaConfig -> Megatron arguments."""
     refuse(
-        config, "attention_bias", (None, False), "Llama's also has one on the output projection: Megatron cannot match"
+        config,
+        "attention_bias",
+        (None, False),
+        "Llama's also has one on the output projection: Megatron cannot match",
     )
     return decoder_arguments(config)
 

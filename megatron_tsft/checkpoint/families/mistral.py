@@ -1,4 +1,5 @@
-"""Mistral 7B v0.2 and v0.3, Mistral Nemo and what else says MistralForCausalLM without a sliding window."""
+"""Mistral 7B v0.2 and v0.3, Mistral Nemo and what else says MistralForCausalLM without a sliding
+window."""
 
 from megatron_tsft.checkpoint import rows
 from megatron_tsft.checkpoint.architecture import decoder_arguments

@@ -9,8 +9,15 @@ from megatron_tsft.checkpoint.mapping import Family
 
 def arguments(config: Any) -> dict[str, Any]:
     """MixtralConfig -> Megatron arguments."""
-    refuse(config, "router_jitter_noise", (None, 0, 0.0), "noise on the router's input is not supported")
-    experts = expert_arguments(config, "num_local_experts", config.intermediate_size, renormalised=True)
+    refuse(
+        config,
+        "router_jitter_noise",
+        (None, 0, 0.0),
+        "noise on the router's input is not supported",
+    )
+    experts = expert_arguments(
+        config, "num_local_experts", config.intermediate_size, renormalised=True
+    )
     return decoder_arguments(config) | experts
 
 

@@ -9,7 +9,12 @@ from megatron_tsft.checkpoint.mapping import Family
 
 def arguments(config: Any) -> dict[str, Any]:
     """Qwen3Config -> Megatron arguments."""
-    refuse(config, "attention_bias", (None, False), "Qwen3's also has one on the output projection: not supported")
+    refuse(
+        config,
+        "attention_bias",
+        (None, False),
+        "Qwen3's also has one on the output projection: not supported",
+    )
     return decoder_arguments(config) | {"qk_layernorm": True}
 
 

@@ -9,10 +9,21 @@ from megatron_tsft.checkpoint.mapping import Family
 
 def arguments(config: Any) -> dict[str, Any]:
     """Qwen3MoeConfig -> Megatron arguments."""
-    refuse(config, "attention_bias", (None, False), "Qwen3's also has one on the output projection: not supported")
-    refuse(config, "decoder_sparse_step", (1,), "dense layers between sparse ones are not supported")
-    refuse(config, "mlp_only_layers", (None, []), "dense layers between sparse ones are not supported")
-    experts = expert_arguments(config, "num_experts", config.moe_intermediate_size, renormalised=config.norm_topk_prob)
+    refuse(
+        config,
+        "attention_bias",
+        (None, False),
+        "Qwen3's also has one on the output projection: not supported",
+    )
+    refuse(
+        config, "decoder_sparse_step", (1,), "dense layers between sparse ones are not supported"
+    )
+    refuse(
+        config, "mlp_only_layers", (None, []), "dense layers between sparse ones are not supported"
+    )
+    experts = expert_arguments(
+        config, "num_experts", config.moe_intermediate_size, renormalised=config.norm_topk_prob
+    )
     return decoder_arguments(config) | experts | {"qk_layernorm": True}
 
 

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from megatron_tsft.loss.triton.blocks import exponent, first_id, is_bad, load_logits, load_teacher, top_k_block
+from megatron_tsft.loss.triton.blocks import (
+    exponent,
+    first_id,
+    is_bad,
+    load_logits,
+    load_teacher,
+    top_k_block,
+)
 
 
 @triton.jit
@@ -40,7 +47,8 @@ def backward_kernel(
     K_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """p e^(z - m) - pi e^(u - m_pi), the label's own value at its column, all in fp32, rounded once."""
+    """p e^(z - m) - pi e^(u - m_pi), the label's own value at its column, all in fp32, rounded
+    once."""
     row = tl.program_id(0).to(tl.int64)
     grad += row * grad_row_stride
     if tl.load(active + row):
@@ -74,7 +82,9 @@ def backward_kernel(
                 g -= pi_row * tl.exp(u - m_pi_row)
             g = tl.where(cols == y, y_value, g)
             g = tl.where(cols < columns, g, 0.0)
-            tl.store(grad + cols * grad_column_stride, g.to(grad.dtype.element_ty), mask=cols < width)
+            tl.store(
+                grad + cols * grad_column_stride, g.to(grad.dtype.element_ty), mask=cols < width
+            )
     else:
         for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK).to(tl.int64)

@@ -1,4 +1,5 @@
-"""What both kernels read: a block of the student's logits, and pi's exponent from it and a block of the teacher."""
+"""What both kernels read: a block of the student's logits, and pi's exponent from it and a block of
+the teacher."""
 
 import triton
 import triton.language as tl
@@ -35,9 +36,11 @@ def first_id(ids, k, K_BLOCK: tl.constexpr):
 
 @triton.jit
 def top_k_block(tail, cols, stop, j, ids, logprobs, k):
-    """log T of the columns before `stop` (the end of `cols`): the tail's value, with the top-k written over it.
+    """log T of the columns before `stop` (the end of `cols`): the tail's value, with the top-k
+    written over it.
 
-    ids ascend and `j` is the first one not written yet, so a row's blocks together walk the list once.
+    ids ascend and `j` is the first one not written yet, so a row's blocks together walk the list
+    once.
     """
     t = tl.zeros_like(cols).to(tl.float32) + tail
     more = j < k
@@ -53,7 +56,8 @@ def top_k_block(tail, cols, stop, j, ids, logprobs, k):
 
 @triton.jit
 def exponent(a, x, b, log_t, cols, columns):
-    """u = a (z - m) + b (log T - m_t), with 0 * anything = 0; below FLOOR beyond the last real column.
+    """u = a (z - m) + b (log T - m_t), with 0 * anything = 0; below FLOOR beyond the last real
+    column.
 
     `log_t` is None without a teacher.
     """

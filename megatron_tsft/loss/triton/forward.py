@@ -1,9 +1,18 @@
-"""The forward kernel: one program a token reads its columns once and leaves this shard's statistics."""
+"""The forward kernel: one program a token reads its columns once and leaves this shard's
+statistics."""
 
 import triton
 import triton.language as tl
 
-from megatron_tsft.loss.triton.blocks import FLOOR, exponent, first_id, is_bad, load_logits, load_teacher, top_k_block
+from megatron_tsft.loss.triton.blocks import (
+    FLOOR,
+    exponent,
+    first_id,
+    is_bad,
+    load_logits,
+    load_teacher,
+    top_k_block,
+)
 
 
 @triton.jit
@@ -49,11 +58,15 @@ def forward_kernel(
         logits += row * row_stride
         y = tl.load(label + row)
         z_y = tl.load(logits + y * column_stride, mask=y >= 0, other=0.0).to(tl.float32)
-        tl.store(z_y_out + row, tl.where(y >= 0, tl.where(z_y * scale < FLOOR, FLOOR, z_y * scale), 0.0))
+        tl.store(
+            z_y_out + row, tl.where(y >= 0, tl.where(z_y * scale < FLOOR, FLOOR, z_y * scale), 0.0)
+        )
         if teacher is not None:
             teacher += row * teacher_row_stride
             if t_y_out is not None:
-                t_y = tl.load(teacher + y * teacher_column_stride, mask=y >= 0, other=0.0).to(tl.float32)
+                t_y = tl.load(teacher + y * teacher_column_stride, mask=y >= 0, other=0.0).to(
+                    tl.float32
+                )
                 tl.store(t_y_out + row, tl.where(t_y < FLOOR, FLOOR, t_y))
         a_row, b_row, tail_row, j = 0.0, 0.0, 0.0, 0
         if s_pi_out is not None:

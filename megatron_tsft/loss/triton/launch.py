@@ -1,4 +1,5 @@
-"""Launches the kernels on a shard: the same two functions as the torch path (token_chunks.py), the same results."""
+"""Launches the kernels on a shard: the same two functions as the torch path (token_chunks.py), the
+same results."""
 
 import torch
 import triton
@@ -51,11 +52,14 @@ def write_gradient(shard: Shard, weights: GradientWeights, out: Tensor) -> None:
             grad_column_stride=out.stride(1),
             **_meta(shard.logits.shape[1]),
         )
-    # autograd does not see what a kernel writes; with it, logits written over are noticed by who has saved them
+    # autograd does not see what a kernel writes; with it, logits written over are noticed by who
+    # has saved them
     torch.autograd.graph.increment_version(out)
 
 
-ARGUMENT = {"label": "at_label"}  # what the kernel calls a GradientWeights field that would clash with the shard's
+ARGUMENT = {
+    "label": "at_label"
+}  # what the kernel calls a GradientWeights field that would clash with the shard's
 OUTPUTS = ("m", "s", "z_y", "e", "c", "m_pi", "s_pi", "d_pi", "k_pi", "m_t", "s_t", "t_y", "bad")
 
 
@@ -71,7 +75,8 @@ def _logits(shard: Shard) -> dict:
 
 
 def _vector(value: Tensor | None) -> Tensor | None:
-    """[N] with its numbers side by side, as the kernels index them: an expanded tensor has one for all."""
+    """[N] with its numbers side by side, as the kernels index them: an expanded tensor has one for
+    all."""
     return None if value is None else value.contiguous()
 
 
