@@ -1,12 +1,19 @@
-"""The one exception that means "the user can fix this": entry points print it as one line and exit
+"""The one exception that means "the user can fix this": entry points print it as one line, exit
 2."""
 
 
 class UserError(ValueError):
-    """Bad input or a combination that cannot work; the message says what was wrong, with the value,
-    and what to do.
+    """Bad input or a combination that cannot work; the message is one line that says what was
+    wrong, with the value, and what to do.
 
     met_here_alone: other ranks do not know of it, so this one must say it at once.
     """
 
     met_here_alone = False
+
+    def __init__(self, message: str):
+        # torch raises a data loader worker's error once more, with the worker's traceback for a
+        # message (torch/_utils.py, ExceptionWrapper): what the user needs is its last line
+        if message.startswith("Caught UserError in "):
+            message = message.strip().splitlines()[-1].partition("UserError: ")[2]
+        super().__init__(message)

@@ -12,7 +12,7 @@ from megatron_tsft.atomic import write_text
 from megatron_tsft.checkpoint.families import families, qwen3
 from megatron_tsft.checkpoint.refused import REFUSED
 from megatron_tsft.objectives import Row
-from megatron_tsft.training.config import docs_table
+from megatron_tsft.plan.config import docs_table
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 MATRIX, FUSED = DOCS / "benchmark" / "matrix.json", ", fused head"

@@ -40,7 +40,6 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         truncate: bool = False,
         document_multiple: int = 1,
         shuffle: bool = True,
-        split: Any = None,
     ):
         """Plan the first epoch.
 
@@ -54,7 +53,6 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             document_multiple: each conversation is padded to a multiple of it, which divides
                 `seq_length`.
             shuffle: False repeats the same packs in the same order every epoch (evaluation).
-            split: Megatron's `Split`, which its data loader reads.
 
         Raises:
             UserError: a conversation is too long and `truncate` is False, or there is none.
@@ -69,13 +67,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
                 " data with"
                 f" --max-tokens {longest}, or pass --tsft-long-samples truncate"
             )
-        self.data, self.seq_length, self.seed, self.shuffle, self.split = (
-            data,
-            seq_length,
-            seed,
-            shuffle,
-            split,
-        )
+        self.data, self.seq_length, self.seed, self.shuffle = data, seq_length, seed, shuffle
+        self.split: Any = None  # what Megatron's data loader reads
         self.teacher: TeacherSource | None = None
         self.weighted = data.card.weighted
         self.truncated = too_long
@@ -124,11 +117,16 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         ids = [self.data.sample_ids[row].as_py() for row in self.rows(index)]
         return f"pack {index} of {self.data.directory}, sample_ids {', '.join(ids) or 'none'}"
 
-    def with_teacher(self, teacher: TeacherSource | None, weighted: bool) -> "PackedDataset":
+    def with_teacher(
+        self, teacher: TeacherSource | None, weighted: bool, split: Any = None
+    ) -> "PackedDataset":
         """The same packs with the teacher's records, if any, and always with token_weights if
-        `weighted`."""
+        `weighted`.
+
+        split: what a loop's data loader reads (Megatron's `Split`).
+        """
         other = copy.copy(self)
-        other.teacher, other.weighted = teacher, weighted
+        other.teacher, other.weighted, other.split = teacher, weighted, split
         return other
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:

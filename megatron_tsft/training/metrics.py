@@ -1,15 +1,24 @@
-"""metrics.jsonl: one object a step, written where Megatron keeps its TensorBoard writer, which it
-still feeds."""
+"""Takes what Megatron writes to TensorBoard into metrics.jsonl, on the way to the real writer."""
 
-import json
-import math
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_tsft.atomic import write_text
+from megatron.training import get_timers, global_vars
 
-FILE = "metrics.jsonl"
+from megatron_tsft import console
+from megatron_tsft.model.metrics_file import (
+    COLUMNS,
+    FILE,
+    MetricsFile,
+    extra_columns,
+    line,
+    number,
+)
+from megatron_tsft.plan.plan import Plan
+
+# Megatron's names -> ours
 TRAIN = {
     "loss": "loss",
     "nll": "nll",
@@ -22,58 +31,29 @@ TRAIN = {
     "grad-norm": "grad_norm",
 }
 HELDOUT = {"loss validation": "loss", "nll validation": "nll"}
-COLUMNS = (
-    "step",
-    "loss",
-    "nll",
-    "gamma",
-    "entropy",
-    "kl",
-    "tokens",
-    "tokens_per_second",
-    "lr",
-    "grad_norm",
-)
 
 
-class MetricsFile:
-    """Appends rows; at the first one of a process, rows that a resumed run computes again are
-    dropped."""
+def install_metrics(args: argparse.Namespace, plan: Plan) -> None:
+    """Put our writer where Megatron looks for TensorBoard's; on the last rank."""
+    interval, args.tensorboard_log_interval = args.tensorboard_log_interval, 1
+    held = plan.packs.evaluation
+    global_vars._GLOBAL_TENSORBOARD_WRITER = MetricsWriter(
+        MetricsFile(Path(args.save) / FILE),
+        global_vars._GLOBAL_TENSORBOARD_WRITER,
+        active_seconds=active_seconds,
+        interval=interval,
+        print_interval=args.log_interval,
+        eval_tokens=0 if held is None else int(held.supervised.sum()),
+        extra=extra_columns(plan),
+    )
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._opened = False
-        self._last_heldout = -1
 
-    def write(self, row: dict[str, Any]) -> bool:
-        """Append one row; False for a second evaluation of the same step, which is left out."""
-        heldout, step = row.get("split") == "heldout", row["step"]
-        if not self._opened:
-            self._drop_after(step, heldout)
-        if heldout and step == self._last_heldout:
-            return False
-        if heldout:
-            self._last_heldout = step
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        return True
-
-    def _drop_after(self, step: int, heldout: bool) -> None:
-        """Keep what came before this row; also drops the half line of a process that was killed."""
-        self._opened = True
-        if not self.path.exists():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            same = row["step"] == step and heldout and row.get("split") != "heldout"
-            if row["step"] < step or same:
-                kept.append(line)
-        write_text(self.path, "".join(line + "\n" for line in kept))
+def active_seconds() -> float:
+    """Seconds of training so far by Megatron's own timer, which stops for evaluations and saves."""
+    timers: Any = get_timers()
+    timer = timers("interval-time")
+    timer.elapsed(reset=False)  # brings the running interval into the sum
+    return timer.active_time()
 
 
 class MetricsWriter:
@@ -132,7 +112,7 @@ class MetricsWriter:
             row = {"split": "heldout", "step": step, **self._heldout, "tokens": self.eval_tokens}
             self._heldout = {}
             if self.file.write(row):
-                print(line(row), flush=True)
+                console.say(line(row))
 
     def _time_step(self) -> None:
         seconds = self._active_seconds()
@@ -154,7 +134,7 @@ class MetricsWriter:
             row["bad_teacher_rows"] = round(found["bad_teacher_rows"])
         self.file.write(row)
         if step % self.print_interval == 0:
-            print(line(row), flush=True)
+            console.say(line(row))
         if self.inner is not None and step % self.interval == 0:
             self.inner.add_scalar("tokens-per-second", row["tokens_per_second"], step)
 
@@ -168,19 +148,3 @@ class MetricsWriter:
     def __getattr__(self, name: str) -> Any:
         """add_text, add_histogram and the rest: the real writer's, or nothing."""
         return getattr(self.inner, name) if self.inner is not None else lambda *args, **kwargs: None
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row for the console: Megatron's own line leaves negative values and the speed out."""
-    values = (
-        f"{name} {value:.5g}"
-        for name, value in row.items()
-        if name not in ("split", "step") and value is not None
-    )
-    return " | ".join([f"{row.get('split', 'step')} {row['step']}", *values])
-
-
-def number(value: Any) -> float | None:
-    """A float, or None where there is none (JSON has no NaN)."""
-    value = float(value)
-    return value if math.isfinite(value) else None

@@ -94,7 +94,7 @@ def test_json_rows_of_the_data_page_are_rows() -> None:
 
 
 def test_every_flag_of_ours_that_is_named_exists() -> None:
-    from megatron_tsft.training.config import TsftConfig, option
+    from megatron_tsft.plan.config import TsftConfig, option
 
     known = {option(name) for name in TsftConfig.__dataclass_fields__}
     for path in [

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tsft.training.precision import FP8
+from megatron_tsft.plan.precision import FP8
 from tests.fresh import fresh
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -171,9 +171,9 @@ def configure_one(argv: list[str], world: int, model: str, engine: bool) -> dict
     from megatron_tsft.checkpoint.families import family_of
     from megatron_tsft.errors import UserError
     from megatron_tsft.training import arguments
-    from megatron_tsft.training.config import TsftConfig
-    from megatron_tsft.training.pack_length import check_pack
-    from megatron_tsft.training.precision import check_precision
+    from megatron_tsft.plan.config import TsftConfig
+    from megatron_tsft.plan.pack_length import check_pack
+    from megatron_tsft.plan.precision import check_precision
 
     os.environ.update(
         WORLD_SIZE=str(world), RANK="0", LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1"

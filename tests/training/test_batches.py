@@ -13,7 +13,7 @@ import pytest
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
-from megatron_tsft.training.same_packs import SAVED, Resumed, check_same_packs, facts_of_packs
+from megatron_tsft.plan.same_packs import SAVED, Resumed, check_same_packs, facts_of_packs
 from tests.training.runs import Train, World, check_ran
 
 OPTIONS = "--micro-batch-size 1 --global-batch-size 8 --tsft-document-multiple 4 --lr 1e-5".split()

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from megatron_tsft.errors import UserError
-from megatron_tsft.training.pack_length import check_pack, document_multiple, pack_multiple
-from megatron_tsft.training.precision import FP4, FP8, asked
+from megatron_tsft.plan.pack_length import check_pack, document_multiple, pack_multiple
+from megatron_tsft.plan.precision import FP4, FP8, asked
 
 
 def refusal(**given: Any) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_tsft.errors import UserError
-from megatron_tsft.training.precision import (
+from megatron_tsft.plan.precision import (
     FP8,
     check_precision,
     cuda_version,

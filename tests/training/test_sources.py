@@ -6,7 +6,7 @@ import pytest
 
 from megatron_tsft import objectives
 from megatron_tsft.errors import UserError
-from megatron_tsft.training.sources import SYNTAX, Source, parse_sources
+from megatron_tsft.plan.sources import SYNTAX, Source, parse_sources
 
 
 def test_a_folder_alone() -> None:

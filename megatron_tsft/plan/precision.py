@@ -5,13 +5,12 @@ on every GPU; what follows is a crash in the first step, or none and bf16 under 
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.flags import Flags
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ DEFAULTS = {"fp8": "delayed", "fp4": "nvfp4"}  # Megatron's
 
 
 def check_precision(
-    given: Mapping[str, Any],
+    flags: Flags,
     device: str,
     *,
     engine: bool,
@@ -60,52 +59,48 @@ def check_precision(
     """Raise UserError where the precision that was asked for cannot run here.
 
     Args:
-        given: the flags on the command line, by destination.
+        flags: of the run.
         device: "cuda" or "cpu".
         engine: Transformer Engine is installed.
         capability: of this rank's GPU; None asks torch.
         cuda: the version that torch was built with; None asks torch.
     """
-    if given.get("transformer_impl", "local") != "local":
-        _need_engine(f"--transformer-impl {given['transformer_impl']}", given, device, engine)
-    _check_orphans(given)
-    if (found := asked(given)) is not None:
-        bits, name, recipe = found
-        text = f"--{bits}-format {given[bits]} (--{bits}-recipe {name})"
-        _need_engine(text, given, device, engine)
-        _check_gpu(text, bits, recipe, capability or gpu_capability(), cuda or cuda_version())
-        if name == "delayed" and given.get("fp8_param_gather"):
-            raise UserError(
-                "--fp8-param-gather does not go with --fp8-recipe delayed: the imported weights"
-                " would be rounded to FP8"
-                " with a scale of 1, which loses the small ones. Leave it out, or choose another"
-                " recipe"
-            )
+    if "transformer_impl" in flags.named and flags.transformer_impl != "local":
+        _need_engine(f"--transformer-impl {flags.transformer_impl}", flags, device, engine)
+    _check_orphans(flags)
+    if (scaled := scaled_format(flags)) is None:
+        return
+    text = f"--{scaled.bits}-format {scaled.format} (--{scaled.bits}-recipe {scaled.name})"
+    _need_engine(text, flags, device, engine)
+    _check_gpu(text, scaled, capability or gpu_capability(), cuda or cuda_version())
+    if scaled.name == "delayed" and flags.fp8_param_gather:
+        raise UserError(
+            "--fp8-param-gather does not go with --fp8-recipe delayed: the imported weights would"
+            " be rounded to FP8 with a scale of 1, which loses the small ones. Leave it out, or"
+            " choose another recipe"
+        )
 
 
-def asked(given: Mapping[str, Any]) -> tuple[str, str, Recipe] | None:
-    """("fp8" or "fp4", the recipe's name, the recipe) of the flags; None without either."""
-    for bits, table in (("fp8", FP8), ("fp4", FP4)):
-        if given.get(bits):
-            name = given.get(f"{bits}_recipe") or DEFAULTS[bits]
-            return bits, name, table[name]
+@dataclass(frozen=True)
+class ScaledFormat:
+    """The 8-bit or 4-bit numbers that a run computes in: "fp8" or "fp4", --fp8-format's value, the
+    recipe's name and the recipe."""
+
+    bits: str
+    format: str
+    name: str
+    recipe: Recipe
+
+
+def scaled_format(flags: Flags) -> ScaledFormat | None:
+    """What the flags ask for; None without FP8 and FP4."""
+    if flags.fp8:
+        name = flags.fp8_recipe or DEFAULTS["fp8"]
+        return ScaledFormat("fp8", flags.fp8, name, FP8[name])
+    if flags.fp4:
+        name = flags.fp4_recipe or DEFAULTS["fp4"]
+        return ScaledFormat("fp4", flags.fp4, name, FP4[name])
     return None
-
-
-def keep_start_weights(args: Any) -> None:
-    """Make the fp32 weights of the optimizer out of the checkpoint, where the model itself holds
-    FP8 ones.
-
-    args: Megatron's, parsed. With --fp8-param-gather Megatron would make them out of the model's
-    FP8 numbers when it loads without an optimizer (training/checkpointing.py, reload_model_params):
-    the start weights would be rounded for good. The flag against it has an assertion,
-    --no-load-optim, that a run which resumes must not meet; so it is set after the parser. It reads
-    the loaded tensors, which are FP8, too, where the loader quantizes as it reads
-    (dist_checkpointing/strategies/torch.py, stream_ckpt_dequant). A run that resumes has these
-    weights from the optimizer's checkpoint: Megatron then reads neither setting.
-    """
-    if args.fp8_param_gather or args.fp4_param_gather:
-        args.load_main_params_from_ckpt, args.stream_ckpt_dequant = True, False
 
 
 def gpu_capability() -> tuple[int, int]:
@@ -119,39 +114,40 @@ def cuda_version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _need_engine(text: str, given: Mapping[str, Any], device: str, engine: bool) -> None:
+def _need_engine(text: str, flags: Flags, device: str, engine: bool) -> None:
     """Raise UserError where the layers are not Transformer Engine's; `text` is what needs them."""
     if not engine:
         raise UserError(
             f"{text} needs Transformer Engine, which is not installed here: take it from NVIDIA's"
-            " PyTorch container or"
-            " pip install 'megatron-core[te]', or leave the flag out"
+            " PyTorch container or pip install 'megatron-core[te]', or leave the flag out"
         )
     if device == "cpu":
         raise UserError(f"{text} needs a GPU, this run is on the CPU: leave it out")
-    if given.get("transformer_impl") == "local":
+    if flags.transformer_impl == "local":
         raise UserError(
             f"{text} does nothing in local layers: leave --transformer-impl local out, or train in"
             " bf16 without it"
         )
 
 
-def _check_orphans(given: Mapping[str, Any]) -> None:
+def _check_orphans(flags: Flags) -> None:
     """Raise UserError for a recipe without its format: Megatron would train without a word in
     another precision."""
-    for bits, example in (("fp8", "hybrid"), ("fp4", "e2m1")):
-        if given.get(f"{bits}_recipe") and not given.get(bits):
+    recipes = {"fp8": ("hybrid", flags.fp8, flags.fp8_recipe)}
+    recipes["fp4"] = ("e2m1", flags.fp4, flags.fp4_recipe)
+    for bits, (example, number_format, recipe) in recipes.items():
+        if f"{bits}_recipe" in flags.named and recipe and not number_format:
             raise UserError(
-                f"--{bits}-recipe {given[f'{bits}_recipe']} does nothing without --{bits}-format:"
-                f" add --{bits}-format"
-                f" {example}, or leave it out"
+                f"--{bits}-recipe {recipe} does nothing without --{bits}-format: add"
+                f" --{bits}-format {example}, or leave it out"
             )
 
 
 def _check_gpu(
-    text: str, bits: str, recipe: Recipe, capability: tuple[int, int], cuda: tuple[int, int]
+    text: str, scaled: ScaledFormat, capability: tuple[int, int], cuda: tuple[int, int]
 ) -> None:
     """Raise UserError where the GPU, or its CUDA, lacks what the recipe computes with."""
+    recipe = scaled.recipe
     if not recipe.runs_on(capability):
         others = [
             name for name, other in FP8.items() if name != "custom" and other.runs_on(capability)
@@ -168,6 +164,5 @@ def _check_gpu(
     if cuda < recipe.cuda:
         raise UserError(
             f"{text} needs CUDA {recipe.cuda[0]}.{recipe.cuda[1]}, torch has {cuda[0]}.{cuda[1]}:"
-            " take a newer"
-            f" container, or another --{bits}-recipe"
+            f" take a newer container, or another --{scaled.bits}-recipe"
         )

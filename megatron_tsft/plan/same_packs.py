@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tsft.errors import UserError
-from megatron_tsft.training.datasets import Datasets
+from megatron_tsft.plan.packs import Packs
 
 SAVED = "tsft_packs"  # the name in the arguments that Megatron keeps in its checkpoints
 
@@ -33,61 +33,47 @@ class Resumed:
         )
 
 
-def facts_of_packs(
-    datasets: Datasets, seq_length: int, seed: int, document_multiple: int
-) -> dict[str, Any]:
+def facts_of_packs(packs: Packs) -> dict[str, Any]:
     """What decides the packs and their order, by the flag that says so; kept in the run's
     checkpoints."""
-    whole = sum(datasets.shares)
-    parts = zip(datasets.members, datasets.shares, strict=True)
+    rules, whole = packs.rules, sum(packs.shares)
+    parts = zip(packs.members, packs.shares, strict=True)
     return {
-        "--seq-length": seq_length,
-        "--seed": seed,
-        "--tsft-document-multiple": document_multiple,
+        "--seq-length": rules.seq_length,
+        "--seed": rules.seed,
+        "--tsft-document-multiple": rules.document_multiple,
         "--tsft-data": [
             f"{part.data.card.fingerprint}:{share / whole:.9g}" for part, share in parts
         ],
     }
 
 
-def check_same_packs(
-    resumed: Resumed,
-    facts: Mapping[str, Any],
-    datasets: Datasets,
-    batch: int,
-    given: Mapping[str, Any],
-) -> None:
+def check_same_packs(resumed: Resumed, packs: Packs, batch: int, context: int) -> None:
     """Raise UserError where conversations would be read twice or never.
 
     Args:
         resumed: what is resumed.
-        facts: of this run's packs.
-        datasets: this run's.
+        packs: this run's.
         batch: its global batch size.
-        given: the flags on the command line.
+        context: its context-parallel size.
     """
     before = resumed.before
-    old = {
-        "--seq-length": before.get("seq_length"),
-        "--seed": before.get("seed"),
-        "--tsft-document-multiple": 1,
-    }
-    saved = before.get(SAVED, old)  # checkpoints of earlier versions do not say what data they saw
-    for flag, now in facts.items():
+    # checkpoints of earlier versions do not say what data they saw
+    old = {"--seq-length": before.get("seq_length"), "--seed": before.get("seed")}
+    saved = before.get(SAVED, old | {"--tsft-document-multiple": 1})
+    for flag, now in facts_of_packs(packs).items():
         if saved.get(flag, now) != now:
-            _refuse(resumed, flag, saved[flag], now, given.get("context_parallel_size", 1))
-    if len(datasets.members) > 1:
+            _refuse(resumed, flag, saved[flag], now, context)
+    if len(packs.members) > 1:
         return  # a mixture's epochs are not filled up to whole steps
-    packs, sizes = datasets.members[0].packs, (before.get("global_batch_size", batch), batch)
-    ends = {
-        -(-packs // size) * size for size in sizes
-    }  # where the first epoch ends, masked packs included
+    count, sizes = packs.members[0].packs, (before.get("global_batch_size", batch), batch)
+    # where the first epoch ends, masked packs included
+    ends = {-(-count // size) * size for size in sizes}
     if len(ends) > 1 and before.get("consumed_train_samples", 0) > min(ends):
         raise UserError(
             f"{resumed.checkpoint} was trained with --global-batch-size {sizes[0]}, now it is"
-            f" {sizes[1]}: after the"
-            " first epoch that moves where epochs end, and conversations would be read twice or"
-            " never. Pass"
+            f" {sizes[1]}: after the first epoch that moves where epochs end, and conversations"
+            " would be read twice or never. Pass"
             f" --global-batch-size {sizes[0]}, {resumed.anew}"
         )
 

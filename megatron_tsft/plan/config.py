@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-TEACHERS = ("none", "reference", "model", "cache")
+from megatron_tsft.plan import teachers
+
 TAILS = ("uniform", "drop")
 DEVICES = ("cuda", "cpu")
 LONG_SAMPLES = ("refuse", "truncate")
@@ -24,83 +25,104 @@ class TsftConfig:
 
     model: str = flag(
         "",
-        "folder made by `convert_checkpoint.py import`: architecture, start weights",
+        "The folder that `convert_checkpoint.py import` made. It gives the architecture and the"
+        " weights that the run starts from.",
         metavar="DIR",
     )
     data: Sequence[str] = flag(
         (),
-        "folders made by `prepare_data.py` to train on; several with their share of the packs and,"
-        " if not"
-        " --tsft-objective, an objective: a:0.7:target-sft,eta=0.5 b:0.3:sft",
+        "The folders that `prepare_data.py` made, to train on. Of several, each may have its share"
+        " of the packs and an objective of its own: a:0.7:target-sft,eta=0.5 b:0.3:sft",
         nargs="+",
         metavar="DIR[:SHARE[:OBJECTIVE]]",
     )
     eval_data: str = flag(
-        "", "prepared folder to evaluate on: one exact pass each time", metavar="DIR"
+        "",
+        "The prepared folder that every evaluation reads exactly once.",
+        metavar="DIR",
     )
     objective: str = flag(
-        "target-sft", "what each token's target is; docs/objectives.md lists them", metavar="NAME"
+        "target-sft",
+        "The objective, which decides each token's target. docs/objectives.md lists them.",
+        metavar="NAME",
     )
     args: Sequence[str] = flag(
         (),
-        "the objective's parameters, such as eta=0.5, or on a schedule over steps:"
-        " eta=linear:0:0.5:1000"
-        " (constant, linear, cosine)",
+        "The objective's parameters, such as eta=0.5. A parameter may follow a schedule over the"
+        " steps: eta=linear:0:0.5:1000 (constant, linear or cosine).",
         nargs="+",
         metavar="NAME=VALUE",
     )
     teacher: str = flag(
-        "none",
-        "the second distribution: reference is the frozen --tsft-model, model another one, cache"
-        " what one said",
-        choices=TEACHERS,
+        "",
+        "Where the teacher's predictions come from: reference asks the imported model of"
+        " --tsft-model, frozen; model asks another one, of --tsft-teacher-load; cache reads what a"
+        " model said once, from --tsft-teacher-cache. Without this flag the other teacher flags"
+        " decide, else an objective that needs a teacher gets the reference.",
+        choices=teachers.NAMES,
     )
     teacher_load: str = flag(
-        "", "with --tsft-teacher model: its imported folder, of any depth and width", metavar="DIR"
+        "",
+        "The imported folder of the model that is the teacher; it may have any depth and width.",
+        metavar="DIR",
     )
     teacher_cache: Sequence[str] = flag(
-        (),
-        "with --tsft-teacher cache: folders made by `cache_teacher.py`",
-        nargs="+",
-        metavar="DIR",
+        (), "The folders that `cache_teacher.py` made.", nargs="+", metavar="DIR"
     )
     teacher_tail: str = flag(
         "uniform",
-        "what a cache says of tokens outside its top-k: their mass spread evenly, or nothing",
+        "What a cached teacher says of the tokens outside its top-k: uniform spreads their mass"
+        " evenly over them, drop gives them nothing.",
         choices=TAILS,
     )
     teacher_token_map: str = flag(
         "",
-        "with --tsft-teacher model of another tokenizer: JSON list, the teacher's id of each token",
+        "A JSON list that says the teacher's id of each of the student's tokens, for a teacher of"
+        " --tsft-teacher-load with another tokenizer.",
         metavar="FILE",
     )
     reference_refresh: int = flag(
         0,
-        "with --tsft-teacher reference: it takes the student's weights every N steps",
+        "The reference takes the student's weights every N steps.",
         type=int,
         metavar="N",
     )
     plugin: Sequence[str] = flag(
-        (), "Python files that register objectives of your own", nargs="+", metavar="FILE"
+        (), "Python files that register objectives of your own.", nargs="+", metavar="FILE"
     )
     fuse_head: bool = flag(
-        False, "the LM head inside the loss: logits are never held whole", action="store_true"
+        False,
+        "The LM head is computed inside the loss, so that logits are never held whole.",
+        action="store_true",
     )
     long_samples: str = flag(
-        "refuse", "conversations longer than --seq-length", choices=LONG_SAMPLES
+        "refuse",
+        "What happens to conversations that are longer than --seq-length.",
+        choices=LONG_SAMPLES,
     )
     document_multiple: int = flag(
         0,
-        "pad each conversation to a multiple of N positions (default: what context parallelism"
-        " asks, twice its size,"
-        " else 1); with the same N runs of any layout read the same packs",
+        "Each conversation is padded to a multiple of N positions. By default it is what context"
+        " parallelism asks for, twice its size, else 1. With the same N, runs of any layout read"
+        " the same packs.",
         type=int,
         metavar="N",
     )
     check: bool = flag(
-        False, "check everything that can be checked, print the plan and stop", action="store_true"
+        False,
+        "Check everything that can be checked, print the plan and stop.",
+        action="store_true",
     )
-    device: str = flag("", "default: cuda where there is one, else cpu", choices=DEVICES)
+    verbose: bool = flag(
+        False,
+        "Print all that Megatron says, which otherwise goes to the log in the save folder.",
+        action="store_true",
+    )
+    device: str = flag(
+        "",
+        "Where the run computes. By default it is cuda where there is a GPU, else cpu.",
+        choices=DEVICES,
+    )
 
     @staticmethod
     def from_given(given: Mapping[str, Any]) -> "TsftConfig":

@@ -1,0 +1,120 @@
+"""One micro-batch through a model with our loss as its output hook, whichever loop calls."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_tsft.data.batch import MicroBatch
+from megatron_tsft.model.loss_reduction import reduce_loss
+from megatron_tsft.model.output_hook import LossContext, q_target_output
+from megatron_tsft.model.packed_attention import packed_sequences
+from megatron_tsft.plan.plan import Plan
+
+Reduced = tuple[Tensor, Tensor, dict[str, Tensor]]  # loss sum, token count, {name: [sum, n]}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups that the loss needs; tp and cp are None where they have one rank, so that
+    it makes no collective."""
+
+    tp: Any = None
+    cp: Any = None
+    cp_rank: int = 0
+    cp_size: int = 1
+
+    @staticmethod
+    def of(tp: Any, cp: Any) -> "Groups":
+        """From torch's process groups."""
+        alone = cp.size() == 1
+        return Groups(None if tp.size() == 1 else tp, None if alone else cp, cp.rank(), cp.size())
+
+
+class TargetStep:
+    """What a plan asks of each micro-batch, on every pipeline stage."""
+
+    def __init__(self, plan: Plan, *, check_nan: bool):
+        """check_nan: stop at a loss that is not finite (synchronises)."""
+        self.plan, self.check_nan = plan, check_nan
+        self.objectives = plan.objectives.to(plan.device)
+
+    def forward(
+        self, packs: Mapping[str, Tensor], model: Any, step: int, groups: Groups
+    ) -> tuple[Tensor, LossContext]:
+        """(the model's output, what `reduce` needs to know of it).
+
+        Args:
+            packs: of the data loader, [micro-batch, seq_length] each, on the host.
+            model: this stage, wrapped or not.
+            step: the 0-based step that is trained, or after which is evaluated.
+            groups: of the loss.
+        """
+        plan, device = self.plan, self.plan.device
+        batch = MicroBatch.from_packs(
+            packs, device, plan.teacher.tail, groups.cp_rank, groups.cp_size
+        )
+        self.objectives.set_step(step)
+        refresh = plan.teacher.refresh
+        if refresh and model.training and step % refresh == 0:
+            unwrapped: Any = unwrap_model(model)
+            unwrapped.take_reference(step)
+        objective = self.objectives.evaluation
+        context = LossContext(
+            objective=self.objectives.of_batch(batch) if model.training else objective,
+            datasets=self.objectives.names,
+            parameters=self.objectives.scheduled,
+            batch=batch,
+            vocab_size=plan.card.vocab_size,
+            training=model.training,
+            tp_group=groups.tp,
+            cp_group=groups.cp,
+            fuse_head=plan.config.fuse_head,
+        )
+        return run_packed(model, batch, q_target_output, context, device, groups.cp_size), context
+
+    def reduce(self, context: LossContext, samples_share: float, output: Tensor) -> Reduced:
+        """The loss, the token count and the metrics of a micro-batch.
+
+        samples_share: 1 / (micro-batches * data-parallel ranks).
+
+        Raises:
+            RuntimeError: a loss in training is not finite; the message names the conversations.
+        """
+        loss, tokens, metrics = reduce_loss(context, samples_share, output)
+        if self.check_nan and context.training and not bool(torch.isfinite(loss)):
+            where = "; ".join(self.plan.packs.where(index) for index in context.batch.index)
+            raise RuntimeError(f"the loss of a micro-batch is {float(loss)}: {where}")
+        return loss, tokens, metrics
+
+
+def run_packed(
+    model: Any,
+    batch: MicroBatch,
+    output_processor: Any,
+    context: Any,
+    device: torch.device | str,
+    context_size: int = 1,
+) -> Tensor:
+    """A micro-batch of packs through a GPTModel, whose output is the hook's.
+
+    Args:
+        model: this stage.
+        batch: the packs.
+        output_processor: the hook, called on the last stage.
+        context: what it is given.
+        device: where the batch is.
+        context_size: context-parallel ranks.
+    """
+    return model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        packed_seq_params=packed_sequences(batch.lengths, device, context_size),
+        output_processor=output_processor,
+        output_processor_context=context,
+    )

@@ -1,0 +1,134 @@
+"""Which weights a run starts from: compared with the model, tensor by tensor, before they are
+loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_tsft.checkpoint.card import CARD_FILE, ModelCard
+from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint, read_metadata
+from megatron_tsft.checkpoint.keys import compare_keys
+from megatron_tsft.checkpoint.saved_arguments import saved_arguments
+from megatron_tsft.checkpoint.units import expected_keys, extra_states
+from megatron_tsft.errors import UserError
+from megatron_tsft.plan.flags import Flags
+from megatron_tsft.plan.same_packs import Resumed
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """Where a run's weights come from.
+
+    Attributes:
+        base: the imported model's checkpoint.
+        checkpoint: of a run, which is loaded instead; None where there is none.
+        folder: that run's folder, which `--load` has to be.
+        resuming: --save holds it, which wins over --load and --finetune.
+        anew: only its weights are taken.
+        resumed: the checkpoint whose place in the data the run goes on from, or None.
+    """
+
+    base: Path
+    checkpoint: Path | None = None
+    folder: str | None = None
+    resuming: bool = False
+    anew: bool = False
+    resumed: Resumed | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps that the checkpoint was trained; 0 for imported weights."""
+        name = "" if self.checkpoint is None else self.checkpoint.name
+        return int(name.removeprefix("iter_")) if name.startswith("iter_") else 0
+
+
+def find_start_weights(model: str, card: ModelCard, flags: Flags, *, engine: bool) -> StartWeights:
+    """Compare the weights that will be loaded with the model, key by key.
+
+    Megatron itself loads a checkpoint that lacks keys of the model and reports success.
+
+    Args:
+        model: the imported model's folder.
+        card: its card.
+        flags: of the run.
+        engine: the layers are Transformer Engine's.
+
+    Raises:
+        UserError: --load finds nothing, or a checkpoint is incomplete, without the optimizer state
+            to resume from, saved by local layers and wanted by Transformer Engine's, or another
+            model's.
+    """
+    base = latest_checkpoint(model)
+    compare_keys(expected_keys(card), base)
+    save, load = flags.save, flags.load if "load" in flags.named else None
+    if save and Path(save).resolve() == Path(model).resolve():
+        raise UserError(
+            f"--save {save} is the folder of --tsft-model: name another, or the imported model is"
+            " lost"
+        )
+    resuming = bool(save) and load != save and _has_checkpoint(save)
+    if load and load != save and not resuming and not _has_checkpoint(load):
+        raise UserError(
+            f"--load {load}: there is no {TRACKER}; name a folder that a run saved to, or leave"
+            " --load out"
+        )
+    folder = save if resuming or not load else load
+    for other in dict.fromkeys(filter(None, (folder, save))):
+        if (Path(other) / CARD_FILE).is_file() and ModelCard.load(other) != card:
+            raise UserError(
+                f"{other} belongs to another model than {model}: choose another --save or --load"
+            )
+    if not folder or not _has_checkpoint(folder):
+        return StartWeights(base)
+    checkpoint = latest_checkpoint(folder, flags.ckpt_step)
+    compare_keys(expected_keys(card), checkpoint)
+    anew = flags.finetune and not resuming
+    fresh = anew or bool(flags.no_load_optim and not resuming)
+    _check_states(checkpoint, folder, card, engine=engine, optimizer=not fresh)
+    resumed: Resumed | None = None
+    if checkpoint.name != "release" and not anew:
+        resumed = Resumed(checkpoint, folder, saved_arguments(checkpoint))
+        if not fresh and card.megatron_arguments.get("num_experts"):
+            _check_expert_optimizer(resumed, flags.expert_model_parallel_size)
+    return StartWeights(base, checkpoint, folder, resuming, anew, resumed)
+
+
+def _has_checkpoint(folder: str | None) -> bool:
+    return bool(folder) and (Path(folder) / TRACKER).is_file()
+
+
+def _check_states(
+    checkpoint: Path, folder: str, card: ModelCard, *, engine: bool, optimizer: bool
+) -> None:
+    """Raise UserError where a checkpoint lacks what Transformer Engine's layers or the optimizer
+    will ask it for."""
+    keys = read_metadata(checkpoint).state_dict_metadata
+    asked = [key for key in extra_states(card) if "layernorm._extra_state" in key]
+    lacking = [key for key in asked if key not in keys] if engine else []
+    if lacking:  # Megatron would stop at the first of them; the other way round it loads
+        raise UserError(
+            f"{checkpoint} was saved by Megatron's local layers and lacks what Transformer Engine's"
+            f" ask for (e.g. {lacking[0]}): pass --transformer-impl local, or export it with"
+            " tools/convert_checkpoint.py and import that (the optimizer's state stays behind)"
+        )
+    saved = any(key.startswith(("optimizer", "chained_")) for key in keys)
+    if checkpoint.name != "release" and optimizer and not saved:
+        raise UserError(
+            f"{checkpoint} was saved without optimizer state: pass --load {folder} --finetune and"
+            " another --save"
+        )
+
+
+def _check_expert_optimizer(resumed: Resumed, now: int) -> None:
+    """Raise UserError where experts are parallel in the run (over `now` ranks) and not in the
+    checkpoint, or the other way round.
+
+    Megatron has a second optimizer for parallel experts, and cannot make two out of one
+    (core/optimizer/optimizer.py, ChainedOptimizer.load_state_dict).
+    """
+    then = resumed.before.get("expert_model_parallel_size", 1)
+    if (then > 1) != (now > 1):
+        raise UserError(
+            f"{resumed.checkpoint} was saved with --expert-model-parallel-size {then}: its"
+            f" optimizer does not resume with {now}. Pass {'one above 1' if then > 1 else '1'},"
+            f" {resumed.anew}"
+        )
