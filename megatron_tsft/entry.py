@@ -16,7 +16,7 @@ from megatron_tsft.errors import UserError
 
 INTERRUPTED = 130  # as shells say it
 # what a disk or a folder refuses: the user can mend it
-USERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE}
+USERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
 USERS |= {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 PATIENCE = 30  # seconds that other ranks leave to rank 0, which says what all of them met
 

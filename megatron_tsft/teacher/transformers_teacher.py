@@ -1,5 +1,6 @@
 """A teacher from a Hugging Face folder, computed by transformers: a whole copy on each rank."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
 from megatron_tsft.loss.records import TeacherTopK
 from megatron_tsft.teacher.job import Progress, as_rows
+from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.topk import teacher_topk
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TransformersTeacher:
@@ -21,26 +25,16 @@ class TransformersTeacher:
     writes = True
 
     def __init__(
-        self,
-        folder: Path,
-        *,
-        dtype: torch.dtype,
-        device: str,
-        top_k: int,
-        temperature: float,
-        vocab_size: int,
-        token_map: Sequence[int] | None,
-        batch_tokens: int,
-        share: tuple[int, int],
+        self, folder: Path, question: Question, dtype: str, device: str, share: tuple[int, int]
     ):
         """Load the model.
 
         Args:
-            vocab_size: ids at or beyond it get no mass.
-            token_map: the teacher's id of each token of the data's vocabulary, -1 for none; None
-                where they are equal.
-            batch_tokens: positions of a batch, padding included; a longer conversation is a batch
-                of its own.
+            folder: a Hugging Face folder.
+            question: what it is asked; a conversation that is longer than its batch_tokens is a
+                batch of its own.
+            dtype: a key of DTYPES.
+            device: "cuda" or "cpu"; under torchrun each rank has a GPU of its own.
             share: (this rank, ranks).
 
         Raises:
@@ -48,23 +42,23 @@ class TransformersTeacher:
         """
         from transformers import AutoModelForCausalLM
 
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True
+                str(folder), dtype=DTYPES[dtype], local_files_only=True
             )
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"transformers cannot load {folder}: {' '.join(str(error).split())[:300]}"
-            ) from error
+            text = " ".join(str(error).split())[:300]
+            raise UserError(f"transformers cannot load {folder}: {text}") from error
         self.model = model.eval().requires_grad_(False).to(device)
-        self.device, self.top_k, self.temperature, self.vocab_size = (
-            device,
-            top_k,
-            temperature,
-            vocab_size,
-        )
-        self.batch_tokens, self.share = batch_tokens, share
+        self.device, self.question, self._share = device, question, share
+        token_map = question.token_map
         self.columns = None if token_map is None else torch.tensor(token_map, device=device)
+
+    @property
+    def share(self) -> tuple[int, int]:
+        return self._share
 
     def predict(self, conversations: Sequence[Sample], progress: Progress) -> list[TeacherRows]:
         """The records of some conversations, in their order."""
@@ -72,7 +66,7 @@ class TransformersTeacher:
         order = np.argsort(-lengths, kind="stable").tolist()
         records: dict[int, TeacherRows] = {}
         while order:
-            count = max(1, self.batch_tokens // int(lengths[order[0]]))
+            count = max(1, self.question.batch_tokens // int(lengths[order[0]]))
             batch, order = order[:count], order[count:]
             samples = [conversations[i] for i in batch]
             records |= dict(zip(batch, self._batch(samples), strict=True))
@@ -107,8 +101,8 @@ class TransformersTeacher:
         return teacher_topk(
             logits,
             labels,
-            self.top_k,
-            vocab_size=self.vocab_size,
-            temperature=self.temperature,
+            self.question.top_k,
+            vocab_size=self.question.vocab_size,
+            temperature=self.question.temperature,
             absent=absent,
         )

@@ -1,12 +1,12 @@
 """A teacher from a Megatron checkpoint, computed in Megatron's own pipeline at any tensor and
 pipeline parallelism."""
 
+import argparse
 import contextlib
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,32 +19,25 @@ from megatron.training import training
 from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
-from megatron_tsft import upstream
-from megatron_tsft.checkpoint.card import ModelCard
-from megatron_tsft.checkpoint.mapping import padded_vocab_size
 from megatron_tsft.data.batch import MicroBatch
 from megatron_tsft.data.packed_dataset import IGNORED
 from megatron_tsft.data.packing import first_fit_decreasing
 from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
-from megatron_tsft.errors import UserError
 from megatron_tsft.loss.collectives import all_gather
 from megatron_tsft.loss.records import TeacherTopK
-from megatron_tsft.model.packed_attention import packed_sequences
 from megatron_tsft.model.riding_teacher import frozen_config, load_frozen
+from megatron_tsft.model.target_step import run_packed
 from megatron_tsft.model.teacher_vocabulary import TeacherVocabulary
+from megatron_tsft.plan.asking import asking_argv, plan_asking
+from megatron_tsft.teacher.folder import MegatronFolder
 from megatron_tsft.teacher.job import Progress, as_rows
+from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.topk import teacher_topk
-from megatron_tsft.training import arguments, checks
-from megatron_tsft.training.config import TsftConfig
-from megatron_tsft.training.precision import check_precision
+from megatron_tsft.training.read_flags import read_flags
+from megatron_tsft.training.start import model_config, start
 
 ALIGNMENT = 128  # positions of a pack: sequence parallel splits them, and kernels like them round
-VIRTUAL = {
-    "num_layers_per_virtual_pipeline_stage",
-    "num_virtual_stages_per_pipeline_rank",
-    "pipeline_model_parallel_layout",
-}
 HEAD_TOKENS = 1024  # whose logits are held at once
 
 
@@ -63,104 +56,42 @@ class MegatronTeacher:
 
     def __init__(
         self,
-        folder: Path,
-        card: ModelCard,
-        checkpoint: Path,
+        folder: MegatronFolder,
+        question: Question,
         flags: Sequence[str],
         *,
         dtype: str,
         device: str,
-        world_size: int,
-        top_k: int,
-        temperature: float,
-        vocab_size: int,
-        token_map: Sequence[int] | None,
-        batch_tokens: int,
     ):
         """Start Megatron and load the model.
 
         Args:
-            folder, card, checkpoint: the teacher's imported or trained folder, its card and its
-                weights.
+            folder: the teacher's.
+            question: what it is asked; a conversation that is longer than its batch_tokens makes
+                packs longer.
             flags: Megatron's own, such as --tensor-model-parallel-size 2.
             dtype: "fp32", "bf16" or "fp16".
-            vocab_size: ids at or beyond it get no mass; the data's vocabulary with a token map.
-            token_map: the teacher's id of each token of the data's vocabulary, -1 for none.
-            batch_tokens: positions of a pack; a longer conversation makes them all longer.
+            device: "cuda" or "cpu".
 
         Raises:
             UserError: the layout does not fit the model, or Megatron refuses a flag.
         """
-        upstream.apply_all()
-        limit = card.megatron_arguments["max_position_embeddings"]
-        argv = [
-            *flags,
-            "--micro-batch-size",
-            "1",
-            "--seq-length",
-            str(min(batch_tokens, limit)),
-            "--train-iters",
-            "1",
-        ]
-        argv += [
-            "--lr",
-            "1e-6",
-            "--no-load-optim",
-            "--no-load-rng",
-            *([] if dtype == "fp32" else [f"--{dtype}"]),
-        ]
-        given = arguments.given_flags(argv)
-        arguments.refuse_flags(given)
-        arguments.check_card(given, card, str(folder))
-        checks.check_layout(given, card, world_size)
-        sizes = (given.get(f"{kind}_parallel_size", 1) for kind in ("expert_model", "context"))
-        if max(sizes) > 1 or VIRTUAL & given.keys():
-            raise UserError(
-                "a teacher is cached without expert and context parallelism and virtual pipeline"
-                " stages: leave them out"
-            )
-        defaults = arguments.defaults_for(card, TsftConfig(model=str(folder)), device, given)
-        check_precision(defaults | given, device, engine=arguments.engine_installed())
-        defaults["distributed_timeout_minutes"] = (
-            7 * 24 * 60
-        )  # a rank that is done waits for the others' last shards
-        vocabulary = TeacherVocabulary(card.vocab_size, token_map)
-        ranks = given.get("tensor_model_parallel_size", 1)
-        defaults["padded_vocab_size"] = padded_vocab_size(
-            vocab_size if token_map is not None else card.vocab_size,
-            card.make_vocab_size_divisible_by * ranks,
-        )
-        with contextlib.redirect_stdout(io.StringIO()):  # the list of 800 arguments
-            args = arguments.parse(argv, defaults)
-            training.initialize_megatron()
-        config = arguments.model_config(args)
-        config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.chunks: list[Any] = list(
-                GPTModelBuilder(frozen_config(config)).build_distributed_models(
-                    groups, wrap_with_ddp=False
-                )
-            )
-        frozen: list[Any] = unwrap_model(self.chunks)  # pyright: ignore[reportAssignmentType]
-        load_frozen(frozen, checkpoint, vocabulary)
-        for chunk in self.chunks:
-            chunk.requires_grad_(False).eval()
+        self.device, self.question = device, question
+        card = folder.card
+        line = read_flags(asking_argv(flags, card, dtype, question.batch_tokens))
+        columns = card.vocab_size if question.token_map is None else question.vocab_size
+        args = start(plan_asking(line, str(folder.path), card, device, columns))
+        vocabulary = TeacherVocabulary(card.vocab_size, question.token_map)
+        self.chunks = _frozen_chunks(args, folder, vocabulary)
+        ranks = args.tensor_model_parallel_size
         width = args.padded_vocab_size // ranks
-        self.absent = vocabulary.absent(
-            mpu.get_tensor_model_parallel_rank() * width, width, vocab_size
-        )
+        first = mpu.get_tensor_model_parallel_rank() * width
+        self.absent = vocabulary.absent(first, width, question.vocab_size)
         if self.absent is not None:
             self.absent = self.absent.to(device)
-        self.device, self.top_k, self.temperature, self.vocab_size = (
-            device,
-            top_k,
-            temperature,
-            vocab_size,
-        )
-        self.batch_tokens = batch_tokens
         self.share = (mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
-        self.writes = mpu.is_pipeline_last_stage() and mpu.get_tensor_model_parallel_rank() == 0
+        first_tp_rank = mpu.get_tensor_model_parallel_rank() == 0
+        self.writes = mpu.is_pipeline_last_stage() and first_tp_rank
 
     def predict(self, conversations: Sequence[Sample], progress: Progress) -> list[TeacherRows]:
         """The records of some conversations, in their order; [] on a rank that does not write."""
@@ -176,7 +107,7 @@ class MegatronTeacher:
                 data_iterator=batches,
                 model=self.chunks,
                 num_microbatches=len(packs),
-                seq_length=self.batch_tokens,
+                seq_length=self.question.batch_tokens,
                 micro_batch_size=1,
                 forward_only=True,
                 collect_non_loss_data=True,
@@ -195,7 +126,9 @@ class MegatronTeacher:
             [max(len(sample.input_ids) - 1, 1) for sample in conversations], np.int64
         )
         order = np.argsort(-lengths, kind="stable")
-        bins = first_fit_decreasing(lengths[order], max(self.batch_tokens, int(lengths.max())))
+        bins = first_fit_decreasing(
+            lengths[order], max(self.question.batch_tokens, int(lengths.max()))
+        )
         return [order[bins == number].tolist() for number in range(int(bins.max()) + 1)]
 
     def _batch(self, samples: Sequence[Sample]) -> MicroBatch:
@@ -237,17 +170,28 @@ class MegatronTeacher:
         question = Asked(self, next(batches))
         asked.append(question)
         batch = question.batch
-        output = model(
-            batch.tokens,
-            batch.position_ids,
-            None,
-            labels=batch.labels,
-            packed_seq_params=packed_sequences(batch.lengths, self.device),
-            output_processor=record_output,
-            output_processor_context=question,
-        )
+        output = run_packed(model, batch, record_output, question, self.device)
         progress.tokens(next(counts))
         return output, lambda output, non_loss_data: None
+
+
+def _frozen_chunks(
+    args: argparse.Namespace, folder: MegatronFolder, vocabulary: TeacherVocabulary
+) -> list[Any]:
+    """This rank's stages of the model, loaded."""
+    with contextlib.redirect_stdout(io.StringIO()):  # Megatron's own lines
+        training.initialize_megatron()
+    config = model_config(args)
+    config.transformer.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder = GPTModelBuilder(frozen_config(config))
+        chunks: list[Any] = list(builder.build_distributed_models(groups, wrap_with_ddp=False))
+    frozen: list[Any] = unwrap_model(chunks)  # pyright: ignore[reportAssignmentType]
+    load_frozen(frozen, folder.checkpoint, vocabulary)
+    for chunk in chunks:
+        chunk.requires_grad_(False).eval()
+    return chunks
 
 
 def record_output(
@@ -274,9 +218,9 @@ def record_output(
         teacher_topk(
             scale_logits(hidden[part, 0] @ weight.T),
             labels[0, part],
-            teacher.top_k,
-            vocab_size=teacher.vocab_size,
-            temperature=teacher.temperature,
+            teacher.question.top_k,
+            vocab_size=teacher.question.vocab_size,
+            temperature=teacher.question.temperature,
             absent=teacher.absent,
             tp_group=group if group.size() > 1 else None,
         )

@@ -1,0 +1,1 @@
+"""The commands that a user runs: each parses, calls and prints."""

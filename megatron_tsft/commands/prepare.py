@@ -1,0 +1,114 @@
+"""Tokenise conversations into the folder that training reads: chat template, supervised tokens,
+weights.
+
+A line of the JSONL file (or row of a data set that `Dataset.save_to_disk` wrote) is an object with
+  messages              [{"role": ..., "content": ...}, ...]: the assistant's turns are supervised,
+  or prompt, completion    two strings (raw text, no template), or two lists of messages: the
+  completion is supervised
+and optionally tools, weight (a number >= 0), critical ([[start, end), ...] characters of a string
+completion, or inside an assistant message). Rows that cannot be used are counted and named at the
+end.
+"""
+
+import argparse
+import os
+
+from megatron_tsft.data.chat import mark_supervised
+from megatron_tsft.data.prepare import TOO_LONG, prepare
+from megatron_tsft.data.prepared import DataCard, PreparedData
+from megatron_tsft.entry import run_command
+
+EXAMPLE = """examples:
+  tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train \\
+      --max-tokens 4096
+  tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train \\
+      --workers 8 --show 3
+"""
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see EXAMPLE."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="JSONL, also .jsonl.gz, or a saved data set"
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the prepared folder")
+    parser.add_argument(
+        "--max-tokens", type=int, metavar="N", help="longest conversation (default: any)"
+    )
+    parser.add_argument(
+        "--too-long",
+        choices=TOO_LONG,
+        default="truncate",
+        help="what happens to longer ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a prepared folder")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first row that cannot be used"
+    )
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print the first N conversations, [[supervised]] parts marked",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return parser.parse_args(argv)
+
+
+def report(output: str, card: DataCard) -> None:
+    """Print what was written and what was left out; the same stands in the folder's card."""
+    share = 100 * card.supervised_tokens / card.tokens
+    print(
+        f"wrote {output}: {card.conversations} conversations, {card.tokens} tokens,"
+        f" {card.supervised_tokens} supervised ({share:.1f}%), longest {card.longest}"
+    )
+    weights = ", with token weights" if card.weighted else ""
+    print(f"truncated: {card.truncated}, duplicates (kept): {card.duplicates}{weights}")
+    print(f"refused: {sum(card.refused.values())}")
+    for reason, count in card.refused.items():
+        lines = card.refused_lines[reason]
+        more = ", ..." if count > len(lines) else ""
+        print(f"  {count}: {reason} (lines {', '.join(map(str, lines))}{more})")
+
+
+def show(output: str, tokenizer_dir: str, count: int) -> None:
+    """Print the first conversations with their supervised parts marked."""
+    from megatron_tsft.checkpoint.tokenizer import load_tokenizer
+
+    tokenizer, data = load_tokenizer(tokenizer_dir), PreparedData.load(output)
+    for index in range(min(count, len(data))):
+        sample = data.row(index)
+        print(f"--- conversation {index}, {len(sample.input_ids)} tokens, {sample.sample_id}")
+        print(mark_supervised(tokenizer, sample.input_ids, sample.loss_mask))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prepare; the exit status is 0, or 2 for a user's error."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; workers inherit it
+    args = parse(argv)
+
+    def run() -> int:
+        card = prepare(
+            args.input,
+            args.tokenizer,
+            args.output,
+            max_tokens=args.max_tokens,
+            too_long=args.too_long,
+            workers=args.workers,
+            overwrite=args.overwrite,
+            strict=args.strict,
+            progress=not args.no_progress,
+        )
+        report(args.output, card)
+        show(args.output, args.tokenizer, args.show)
+        return 0
+
+    return run_command(run, name="prepare", left="; nothing is left half-written")
