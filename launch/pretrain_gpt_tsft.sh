@@ -20,9 +20,10 @@ required
 
 objective
   OBJECTIVE        default target-sft; OBJECTIVE_ARGS="name=value ..." (default eta=0.5 for target-sft)
-  TEACHER          none, reference, model or cache (default reference for target-sft, else what the entry point defaults to;
-                   model where TEACHER_LOAD is set, cache where TEACHER_CACHE is)
-  TEACHER_LOAD     imported folder of another model that guides; TEACHER_CACHE folders that `tools/cache_teacher.py` wrote
+  TEACHER          none, reference, model or cache (default: model where TEACHER_LOAD is set, cache
+                   where TEACHER_CACHE is, reference where an objective needs a teacher, else none)
+  TEACHER_LOAD     imported folder of another model that guides
+  TEACHER_CACHE    folders that `tools/cache_teacher.py` wrote
   EVAL_DATA        prepared held-out folder; EVAL_INTERVAL steps between its evaluations (default: at the end)
 
 optimization
@@ -72,11 +73,51 @@ whole_number() {  # NAME MINIMUM: the variable holds an integer of at least MINI
   [[ ${!1} =~ ^[0-9]+$ && ${!1} -ge $2 ]] || fail "$1=${!1} is not a whole number of at least $2"
 }
 
+KNOWN="MODEL DATA SAVE TRAIN_ITERS OBJECTIVE OBJECTIVE_ARGS TEACHER TEACHER_LOAD TEACHER_CACHE EVAL_DATA EVAL_INTERVAL
+  LR MIN_LR LR_DECAY_STYLE WARMUP_ITERS WEIGHT_DECAY CLIP_GRAD ADAM_BETA1 ADAM_BETA2 SEED MBS GBS SEQ_LENGTH DTYPE
+  GRAD_REDUCE SAVE_INTERVAL LOG_INTERVAL PRESET TP PP CP SEQUENCE_PARALLEL GPUS_PER_NODE NUM_NODES NODE_RANK
+  MASTER_ADDR MASTER_PORT DEVICE PYTHON DRY_RUN"
+
+check_names() { # NAME ...: refuse variables of the environment that look like a mistyped one of KNOWN
+  awk -v known="$KNOWN" -v names="$*" '
+    function least(a, b) { return a < b ? a : b }
+    function distance(a, b,    i, j, cost, d) { # insertions, deletions, substitutions, swaps of neighbours
+      for (i = 0; i <= length(a); i++) d[i, 0] = i
+      for (j = 0; j <= length(b); j++) d[0, j] = j
+      for (i = 1; i <= length(a); i++)
+        for (j = 1; j <= length(b); j++) {
+          cost = substr(a, i, 1) != substr(b, j, 1)
+          d[i, j] = least(least(d[i - 1, j] + 1, d[i, j - 1] + 1), d[i - 1, j - 1] + cost)
+          if (i > 1 && j > 1 && substr(a, i, 1) == substr(b, j - 1, 1) && substr(a, i - 1, 1) == substr(b, j, 1))
+            d[i, j] = least(d[i, j], d[i - 2, j - 2] + 1)
+        }
+      return d[length(a), length(b)]
+    }
+    BEGIN {
+      split(known, k); split(names, n)
+      for (i in k) is_known[k[i]] = 1
+      for (i in n) {
+        if (n[i] in is_known || length(n[i]) < 5 || n[i] !~ /^[A-Z][A-Z0-9_]*$/) continue
+        for (j in k) {
+          if (length(k[j]) < 5 || n[i] == k[j] "S" || length(n[i]) - length(k[j]) > 2) continue
+          far = distance(n[i], k[j])
+          if (far == 1 || far == 2 && length(k[j]) >= 8) {
+            printf "error: %s is no variable of this launcher (did you mean %s?): correct it, or unset %s\n",
+              n[i], k[j], n[i] > "/dev/stderr"
+            exit 2
+          }
+        }
+      }
+    }'
+}
+
 if [[ ${1:-} == --help || ${1:-} == -h ]]; then
   usage
   exit 0
 fi
 
+# shellcheck disable=SC2046  # one name a word
+check_names $(compgen -e)
 for name in MODEL DATA SAVE TRAIN_ITERS; do
   [[ -n ${!name:-} ]] || fail "$name is not set; launch/pretrain_gpt_tsft.sh --help says what it is"
 done
@@ -139,18 +180,9 @@ fi
 # ---- what is trained, and toward which target
 MODEL_ARGS=(--tsft-model "$MODEL" --tsft-device "$DEVICE")
 
-[[ -z ${TEACHER_LOAD:-} ]] || TEACHER=${TEACHER-model}
-[[ -z ${TEACHER_CACHE:-} ]] || TEACHER=${TEACHER-cache}
 data=("$DATA") # one folder, whatever its name
 [[ $DATA != *:* ]] || read -r -a data <<<"$DATA"
-if [[ -z ${OBJECTIVE:-} && $DATA == *:*:* ]]; then
-  OBJECTIVE= # the data sets name theirs
-elif [[ -z ${OBJECTIVE:-} || $OBJECTIVE == target-sft ]]; then
-  OBJECTIVE=target-sft
-  OBJECTIVE_ARGS=${OBJECTIVE_ARGS-eta=0.5}
-  [[ $OBJECTIVE_ARGS =~ ^eta=0(\.0*)?$ ]] || TEACHER=${TEACHER-reference} # at eta 0 no teacher is read
-fi
-[[ -z $OBJECTIVE ]] || MODEL_ARGS+=(--tsft-objective "$OBJECTIVE")
+[[ -z ${OBJECTIVE:-} ]] || MODEL_ARGS+=(--tsft-objective "$OBJECTIVE")
 read -r -a objective_args <<<"${OBJECTIVE_ARGS:-}"
 [[ ${#objective_args[@]} -eq 0 ]] || MODEL_ARGS+=(--tsft-args "${objective_args[@]}")
 [[ -z ${TEACHER:-} ]] || MODEL_ARGS+=(--tsft-teacher "$TEACHER")
@@ -227,7 +259,7 @@ fi
 export OMP_NUM_THREADS
 
 COMMAND=(
-  "$PYTHON" -m torch.distributed.run "${DISTRIBUTED_ARGS[@]}"
+  "$PYTHON" -m megatron_tsft.commands.torchrun "${DISTRIBUTED_ARGS[@]}"
   -m megatron_tsft.training.pretrain_gpt
   "${MODEL_ARGS[@]}" "${DATA_ARGS[@]}" "${TRAINING_ARGS[@]}" "${DTYPE_ARGS[@]}" "${PRESET_ARGS[@]}"
   "${MODEL_PARALLEL_ARGS[@]}" "${EVAL_AND_LOGGING_ARGS[@]}" "$@"

@@ -32,6 +32,7 @@ from megatron_tsft.teacher.job import Predictor
 from megatron_tsft.teacher.reader import TeacherCache
 from megatron_tsft.teacher.request import CacheJob, plan_job
 from megatron_tsft.teacher.writer import CacheWriter
+from megatron_tsft.upstream.installed import check_megatron
 
 EXAMPLE = """examples:
   tools/cache_teacher.py --teacher Qwen3-8B --data data/train data/heldout --output cache --top-k 64
@@ -139,6 +140,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     device = entry.choose_device(args.device or "", "--device")
     folder: TeacherFolder
     if megatron:
+        check_megatron()
         if device == "cpu":
             from megatron_tsft.cpu import install
 

@@ -19,6 +19,7 @@ import sys
 from megatron_tsft import console, entry
 from megatron_tsft.errors import UserError
 from megatron_tsft.plan.config import DEVICES, add_flags
+from megatron_tsft.upstream.installed import check_megatron
 
 
 def before_parsing(argv: list[str]) -> argparse.Namespace:
@@ -47,6 +48,7 @@ def train(argv: list[str]) -> int:
     entry.megatron_environment()
     early = before_parsing(argv)
     device = entry.choose_device(early.tsft_device, "--tsft-device")
+    check_megatron()
     with console.quiet(early.tsft_verbose or "--help-megatron" in argv):
         if device == "cpu":
             from megatron_tsft.cpu import install
