@@ -16,7 +16,7 @@ from megatron_tsft.checkpoint.units import expected_keys, extra_states
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.loss import TeacherTopK, q_target_cross_entropy
-from megatron_tsft.objectives import Objective
+from megatron_tsft.objectives import SingleObjective as Objective
 from megatron_tsft.training.config import TsftConfig
 from megatron_tsft.training.run_objectives import RunObjectives
 from megatron_tsft.training.same_packs import Resumed

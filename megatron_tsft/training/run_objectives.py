@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_tsft import objectives
 from megatron_tsft.data.batch import MicroBatch
-from megatron_tsft.objectives import Objective
+from megatron_tsft.objectives import Objective, SingleObjective
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class RunObjectives:
     """
 
     names: Sequence[str]
-    members: Sequence[Objective]
-    evaluation: Objective
+    members: Sequence[SingleObjective]
+    evaluation: SingleObjective
 
     def to(self, device: torch.device | str) -> "RunObjectives":
         """The same with their tensors on a device."""
@@ -31,7 +31,7 @@ class RunObjectives:
         )
 
     @property
-    def all(self) -> list[Objective]:
+    def all(self) -> list[SingleObjective]:
         return [*self.members, self.evaluation]
 
     @property
