@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]
 
 from megatron_tsft.loss.checks import check_head, check_logits
 from megatron_tsft.loss.linear_head import linear_q_target

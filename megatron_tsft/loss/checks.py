@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,8 @@ def check_label_values(labels: Tensor, vocab_size: int, ignore_index: int) -> No
     """Raise ValueError where a label is neither ignored nor in [0, vocab_size). Synchronises."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if bool(bad.any()):
-        values = sorted(set(labels[bad].tolist()))[:8]
+        found: Any = labels[bad]
+        values = sorted(set(found.tolist()))[:8]
         raise ValueError(
             f"labels {values} are outside [0, {vocab_size}) and are not ignore_index={ignore_index}"
         )

@@ -189,8 +189,9 @@ def make_problem(
         return float(value)
 
     if num_sequences is None:
-        counted = sequence_ids is not None and sequence_ids.numel() > 0
-        num_sequences = int(sequence_ids.max()) + 1 if counted else 0
+        num_sequences = 0
+        if sequence_ids is not None and sequence_ids.numel():
+            num_sequences = int(sequence_ids.max()) + 1
     flat_labels = labels.reshape(-1)
     return Problem(
         labels=flat_labels,
@@ -240,7 +241,7 @@ def check_result(problem: Problem, out: QTargetOutput) -> QTargetOutput:
     """With TSFT_DEBUG=1, raise ValueError where teacher rows were not finite."""
     if checks.debugging() and int(out.bad_teacher_rows):
         bad = problem.labelled & ~out.supervised.reshape(-1)
-        where: list[int] = torch.nonzero(bad)[:8, 0].tolist()
+        where = [int(i) for i in torch.nonzero(bad)[:8, 0]]
         raise ValueError(
             f"{int(out.bad_teacher_rows)} teacher rows are not finite, at flat token positions"
             f" {where}"

@@ -1,7 +1,7 @@
 """The records that cross the loss's border: a teacher's top-k or hidden states in, per-token values
 out."""
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +43,7 @@ class TeacherRecords[Array: Sized]:
 
     @staticmethod
     def join[One: Sized, Other: Sized](
-        parts: "Iterable[TeacherRecords[One]]", f: Callable[[Sequence[One]], Other]
+        parts: "Iterable[TeacherRecords[One]]", f: Callable[[list[One]], Other]
     ) -> "TeacherRecords[Other]":
         """Several as one, each array by `f` of the parts' (concatenated, stacked)."""
         parts = list(parts)
