@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	    echo "error: '$(PYTHON) -m venv' failed: on Debian and Ubuntu, apt install python3.12-venv" >&2; exit 2; }; fi
 	@echo "installing megatron-tsft and what it needs into $(VENV): about 3 GB to download the first time"
-	$(BIN)/python -m pip install --editable '.[dev,quickstart,benchmark]' --constraint constraints.txt
+	$(BIN)/python -m pip install --editable '.[train,dev,quickstart,benchmark]' --constraint constraints.txt
 	@touch $@
 
 quickstart: $(STAMP)  ## fine-tune a real model on this computer's CPU and compare before and after

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft import objectives, q_target_cross_entropy
-from megatron_tsft.objectives import Coefficients, Count, Mixture, Range, Statistics
+from megatron_tsft.objectives import Coefficients, Count, Mixture, Range, Statistics, registry
 from tests.loss.published import NAMES
 from tests.ranks import run_ranks
 
@@ -45,7 +45,7 @@ PARAMETERS: dict[str, dict[str, float]] = {
 @pytest.fixture(autouse=True)
 def own_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test registers is gone afterwards."""
-    monkeypatch.setattr(objectives, "_ROWS", dict(objectives._ROWS))
+    monkeypatch.setattr(registry, "_ROWS", dict(registry._ROWS))
 
 
 # ---- the rows
@@ -149,10 +149,31 @@ def test_parsed_objective_on_two_ranks() -> None:
     ],
 )
 def test_a_weight_of_zero_is_still_a_residual(name: str, key: str) -> None:
-    """A schedule that starts at 0 must not change the program: only the number 0 says that there is
-    no residual."""
-    assert isinstance(objectives.get(name, **{key: 0.0}).residual_plan().residual, Tensor)
-    assert objectives.get("sft").residual_plan().residual == 0.0
+    """A schedule that starts at 0 must not change the program: only a row whose residual is 0
+    whatever its parameters are has none."""
+    assert objectives.get(name, **{key: 0.0}).residual().exists
+    assert not objectives.get("sft").residual().exists
+    mixed = objectives.mixture(
+        [objectives.get("sft"), objectives.get(name, **{key: 0.0})], torch.zeros(2).long()
+    )
+    assert mixed.residual().exists
+
+
+def test_a_default_of_zero_is_still_a_residual() -> None:
+    """Found when the row is registered, or where it makes plain numbers of its parameters, when
+    they are known."""
+
+    @objectives.register("off", source="us")
+    def off(s: Statistics, *, weight: Annotated[float, Range(0)] = 0.0) -> Coefficients:
+        return Coefficients(residual=weight)
+
+    @objectives.register("number", source="us")
+    def number(s: Statistics, *, weight: Annotated[float, Range(0)] = 0.0) -> Coefficients:
+        return Coefficients(residual=float(weight))
+
+    assert objectives.get("off").residual().exists
+    assert not objectives.get("number").residual().exists
+    assert objectives.get("number", weight=0.5).residual().exists
 
 
 def test_how_an_objective_prints() -> None:
@@ -322,8 +343,8 @@ def test_a_row_of_everything() -> None:
 
 
 def test_a_row_is_asked_on_the_device_of_the_logits() -> None:
-    """Also for its plan, before there are statistics: a row that mixed devices would copy, and make
-    the host wait."""
+    """Also before there are statistics, where a parameter is a tensor: a row that mixed devices
+    would copy, and make the host wait. Numbers are asked once, when the objective is made."""
     seen: list[str] = []
 
     @objectives.register("where", source="us")
@@ -331,12 +352,12 @@ def test_a_row_is_asked_on_the_device_of_the_logits() -> None:
         seen.extend(s[key].device.type for key in objectives.ALWAYS)
         return Coefficients(imitation=level * s.p_y)
 
-    seen.clear()  # registering asks on the host
     logits, _, labels = (x.to("meta") for x in parsed_problem())
-    q_target_cross_entropy(
-        logits, labels, objectives.mixture([objectives.get("where")] * 2, labels)
-    )
-    assert set(seen) == {"meta"}
+    for level, calls in ((0.5, 1), (torch.ones(4, device="meta"), 2)):
+        objective = objectives.get("where", level=level)
+        seen.clear()
+        q_target_cross_entropy(logits, labels, objectives.mixture([objective], labels))
+        assert seen == ["meta"] * len(objectives.ALWAYS) * calls
 
 
 def test_register_refuses() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_tsft import objectives, q_target_cross_entropy
-from megatron_tsft.objectives import Objective
-from megatron_tsft.schedules import KINDS, SYNTAX, Schedule, parse_schedule
+from megatron_tsft.objectives import SingleObjective
+from megatron_tsft.objectives.schedules import KINDS, SYNTAX, Schedule, parse_schedule
 
 # ---- values
 
@@ -147,7 +147,7 @@ def test_the_syntax_names_every_kind() -> None:
 # ---- scheduled parameters
 
 
-def eta(objective: Objective) -> Tensor:
+def eta(objective: SingleObjective) -> Tensor:
     value = objective.parameters["eta"]
     assert isinstance(value, Tensor)
     return value
@@ -263,7 +263,7 @@ def test_to_copies() -> None:
 # ---- the loss
 
 
-def solve(objective: Objective, **keywords: Any) -> tuple[Tensor, Tensor]:
+def solve(objective: SingleObjective, **keywords: Any) -> tuple[Tensor, Tensor]:
     """Loss [2, 3] and the gradient of its weighted sum, fp64; one label is ignored."""
     g = torch.Generator().manual_seed(0)
     logits, teacher = (
@@ -333,6 +333,16 @@ def test_a_schedule_that_starts_without_the_teacher_is_given_one() -> None:
     ).abs().max() > 1e-4
     with pytest.raises(ValueError, match="target-sft, .* needs a teacher and none was given"):
         q_target_cross_entropy(logits, labels, objective)
+
+
+def test_a_look_at_another_step_leaves_the_objective_where_it_is() -> None:
+    objective = objectives.parse("target-sft,eta=linear:0:0.5:10")
+    objective.set_step(2)
+    last = objective.at_step(1 << 40)
+    assert last.parameters["eta"].item() == 0.5 and last.schedules == objective.schedules
+    assert objective.parameters["eta"].item() == pytest.approx(0.1)
+    last.set_step(0)
+    assert objective.parameters["eta"].item() == pytest.approx(0.1)
 
 
 def test_an_error_of_the_loss_shows_the_schedule() -> None:

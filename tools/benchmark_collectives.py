@@ -24,10 +24,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_tsft import objectives
-from megatron_tsft.loss.arguments import Arguments
 from megatron_tsft.loss.dispatch import implementation
+from megatron_tsft.loss.problem import LossOptions, Problem, make_problem
 from megatron_tsft.loss.statistics import Table, combine, merge
-from megatron_tsft.loss.targets import Problem
 
 EXAMPLE = """example:
   tools/benchmark_collectives.py --tp 2 4 --tokens 512 2048 8192
@@ -62,7 +61,7 @@ def in_halves(problems: list[tuple[Problem, Tensor]], group: Any) -> list[Table]
     pending = []
     for problem, logits in problems:
         shard = problem.shard(logits)
-        local = implementation(logits).local_statistics(shard, problem.wanted())
+        local = implementation(logits).local_statistics(shard, problem.wanted)
         gathered = local.data.new_empty(dist.get_world_size(), *local.data.shape)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         handle = gather(gathered.flatten(0, 1), local.data, group=group, async_op=True)
@@ -81,27 +80,8 @@ def problem_of(
     generator = torch.Generator(device).manual_seed(dist.get_rank())
     logits = torch.randn(tokens, columns, generator=generator, device=device, dtype=torch.bfloat16)
     labels = torch.arange(tokens, device=device) % columns
-    nothing: dict[str, Any] = dict.fromkeys(
-        (
-            "teacher",
-            "reference_logprobs",
-            "token_weights",
-            "sequence_ids",
-            "num_sequences",
-            "cp_group",
-            "vocab_size",
-        )
-    )
-    arguments = Arguments(
-        labels=labels,
-        objective=objectives.get(name),
-        logit_scale=1.0,
-        diagnostics=(),
-        tp_group=group,
-        ignore_index=-100,
-        **nothing,
-    )
-    return arguments.problem(logits, columns), logits
+    options: LossOptions = {"tp_group": group}
+    return make_problem(labels, objectives.get(name), None, options, logits, columns), logits
 
 
 def times(call: Callable[[], Any], repeat: int, device: torch.device) -> float:
@@ -130,13 +110,13 @@ def rank_main(rank: int, world: int, store: str, args: argparse.Namespace, resul
         for tokens in args.tokens:
             problem, logits = problem_of(name, tokens, args.columns, group, device)
             shard = problem.shard(logits)
-            local = implementation(logits).local_statistics(shard, problem.wanted())
+            local = implementation(logits).local_statistics(shard, problem.wanted)
             halves = [problem_of(name, tokens // 2, args.columns, group, device) for _ in range(2)]
 
             def whole(problem: Problem = problem, logits: Tensor = logits) -> Table:
                 shard = problem.shard(logits)
                 return merge(
-                    implementation(logits).local_statistics(shard, problem.wanted()),
+                    implementation(logits).local_statistics(shard, problem.wanted),
                     shard.a,
                     shard.b,
                     group,

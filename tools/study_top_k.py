@@ -26,7 +26,7 @@ from megatron_tsft import objectives
 from megatron_tsft.atomic import write_text
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
-from megatron_tsft.loss import TeacherTopK, q_target_cross_entropy
+from megatron_tsft.loss import TeacherRecords, TeacherTopK, q_target_cross_entropy
 from megatron_tsft.objectives import Objective
 from megatron_tsft.teacher.format import ENTRY_BYTES, TOKEN_BYTES
 from megatron_tsft.teacher.job import as_rows
@@ -99,16 +99,9 @@ def load(folder: str) -> Any:
     ).eval()
 
 
-def rounded(topk: TeacherTopK, tail: Literal["uniform", "drop"]) -> TeacherTopK:
+def rounded(topk: TeacherRecords[Tensor], tail: Literal["uniform", "drop"]) -> TeacherTopK:
     """The records as a cache gives them back."""
-    rows = as_rows(topk, [len(topk.ids)])[0]
-    return TeacherTopK(
-        topk.ids,
-        torch.from_numpy(rows.logprobs),
-        tail,
-        label_logprobs=torch.from_numpy(rows.label_logprobs),
-        tail_logmass=torch.from_numpy(rows.tail_logmass),
-    )
+    return TeacherTopK.of(as_rows(topk, [len(topk)])[0].map(torch.from_numpy), tail)
 
 
 def loss_and_gradient(
@@ -164,7 +157,6 @@ def study(args: argparse.Namespace) -> dict:
             )
         for k in args.k:
             topk = teacher_topk(t, y, k, vocab_size=vocab_size)
-            assert topk.tail_logmass is not None
             tails[k] += float(topk.tail_logmass.exp().sum())
             for tail in TAILS:
                 for text, objective in chosen.items():

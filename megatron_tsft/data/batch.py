@@ -3,13 +3,13 @@ the other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_tsft.data.context_parallel import positions_on_rank
-from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.data.teacher_rows import from_pack
+from megatron_tsft.loss.records import Tail, TeacherRecords
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class MicroBatch:
             without a mixture.
         teacher: cached records, ids [1, t, k]; None without a cache, or on a stage that computes no
             loss.
+        teacher_tail: what a cached teacher says of the tokens outside its top-k.
     """
 
     tokens: Tensor
@@ -42,7 +43,8 @@ class MicroBatch:
     lengths: list[int]
     index: list[int]
     dataset_ids: Tensor | None = None
-    teacher: TeacherTopK | None = None
+    teacher: TeacherRecords[Tensor] | None = None
+    teacher_tail: Tail = "uniform"
 
     @property
     def num_sequences(self) -> int:
@@ -52,7 +54,7 @@ class MicroBatch:
     def from_packs(
         packs: Mapping[str, Tensor],
         device: torch.device | str,
-        tail: Literal["uniform", "drop"] = "uniform",
+        tail: Tail = "uniform",
         context_rank: int = 0,
         context_size: int = 1,
     ) -> "MicroBatch":
@@ -82,16 +84,8 @@ class MicroBatch:
         def row(values: Tensor) -> Tensor:
             return here(values.reshape(-1))
 
-        teacher = dataset_ids = None
-        if "teacher_ids" in packs:
-            k = packs["teacher_ids"].shape[-1]
-            teacher = TeacherTopK(
-                here(packs["teacher_ids"].reshape(-1, k)),
-                here(packs["teacher_logprobs"].reshape(-1, k)),
-                tail,
-                label_logprobs=row(packs["teacher_label"]),
-                tail_logmass=row(packs["teacher_tail"]),
-            )
+        records = from_pack(packs)
+        dataset_ids = None
         if "dataset" in packs:
             dataset_ids = row(packs["dataset"].reshape(-1, 1).expand_as(packs["tokens"]))
         return MicroBatch(
@@ -103,5 +97,7 @@ class MicroBatch:
             lengths=lengths,
             index=packs["index"].reshape(-1).tolist(),
             dataset_ids=dataset_ids,
-            teacher=teacher,
+            # [mbs, s, ...] each, laid end to end
+            teacher=None if records is None else records.map(lambda x: here(x.flatten(0, 1))),
+            teacher_tail=tail,
         )

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from megatron_tsft.data.packing import EpochPlan, Ints, plan_epoch
 from megatron_tsft.data.prepared import PreparedData
-from megatron_tsft.data.teacher_rows import TeacherSource
+from megatron_tsft.data.teacher_rows import TeacherSource, absent_rows, put_rows, to_pack
 from megatron_tsft.errors import UserError
 
 IGNORED = -100
@@ -135,8 +135,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         conversation, never across.
 
         With a teacher also teacher_ids [seq_length, k] int32 and teacher_logprobs float16,
-        teacher_label [seq_length] float16 and teacher_tail float32; -1 and -inf where nothing is
-        supervised.
+        teacher_label_logp [seq_length] float16 and teacher_tail_logmass float32; -1 and -inf where
+        nothing is supervised.
 
         Raises:
             UserError: a conversation is damaged, or its teacher record is another conversation's.
@@ -145,13 +145,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
         positions = np.zeros(size, np.int64)
         weights: np.ndarray = np.ones(size, np.float32)
-        taught: dict[str, np.ndarray] = {}
-        if self.teacher is not None:
-            k = self.teacher.top_k
-            taught["teacher_ids"] = np.full((size, k), -1, np.int32)
-            taught["teacher_logprobs"] = np.full((size, k), -np.inf, np.float16)
-            taught["teacher_label"] = np.full(size, -np.inf, np.float16)
-            taught["teacher_tail"] = np.full(size, -np.inf, np.float32)
+        taught = absent_rows(size, self.teacher.top_k) if self.teacher else None
         at = 0
         for row in self.rows(index):
             sample, n, room = self.data.row(row), int(self.positions[row]), int(self._room[row])
@@ -162,30 +156,21 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             positions[at : at + room] = np.arange(room)
             if sample.token_weights is not None:
                 weights[place] = sample.token_weights[1 : n + 1]
-            records, supervised = (
-                self.teacher.rows(row) if self.teacher else None,
-                np.flatnonzero(mask),
-            )
-            if records is not None:
+            records = self.teacher.rows(row) if self.teacher else None
+            if taught is not None and records is not None:
                 if len(records) != np.count_nonzero(sample.loss_mask):
                     raise UserError(
                         f"the teacher's record of conversation {sample.sample_id} has"
                         f" {len(records)} tokens, the"
                         f" conversation {np.count_nonzero(sample.loss_mask)}: make the cache again"
                     )
-                values = (
-                    records.ids,
-                    records.logprobs,
-                    records.label_logprobs,
-                    records.tail_logmass,
-                )
-                for target, value in zip(taught.values(), values, strict=True):
-                    target[at + supervised] = value[
-                        : len(supervised)
-                    ]  # a truncated conversation has its first ones
+                # a truncated conversation has its first ones
+                put_rows(taught, at + np.flatnonzero(mask), records)
             at += room
         positions[at:] = np.arange(size - at)  # the tail is a document of its own
-        item = {"tokens": tokens, "labels": labels, "position_ids": positions} | taught
+        item = {"tokens": tokens, "labels": labels, "position_ids": positions}
+        if taught is not None:
+            item |= to_pack(taught)
         if self.weighted:
             item["token_weights"] = weights
         return {name: torch.from_numpy(values) for name, values in item.items()} | {

@@ -1,30 +1,52 @@
 """What a teacher said about one conversation, as packs carry it; where it comes from is teacher/'s
 business."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 
+from megatron_tsft.loss.records import TeacherRecords
 
-@dataclass(frozen=True)
-class TeacherRows:
-    """The teacher at the n supervised tokens of a conversation, in their order.
+# of one conversation's n supervised tokens, in their order: ids [n, k] int32, logprobs [n, k] and
+# label_logp [n] float16, tail_logmass [n] float32
+TeacherRows = TeacherRecords[np.ndarray]
+PREFIX = "teacher_"  # before a field's name, in a pack
 
-    Attributes:
-        ids: [n, k] int32, the k most likely tokens, most likely first; no id twice in a row.
-        logprobs: [n, k] float16, log T at `ids`.
-        label_logprobs: [n] float16, log T(y) of the token that the conversation has there.
-        tail_logmass: [n] float32, log of the mass of all other tokens; -inf where there are none.
-    """
 
-    ids: np.ndarray
-    logprobs: np.ndarray
-    label_logprobs: np.ndarray
-    tail_logmass: np.ndarray
+def absent_rows(n: int, top_k: int) -> TeacherRows:
+    """Records of n tokens about which no teacher said anything."""
+    return TeacherRecords(
+        ids=np.full((n, top_k), -1, np.int32),
+        logprobs=np.full((n, top_k), -np.inf, np.float16),
+        label_logp=np.full(n, -np.inf, np.float16),
+        tail_logmass=np.full(n, -np.inf, np.float32),
+    )
 
-    def __len__(self) -> int:
-        return len(self.ids)
+
+def put_rows(into: TeacherRows, places: np.ndarray, rows: TeacherRows) -> None:
+    """Write the first records of `rows` to `places` [m] int of `into`, as many as there are
+    places."""
+    count = len(places)
+    into.ids[places] = rows.ids[:count]
+    into.logprobs[places] = rows.logprobs[:count]
+    into.label_logp[places] = rows.label_logp[:count]
+    into.tail_logmass[places] = rows.tail_logmass[:count]
+
+
+def to_pack[Array: Sized](records: TeacherRecords[Array]) -> dict[str, Array]:
+    """The arrays by the names that they have in a pack: teacher_ids, teacher_logprobs, ..."""
+    return {PREFIX + field.name: getattr(records, field.name) for field in fields(records)}
+
+
+def from_pack[Array: Sized](pack: Mapping[str, Array]) -> TeacherRecords[Array] | None:
+    """The records of a pack; None where it carries none."""
+    if PREFIX + "ids" not in pack:
+        return None
+    return TeacherRecords(
+        **{field.name: pack[PREFIX + field.name] for field in fields(TeacherRecords)}
+    )
 
 
 class TeacherSource(Protocol):

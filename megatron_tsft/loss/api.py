@@ -1,16 +1,17 @@
 """The two public losses: on logits, and on hidden states with the LM head inside."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._compile import _disable_dynamo
+from torch._compile import _disable_dynamo  # pyright: ignore[reportPrivateUsage]
 
-from megatron_tsft.loss.arguments import Arguments
 from megatron_tsft.loss.checks import check_head, check_logits
 from megatron_tsft.loss.linear_head import linear_q_target
+from megatron_tsft.loss.problem import LossOptions, check_result, make_problem, ranks
 from megatron_tsft.loss.records import QTargetOutput, TeacherHidden, TeacherTopK
 from megatron_tsft.loss.vocab_parallel import vocab_parallel_q_target
 from megatron_tsft.objectives import Objective
@@ -28,6 +29,16 @@ def outside_graphs[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         return (disabled if torch.compiler.is_compiling() else function)(*args, **keywords)
 
     return called
+
+
+def shared_options(given: Mapping[str, Any]) -> LossOptions:
+    """The shared keywords among a public loss's arguments by name, which `locals()` gives in its
+    first line.
+
+    So they are written in `LossOptions` and in the two signatures, and nowhere a third time; a test
+    holds the three to each other.
+    """
+    return LossOptions(**{name: given[name] for name in LossOptions.__annotations__})
 
 
 @outside_graphs
@@ -63,17 +74,8 @@ def q_target_cross_entropy(
         labels: [...] int64 global ids; `ignore_index` gives exactly zero loss and gradient.
         objective: from `objectives.get` or `objectives.mixture`.
         teacher: [..., V/tp] logits or log-probs of T, sharded alike, or a `TeacherTopK`.
-        reference_logprobs: [...] log p_ref(y) for iw-sft and proximal; else taken from the teacher.
-        token_weights: [...] floating, multiplies c_y and c_r.
-        sequence_ids: [...] int64 in [0, num_sequences), global over CP (iw-sft).
-        num_sequences: how many sequences there are; without it the largest id is read from the
-            device.
-        logit_scale: z = logit_scale * logits; it never touches the teacher.
-        diagnostics: any of "entropy" and "kl".
-        tp_group, cp_group: process groups; None means not sharded.
-        vocab_size: the true vocabulary; columns at or beyond it are padding. None means all
-            columns.
-        ignore_index: the label of unsupervised tokens.
+        reference_logprobs, token_weights, sequence_ids, num_sequences, logit_scale, diagnostics,
+            tp_group, cp_group, vocab_size, ignore_index: as in `LossOptions`.
         inplace: write the gradient over the logits (they are lost; the caller must not use them
             again).
 
@@ -85,21 +87,7 @@ def q_target_cross_entropy(
             to change. With TSFT_DEBUG=1 in the environment also labels outside the vocabulary and
             teacher rows that are not finite.
     """
-    arguments = Arguments(
-        labels=labels,
-        objective=objective,
-        teacher=teacher,
-        reference_logprobs=reference_logprobs,
-        token_weights=token_weights,
-        sequence_ids=sequence_ids,
-        num_sequences=num_sequences,
-        logit_scale=logit_scale,
-        diagnostics=diagnostics,
-        tp_group=tp_group,
-        cp_group=cp_group,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-    )
+    options = shared_options(locals())
     if isinstance(teacher, TeacherHidden):
         raise TypeError(
             "teacher is TeacherHidden: only q_target_linear_cross_entropy takes one; pass its"
@@ -107,9 +95,9 @@ def q_target_cross_entropy(
         )
     check_logits(logits, labels, inplace)
     width = logits.shape[-1]
-    problem = arguments.problem(logits, width)
+    problem = make_problem(labels, objective, teacher, options, logits, width)
     out = vocab_parallel_q_target(problem, logits.reshape(-1, width), inplace, labels.shape)
-    return arguments.check_result(out)
+    return check_result(problem, out)
 
 
 @outside_graphs
@@ -151,9 +139,7 @@ def q_target_linear_cross_entropy(
             whole either.
         sequence_parallel: dim 0 of hidden (and of TeacherHidden.hidden) is sharded over `tp_group`;
             labels and every other per-token tensor are whole.
-        labels, objective, reference_logprobs, token_weights, sequence_ids, num_sequences,
-        logit_scale, diagnostics,
-            tp_group, cp_group, vocab_size, ignore_index: as in `q_target_cross_entropy`.
+        labels, objective, and all others: as in `q_target_cross_entropy`.
 
     Returns:
         QTargetOutput: per-token [...] values; `loss` is differentiable in `hidden` and `weight`.
@@ -163,25 +149,11 @@ def q_target_linear_cross_entropy(
     Raises:
         ValueError, TypeError: as `q_target_cross_entropy`; a DTensor.
     """
-    arguments = Arguments(
-        labels=labels,
-        objective=objective,
-        teacher=teacher,
-        reference_logprobs=reference_logprobs,
-        token_weights=token_weights,
-        sequence_ids=sequence_ids,
-        num_sequences=num_sequences,
-        logit_scale=logit_scale,
-        diagnostics=diagnostics,
-        tp_group=tp_group,
-        cp_group=cp_group,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-    )
-    ranks = arguments.ranks if sequence_parallel else 1
-    check_head("", hidden, weight, labels, ranks)
+    options = shared_options(locals())
+    parts = ranks(tp_group) if sequence_parallel else 1
+    check_head("", hidden, weight, labels, parts)
     if isinstance(teacher, TeacherHidden):
-        check_head("TeacherHidden.", teacher.hidden, teacher.weight, labels, ranks)
-    problem = arguments.problem(weight, weight.shape[0], "weight")
-    out = linear_q_target(problem, hidden, weight, sequence_parallel and ranks > 1, labels.shape)
-    return arguments.check_result(out)
+        check_head("TeacherHidden.", teacher.hidden, teacher.weight, labels, parts)
+    problem = make_problem(labels, objective, teacher, options, weight, weight.shape[0], "weight")
+    out = linear_q_target(problem, hidden, weight, parts > 1, labels.shape)
+    return check_result(problem, out)

@@ -4,16 +4,16 @@ pass instead."""
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft.loss.records import TeacherHidden, TeacherTopK
-from megatron_tsft.objectives import Coefficients, Objective, Scalar
-
-if TYPE_CHECKING:
-    from megatron_tsft.loss.arguments import Arguments
+from megatron_tsft.objectives import Objective, Residual, Scalar
+from megatron_tsft.objectives.definition import READ_A_REFERENCE
 
 LOGIT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 DIAGNOSTICS = ("entropy", "kl")
@@ -24,11 +24,12 @@ def debugging() -> bool:
     return os.environ.get("TSFT_DEBUG", "0") not in ("", "0")
 
 
-def check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
+def check_label_values(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise ValueError where a label is neither ignored nor in [0, vocab_size). Synchronises."""
     bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if bool(bad.any()):
-        values = sorted(set(labels[bad].tolist()))[:8]
+        found: Any = labels[bad]
+        values = sorted(set(found.tolist()))[:8]
         raise ValueError(
             f"labels {values} are outside [0, {vocab_size}) and are not ignore_index={ignore_index}"
         )
@@ -77,8 +78,8 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, ranks:
             " type, pass"
             f" hidden.to({weight.dtype})"
         )
-    _check_device(f"{name}hidden", hidden, weight, f"{name}weight")
     lead = labels.shape
+    Place(lead, weight.device, f"{name}weight").check_device(f"{name}hidden", hidden)
     if ranks > 1:
         if not lead or lead[0] % ranks:
             raise ValueError(
@@ -98,47 +99,114 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, ranks:
         )
 
 
-def check_tensors(arguments: "Arguments", like: Tensor, width: int, like_name: str) -> None:
-    """Raise where a type, a shape or a device is not what the labels and the logits ask for.
+@dataclass(frozen=True)
+class Place:
+    """Where per-token tensors must lie: of the labels' shape, on the device of the logits.
 
-    Args:
-        arguments: what the loss is asked.
-        like: the logits, or the head's weight; messages call it `like_name`.
-        width: V/tp.
+    Attributes:
+        shape: the labels'.
+        device: of the logits, or of the head's weight.
+        name: what messages call the tensor that has this device.
     """
-    labels, teacher, sequence_ids = arguments.labels, arguments.teacher, arguments.sequence_ids
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels are {labels.dtype}: they must be int64 token ids")
-    shape, expected = labels.shape, f"{tuple(labels.shape)}, the labels' shape"
-    wanted: list[tuple[str, Tensor | None, torch.Size, str]] = [
-        ("reference_logprobs", arguments.reference_logprobs, shape, expected),
-        ("token_weights", arguments.token_weights, shape, expected),
-    ]
-    if isinstance(teacher, TeacherTopK):
-        if teacher.ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"TeacherTopK.ids are {teacher.ids.dtype}: they must be int32 or int64")
-        if teacher.ids.dim() != labels.dim() + 1 or teacher.ids.shape[:-1] != shape:
+
+    shape: torch.Size
+    device: torch.device
+    name: str
+
+    @property
+    def _labels_shape(self) -> str:
+        return f"{tuple(self.shape)}, the labels' shape"
+
+    def check_device(self, name: str, value: Tensor) -> None:
+        """Raise ValueError where `value` lies on another device."""
+        if value.device != self.device:
+            verb = "are" if self.name == "logits" else "is"
             raise ValueError(
-                f"TeacherTopK.ids {tuple(teacher.ids.shape)} must be {tuple(shape)} plus one"
+                f"{name} is on {value.device} but the {self.name} {verb} on {self.device}: move it"
+                " there"
+            )
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise TypeError or ValueError where labels are no ids, or lie elsewhere."""
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels are {labels.dtype}: they must be int64 token ids")
+        self.check_device("labels", labels)
+
+    def check_sequence_ids(self, sequence_ids: Tensor | None) -> None:
+        """Raise TypeError or ValueError where sequence ids are no int64 of the labels' shape."""
+        if sequence_ids is None:
+            return
+        if sequence_ids.dtype != torch.int64:
+            raise TypeError(f"sequence_ids are {sequence_ids.dtype}: they must be int64")
+        if sequence_ids.shape != self.shape:
+            raise ValueError(
+                f"sequence_ids has shape {tuple(sequence_ids.shape)}: it must be"
+                f" {self._labels_shape}"
+            )
+        self.check_device("sequence_ids", sequence_ids)
+
+    def check_values(
+        self,
+        name: str,
+        value: Tensor | None,
+        shape: torch.Size | None = None,
+        shape_text: str | None = None,
+    ) -> None:
+        """Raise TypeError or ValueError where a tensor, if there is one, is not floating-point of a
+        shape (None: the labels')."""
+        if value is None:
+            return
+        if not value.is_floating_point():
+            raise TypeError(f"{name} is {value.dtype}: it must be floating-point")
+        if value.shape != (self.shape if shape is None else shape):
+            expected = self._labels_shape if shape_text is None else shape_text
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {expected}")
+        self.check_device(name, value)
+
+    def check_teacher(
+        self, teacher: Tensor | TeacherTopK | TeacherHidden | None, width: int
+    ) -> None:
+        """Raise TypeError or ValueError where a teacher's tensors do not fit the labels and `width`
+        columns."""
+        if isinstance(teacher, TeacherTopK):
+            self._check_top_k(teacher)
+        elif isinstance(teacher, TeacherHidden):
+            self._check_hidden(teacher, width)
+        elif isinstance(teacher, Tensor):
+            size = torch.Size([*self.shape, width])
+            self.check_values("teacher", teacher, size, f"{tuple(size)}, the logits' shape")
+        elif teacher is not None:  # what a type checker would not let pass
+            also = ", a TeacherHidden" if self.name == "weight" else ""
+            raise TypeError(
+                f"teacher is {type(teacher).__name__}: pass a tensor of logits, a"
+                f" TeacherTopK{also} or None"
+            )
+
+    def _check_top_k(self, teacher: TeacherTopK) -> None:
+        ids = teacher.ids
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"TeacherTopK.ids are {ids.dtype}: they must be int32 or int64")
+        if ids.dim() != len(self.shape) + 1 or ids.shape[:-1] != self.shape:
+            raise ValueError(
+                f"TeacherTopK.ids {tuple(ids.shape)} must be {tuple(self.shape)} plus one"
                 " dimension for k"
             )
         if teacher.tail not in ("uniform", "drop"):
             raise ValueError(f"TeacherTopK.tail={teacher.tail!r}; valid: uniform, drop")
-        ids_text = f"{tuple(teacher.ids.shape)}, the ids' shape"
-        wanted += [
-            ("TeacherTopK.logprobs", teacher.logprobs, teacher.ids.shape, ids_text),
-            ("TeacherTopK.label_logprobs", teacher.label_logprobs, shape, expected),
-            ("TeacherTopK.tail_logmass", teacher.tail_logmass, shape, expected),
-        ]
-        _check_device("TeacherTopK.ids", teacher.ids, like, like_name)
-    elif isinstance(teacher, TeacherHidden):
+        self.check_device("TeacherTopK.ids", ids)
+        ids_text = f"{tuple(ids.shape)}, the ids' shape"
+        self.check_values("TeacherTopK.logprobs", teacher.logprobs, ids.shape, ids_text)
+        self.check_values("TeacherTopK.label_logprobs", teacher.label_logprobs)
+        self.check_values("TeacherTopK.tail_logmass", teacher.tail_logmass)
+
+    def _check_hidden(self, teacher: TeacherHidden, width: int) -> None:
         if teacher.weight.shape[0] != width:
             raise ValueError(
                 f"TeacherHidden.weight has {len(teacher.weight)} rows: it must have {width}, as"
                 " weight"
             )
-        _check_device("TeacherHidden.hidden", teacher.hidden, like, like_name)
-        _check_device("TeacherHidden.weight", teacher.weight, like, like_name)
+        self.check_device("TeacherHidden.hidden", teacher.hidden)
+        self.check_device("TeacherHidden.weight", teacher.weight)
         absent = teacher.absent
         if absent is not None:
             if absent.dtype != torch.bool or absent.shape != (width,):
@@ -146,42 +214,7 @@ def check_tensors(arguments: "Arguments", like: Tensor, width: int, like_name: s
                     f"TeacherHidden.absent is {absent.dtype} {tuple(absent.shape)}: it must be"
                     f" bool ({width},)"
                 )
-            _check_device("TeacherHidden.absent", absent, like, like_name)
-    elif isinstance(teacher, Tensor):
-        size = torch.Size([*shape, width])
-        wanted.append(("teacher", teacher, size, f"{tuple(size)}, the logits' shape"))
-    elif teacher is not None:
-        also = ", a TeacherHidden" if like_name == "weight" else ""
-        raise TypeError(
-            f"teacher is {type(teacher).__name__}: pass a tensor of logits, a TeacherTopK{also} or"
-            " None"
-        )
-    for name, value, size, text in wanted:
-        if value is None:
-            continue
-        if not value.is_floating_point():
-            raise TypeError(f"{name} is {value.dtype}: it must be floating-point")
-        if value.shape != size:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {text}")
-        _check_device(name, value, like, like_name)
-    _check_device("labels", labels, like, like_name)
-    if sequence_ids is not None:
-        if sequence_ids.dtype != torch.int64:
-            raise TypeError(f"sequence_ids are {sequence_ids.dtype}: they must be int64")
-        if sequence_ids.shape != shape:
-            raise ValueError(
-                f"sequence_ids has shape {tuple(sequence_ids.shape)}: it must be {expected}"
-            )
-        _check_device("sequence_ids", sequence_ids, like, like_name)
-
-
-def _check_device(name: str, value: Tensor, like: Tensor, like_name: str) -> None:
-    if value.device != like.device:
-        verb = "are" if like_name == "logits" else "is"
-        raise ValueError(
-            f"{name} is on {value.device} but the {like_name} {verb} on {like.device}: move it"
-            " there"
-        )
+            self.check_device("TeacherHidden.absent", absent)
 
 
 def check_numbers(
@@ -200,17 +233,21 @@ def check_numbers(
             raise ValueError(f"unknown diagnostic {name!r}; valid: {', '.join(DIAGNOSTICS)}")
 
 
-def check_combination(arguments: "Arguments", objective: Objective, plan: Coefficients) -> None:
-    """Raise ValueError where an objective lacks what it needs, or is given what it would ignore."""
-    name, teacher, cp_group = objective.name, arguments.teacher, arguments.cp_group
-    reference_logprobs, token_weights = arguments.reference_logprobs, arguments.token_weights
-    reads_reference = bool(objective.needs & {"reference_logp_y", "sequence_log_ratio"})
+def check_teacher_use(
+    objective: Objective,
+    residual: Residual,
+    teacher: Tensor | TeacherTopK | TeacherHidden | None,
+    reference_logprobs: Tensor | None,
+) -> None:
+    """Raise ValueError where an objective lacks the teacher or the reference that it needs, or
+    would ignore one."""
+    name, reads_reference = objective.name, bool(objective.needs & READ_A_REFERENCE)
     if teacher is None:
         if objective.teacher == "required":
             raise ValueError(
                 f"objective {name!r} needs a teacher and none was given: pass teacher="
             )
-        if objective.teacher == "optional" and _may_be_nonzero(plan.b):
+        if objective.teacher == "optional" and _may_be_nonzero(residual.b):
             raise ValueError(
                 f"objective {objective!r} needs a teacher and none was given: pass teacher=, or"
                 " make the "
@@ -238,18 +275,33 @@ def check_combination(arguments: "Arguments", objective: Objective, plan: Coeffi
         raise ValueError(
             f"objective {name!r} ignores the reference_logprobs that were given: leave them out"
         )
+
+
+def check_weights(objective: Objective, token_weights: Tensor | None) -> None:
+    """Raise ValueError where an objective means nothing without the weights that are missing."""
     if objective.requires_token_weights and token_weights is None:
         raise ValueError(
-            f"objective {name!r} needs token_weights (1 on critical tokens, 0 elsewhere) and none"
-            " were given"
+            f"objective {objective.name!r} needs token_weights (1 on critical tokens, 0 elsewhere)"
+            " and none were given"
         )
+
+
+def check_sequences(
+    objective: Objective,
+    sequence_ids: Tensor | None,
+    num_sequences: int | None,
+    cp_group: "dist.ProcessGroup | None",
+) -> None:
+    """Raise ValueError where an objective averages over sequences that it is not told."""
     if "sequence_log_ratio" in objective.needs:
-        if arguments.sequence_ids is None:
-            raise ValueError(f"objective {name!r} averages over sequences: pass sequence_ids=")
-        if arguments.num_sequences is None and cp_group is not None and cp_group.size() > 1:
+        if sequence_ids is None:
             raise ValueError(
-                f"objective {name!r} under context parallelism needs num_sequences=, the same on"
-                " every rank"
+                f"objective {objective.name!r} averages over sequences: pass sequence_ids="
+            )
+        if num_sequences is None and cp_group is not None and cp_group.size() > 1:
+            raise ValueError(
+                f"objective {objective.name!r} under context parallelism needs num_sequences=, the"
+                " same on every rank"
             )
 
 

@@ -23,11 +23,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_tsft.loss.collectives import all_gather, reduce_scatter
 from megatron_tsft.loss.dispatch import implementation
+from megatron_tsft.loss.problem import Problem
 from megatron_tsft.loss.records import QTargetOutput
 from megatron_tsft.loss.shard import Shard
 from megatron_tsft.loss.statistics import combine, merge
 from megatron_tsft.loss.targets import (
-    Problem,
     Targets,
     decide_targets,
     gradient_weights,
@@ -65,7 +65,7 @@ class _LinearQTarget(torch.autograd.Function):
         box: list[Targets],
     ) -> Tensor:
         head = Head(problem, hidden, weight, sequence_parallel)
-        wanted = problem.wanted()
+        wanted = problem.wanted
         tables = [
             implementation(logits).local_statistics(shard, wanted)
             for logits, shard in head.chunks()

@@ -1,10 +1,58 @@
 """The records that cross the loss's border: a teacher's top-k or hidden states in, per-token values
 out."""
 
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+
+Tail = Literal["uniform", "drop"]
+
+
+@dataclass(frozen=True)
+class TeacherRecords[Array: Sized]:
+    """What a teacher's cache holds of some tokens, from the file to the loss: numpy arrays where
+    data are read, tensors where they are used.
+
+    Attributes:
+        ids: [..., k] int32 (int64 where they are computed), the k most likely tokens, most likely
+            first; -1 is padding; no id twice in a row.
+        logprobs: [..., k] floating, log T at `ids`; float16 in a cache.
+        label_logp: [...] floating, log T(y) of the token that the conversation has there; float16
+            in a cache.
+        tail_logmass: [...] float32, log of the mass of all other tokens; -inf where there are none.
+    """
+
+    ids: Array
+    logprobs: Array
+    label_logp: Array
+    tail_logmass: Array
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def map[Other: Sized](self, f: Callable[[Array], Other]) -> "TeacherRecords[Other]":
+        """The same with `f` of each array: cut, transposed, moved."""
+        return TeacherRecords(
+            ids=f(self.ids),
+            logprobs=f(self.logprobs),
+            label_logp=f(self.label_logp),
+            tail_logmass=f(self.tail_logmass),
+        )
+
+    @staticmethod
+    def join[One: Sized, Other: Sized](
+        parts: "Iterable[TeacherRecords[One]]", f: Callable[[list[One]], Other]
+    ) -> "TeacherRecords[Other]":
+        """Several as one, each array by `f` of the parts' (concatenated, stacked)."""
+        parts = list(parts)
+        return TeacherRecords(
+            ids=f([part.ids for part in parts]),
+            logprobs=f([part.logprobs for part in parts]),
+            label_logp=f([part.label_logp for part in parts]),
+            tail_logmass=f([part.tail_logmass for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -22,9 +70,27 @@ class TeacherTopK:
 
     ids: Tensor
     logprobs: Tensor
-    tail: Literal["uniform", "drop"] = "uniform"
+    tail: Tail = "uniform"
     label_logprobs: Tensor | None = None
     tail_logmass: Tensor | None = None
+
+    @staticmethod
+    def of(records: TeacherRecords[Tensor], tail: Tail = "uniform") -> "TeacherTopK":
+        """A cache's records as a teacher."""
+        return TeacherTopK(
+            records.ids, records.logprobs, tail, records.label_logp, records.tail_logmass
+        )
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "TeacherTopK":
+        """The same with `f` of each tensor that is there."""
+        label, mass = self.label_logprobs, self.tail_logmass
+        return TeacherTopK(
+            f(self.ids),
+            f(self.logprobs),
+            self.tail,
+            None if label is None else f(label),
+            None if mass is None else f(mass),
+        )
 
 
 @dataclass(frozen=True)

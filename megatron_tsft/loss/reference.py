@@ -31,6 +31,11 @@ def dense_teacher(teacher: TeacherTopK, vocab_size: int) -> Tensor:
     return torch.log_softmax(log_t, -1).reshape(*lead, vocab_size)
 
 
+def entropy(p: Tensor) -> Tensor:
+    """H of distributions p [..., n], [...]."""
+    return -torch.xlogy(p, p).sum(-1)
+
+
 def q_target_reference(
     logits: Tensor,  # [..., V]
     labels: Tensor,  # [...] int64
@@ -67,11 +72,11 @@ def q_target_reference(
 
     s = Statistics(logp_y=at_y(log_p).detach())
     s["p_y"], s["nll"] = s.logp_y.exp(), -s.logp_y
-    s["entropy"] = torch.special.entr(p.detach()).sum(-1)
+    s["entropy"] = entropy(p.detach())
     s["collision"] = p.detach().square().sum(-1)
     for k in objective.top_ks:
         top = torch.softmax(z.detach().topk(min(k, v)).values, -1)
-        s[f"topk_entropy_{k}"] = torch.special.entr(top).sum(-1)
+        s[f"topk_entropy_{k}"] = entropy(top)
         s[f"topk_log_k_{k}"] = torch.full_like(s.p_y, max(min(k, v), 2)).log()
     if log_t is not None:
         s["teacher_logp_y"] = s["reference_logp_y"] = at_y(log_t)

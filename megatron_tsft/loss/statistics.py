@@ -5,6 +5,7 @@ by 4.5e-4 relative, exp(z - m) / s by 1.6e-7), so shards merge as: the largest m
 add. The same merge serves the ranks of a tensor-parallel group and the chunks of a fused head.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_tsft.loss.collectives import all_gather
 from megatron_tsft.loss.teacher import FLOOR
-from megatron_tsft.objectives import Scalar
+from megatron_tsft.objectives import Scalar, Statistics
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,31 @@ class Wanted:
     teacher_label: bool = False  # its value at the label
     teacher_logp: bool = False  # its normaliser
     top_k: int = 0  # that many of the largest logits
+
+    @staticmethod
+    def of(
+        needs: Collection[str], *, has_pi: bool, kl: bool, dense_teacher: bool, top_k: int
+    ) -> "Wanted":
+        """What the table must hold.
+
+        Args:
+            needs: names of per-token statistics, as objectives declare them.
+            has_pi: there is a residual with statistics of its own.
+            kl: KL(Q || p) is reported.
+            dense_teacher: the teacher has a value for every column.
+            top_k: the largest k of a top-k entropy.
+        """
+        teacher_logp = dense_teacher and "teacher_logp_y" in needs
+        return Wanted(
+            entropy="entropy" in needs,
+            collision="collision" in needs,
+            residual=has_pi,
+            kl=has_pi and kl,
+            teacher_rows=dense_teacher,
+            teacher_label=teacher_logp or (dense_teacher and has_pi),
+            teacher_logp=teacher_logp,
+            top_k=top_k,
+        )
 
 
 MAXIMA = {"m": "always", "m_pi": "residual", "m_t": "teacher_rows"}
@@ -137,6 +163,30 @@ def merge(local: Table, a: Scalar, b: Scalar, group: "dist.ProcessGroup | None")
     if group is None or group.size() == 1 or local.data.shape[1] == 0:
         return local
     return combine(local.names, all_gather(local.data, group), a, b)
+
+
+def student_statistics(
+    merged: Table, log_s: Tensor, top_ks: Sequence[int], vocab_size: int
+) -> Statistics:
+    """What objectives read of the student, [N] each: merged sums, and `log_sum` of them -> logp_y,
+    p_y, nll and those that the table has."""
+    logp_y = (merged["z_y"] - merged["m"]) - log_s
+    stats = Statistics(logp_y=logp_y, p_y=logp_y.exp(), nll=-logp_y)
+    if "e" in merged:
+        stats["entropy"] = log_s - merged["e"] / merged["s"]
+    if "c" in merged:
+        stats["collision"] = merged["c"] / merged["s"].square()
+    for k in top_ks:
+        stats[f"topk_entropy_{k}"], count = topk_entropy(merged.top, k, vocab_size)
+        # at a vocabulary of one token the entropy is 0 and any positive log k gives the right 0
+        stats[f"topk_log_k_{k}"] = torch.full_like(logp_y, max(count, 2.0)).log()
+    return stats
+
+
+def log_sum(merged: Table) -> Tensor:
+    """log sum e^(z-m), [N]; NaN for a row of -inf alone: it is no distribution, and its loss must
+    not look like one."""
+    return torch.log(merged["s"]).masked_fill(merged["m"] <= FLOOR, torch.nan)
 
 
 def topk_entropy(top: Tensor, k: int, vocab_size: int) -> tuple[Tensor, float]:

@@ -15,94 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft.loss.diagnostics import target_kl
-from megatron_tsft.loss.shard import GradientWeights, Shard
-from megatron_tsft.loss.statistics import Table, Wanted, topk_entropy
-from megatron_tsft.loss.teacher import FLOOR, DenseTeacher, HiddenTeacher, SparseTeacher
-from megatron_tsft.objectives import Coefficients, Objective, Scalar, Statistics, as_like
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One call, checked and flattened to N tokens (arguments.py); this rank's columns begin at
-    `offset`."""
-
-    labels: Tensor  # [N] int64
-    labelled: Tensor  # [N] bool: not ignored
-    objective: Objective
-    plan: Coefficients
-    a: Scalar  # of pi = softmax(a * z + b * log T), in the working type
-    b: Scalar
-    scale: float  # z = scale * logits
-    vocab_size: int
-    offset: int
-    teacher: DenseTeacher | SparseTeacher | HiddenTeacher | None
-    reference_logprobs: Tensor | None  # [N]
-    token_weights: Tensor | None  # [N]
-    sequence_ids: Tensor | None  # [N] int64
-    num_sequences: int
-    diagnostics: frozenset[str]
-    tp_group: "dist.ProcessGroup | None"
-    cp_group: "dist.ProcessGroup | None"
-
-    def shard(self, logits: Tensor, start: int = 0) -> Shard:
-        """The columns of `logits` [N, w], which are [start, start + w) of this rank's, with the
-        teacher on them."""
-        first, width = self.offset + start, logits.shape[1]
-        if isinstance(self.teacher, SparseTeacher):
-            teacher = self.teacher.counted_from(first)
-        else:
-            teacher = None if self.teacher is None else self.teacher.view(start, width)
-        columns = min(max(self.vocab_size - first, 0), width)
-        label = self.labels - first
-        here = self.labelled & (label >= 0) & (label < columns)
-        label = torch.where(here, label, -1)
-        return Shard(
-            start, logits, columns, self.scale, label, self.labelled, self.a, self.b, teacher
-        )
-
-    @property
-    def has_residual(self) -> bool:
-        return isinstance(self.plan.residual, Tensor) or self.plan.residual != 0
-
-    @property
-    def residual_is_p(self) -> bool:
-        """pi = p, known on the host: its cross-entropy is H(p), and it leaves the gradient."""
-        a, b = self.plan.a, self.plan.b
-        return (
-            self.has_residual
-            and not isinstance(a, Tensor)
-            and not isinstance(b, Tensor)
-            and (a, b) == (1, 0)
-        )
-
-    @property
-    def has_pi(self) -> bool:
-        """There is a residual with statistics of its own."""
-        return self.has_residual and not self.residual_is_p
-
-    @property
-    def reads_teacher_label(self) -> bool:
-        """log T(y) is needed and comes from the teacher."""
-        needs = self.objective.needs
-        from_teacher = self.reference_logprobs is None and needs & {
-            "reference_logp_y",
-            "sequence_log_ratio",
-        }
-        return "teacher_logp_y" in needs or bool(from_teacher)
-
-    def wanted(self) -> Wanted:
-        """The statistics that this objective and these diagnostics need."""
-        needs, dense = self.objective.needs, isinstance(self.teacher, DenseTeacher | HiddenTeacher)
-        return Wanted(
-            entropy="entropy" in needs or "entropy" in self.diagnostics or self.residual_is_p,
-            collision="collision" in needs,
-            residual=self.has_pi,
-            kl=self.has_pi and "kl" in self.diagnostics,
-            teacher_rows=dense,
-            teacher_label=dense and (self.reads_teacher_label or self.has_pi),
-            teacher_logp=dense and self.reads_teacher_label,
-            top_k=max(self.objective.top_ks, default=0),
-        )
+from megatron_tsft.loss.problem import Problem
+from megatron_tsft.loss.shard import GradientWeights
+from megatron_tsft.loss.statistics import Table, log_sum, student_statistics
+from megatron_tsft.loss.teacher import FLOOR, SparseTeacher
+from megatron_tsft.objectives import Scalar, Statistics, as_like
 
 
 @dataclass(frozen=True)
@@ -111,8 +28,8 @@ class Targets:
 
     loss: Tensor
     reported: dict[str, Tensor]  # fields of QTargetOutput beside the loss
-    c_y: Tensor  # with token_weights
-    c_r: Tensor
+    imitation: Tensor  # c_y, with token_weights
+    residual: Tensor  # c_r, with token_weights
     logp_y: Tensor
     pi_logp_y: Tensor | None  # log pi(y); None without a pi of its own
     supervised: Tensor  # bool
@@ -121,18 +38,9 @@ class Targets:
 def decide_targets(problem: Problem, merged: Table) -> Targets:
     """Merged statistics -> coefficients of the objective -> loss, reported values and what backward
     needs."""
-    # a row of -inf alone is no distribution: its loss must not look like one
-    log_s = torch.log(merged["s"]).masked_fill(merged["m"] <= FLOOR, torch.nan)
-    logp_y = (merged["z_y"] - merged["m"]) - log_s
-    stats = Statistics(logp_y=logp_y, p_y=logp_y.exp(), nll=-logp_y)
-    if "e" in merged:
-        stats["entropy"] = log_s - merged["e"] / merged["s"]
-    if "c" in merged:
-        stats["collision"] = merged["c"] / merged["s"].square()
-    for k in problem.objective.top_ks:
-        stats[f"topk_entropy_{k}"], count = topk_entropy(merged.top, k, problem.vocab_size)
-        # at a vocabulary of one token the entropy is 0 and any positive log k gives the right 0
-        stats[f"topk_log_k_{k}"] = torch.full_like(logp_y, max(count, 2.0)).log()
+    log_s = log_sum(merged)
+    stats = student_statistics(merged, log_s, problem.objective.top_ks, problem.vocab_size)
+    logp_y = stats.logp_y
     bad = _teacher_statistics(problem, merged, stats)
     supervised = problem.labelled & ~bad
     if "sequence_log_ratio" in problem.objective.needs:
@@ -144,8 +52,13 @@ def decide_targets(problem: Problem, merged: Table) -> Targets:
     def kept(x: Scalar) -> Tensor:
         return torch.where(supervised, as_like(x, zero), zero)
 
-    c_y, c_r = kept(coefficients.imitation), kept(coefficients.residual)
-    reported = {"imitation": c_y, "residual": c_r, "nll": kept(stats.nll), "supervised": supervised}
+    imitation, residual = kept(coefficients.imitation), kept(coefficients.residual)
+    reported = {
+        "imitation": imitation,
+        "residual": residual,
+        "nll": kept(stats.nll),
+        "supervised": supervised,
+    }
     reported["bad_teacher_rows"] = (bad & problem.labelled).sum()
     if "entropy" in problem.diagnostics:
         reported["entropy"] = kept(stats.entropy)
@@ -159,14 +72,16 @@ def decide_targets(problem: Problem, merged: Table) -> Targets:
         pi_entropy = log_s_pi - merged["k_pi"] / merged["s_pi"] if "k_pi" in merged else None
     if "kl" in problem.diagnostics:
         at_label = logp_y if problem.residual_is_p else pi_logp_y
-        reported["kl"] = kept(target_kl(c_y, c_r, logp_y, cross_entropy, pi_entropy, at_label))
+        reported["kl"] = kept(
+            target_kl(imitation, residual, logp_y, cross_entropy, pi_entropy, at_label)
+        )
 
-    loss = c_y * stats.nll
+    loss = imitation * stats.nll
     if cross_entropy is not None:
-        loss = loss + torch.where(c_r == 0, zero, c_r * cross_entropy)
+        loss = loss + torch.where(residual == 0, zero, residual * cross_entropy)
     if problem.token_weights is not None:
-        loss, c_y, c_r = (problem.token_weights * x for x in (loss, c_y, c_r))
-    return Targets(kept(loss), reported, c_y, c_r, logp_y, pi_logp_y, supervised)
+        loss, imitation, residual = (problem.token_weights * x for x in (loss, imitation, residual))
+    return Targets(kept(loss), reported, imitation, residual, logp_y, pi_logp_y, supervised)
 
 
 def _exponent_at_label(problem: Problem, merged: Table) -> Tensor:
@@ -178,7 +93,7 @@ def _exponent_at_label(problem: Problem, merged: Table) -> Tensor:
 
     u = term(problem.a, merged["z_y"] - merged["m"])
     if isinstance(problem.teacher, SparseTeacher):
-        u = u + term(problem.b, problem.teacher.label)
+        u = u + term(problem.b, problem.teacher.at_label)
     elif "t_y" in merged:
         u = u + term(problem.b, merged["t_y"] - merged["m_t"])
     return u.clamp(min=FLOOR)
@@ -242,7 +157,7 @@ def keep_for_backward(
 ) -> tuple[list[str], list[Tensor]]:
     """Names and tensors [N] of what `gradient_weights` needs."""
     kept: dict[str, Tensor] = {
-        key: getattr(targets, key) for key in ("supervised", "logp_y", "c_y", "c_r")
+        key: getattr(targets, key) for key in ("supervised", "logp_y", "imitation", "residual")
     }
     if targets.pi_logp_y is not None:
         kept["pi_logp_y"] = targets.pi_logp_y
@@ -259,19 +174,23 @@ def gradient_weights(scale: float, kept: dict[str, Tensor], grad_output: Tensor)
     """The numbers of dloss/dlogits for an upstream gradient [N]; a token whose upstream is 0 is
     idle."""
     upstream = grad_output.to(kept["m"].dtype) * scale
-    c_y, c_r, logp_y = kept["c_y"] * upstream, kept["c_r"] * upstream, kept["logp_y"]
+    imitation, residual, logp_y = (
+        kept["imitation"] * upstream,
+        kept["residual"] * upstream,
+        kept["logp_y"],
+    )
     # the label's column from expm1, where p_y - 1 would cancel
-    label = c_y * torch.expm1(logp_y)
+    label = imitation * torch.expm1(logp_y)
     has_pi = "pi_logp_y" in kept
     if has_pi:
-        label = label + c_r * (logp_y.exp() - kept["pi_logp_y"].exp())
+        label = label + residual * (logp_y.exp() - kept["pi_logp_y"].exp())
     return GradientWeights(
         active=kept["supervised"] & (grad_output != 0),
         m=kept["m"],
-        p=((c_y + c_r) if has_pi else c_y) / kept["s"],
+        p=((imitation + residual) if has_pi else imitation) / kept["s"],
         label=label,
         m_pi=kept["m_pi"] if has_pi else None,
-        pi=c_r / kept["s_pi"] if has_pi else None,
+        pi=residual / kept["s_pi"] if has_pi else None,
         m_t=kept.get("m_t") if has_pi else None,
     )
 

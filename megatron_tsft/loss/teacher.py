@@ -33,7 +33,7 @@ class SparseTeacher:
     ids: Tensor  # [N, k] int64, ascending; padding comes last, beyond any vocabulary
     logprobs: Tensor  # [N, k]
     tail: Tensor  # [N] value of every token outside the top-k (-inf: none)
-    label: Tensor  # [N] value at the label
+    at_label: Tensor  # [N] value at the label
     label_logp: Tensor  # [N] log T(y)
     bad: Tensor  # [N] bool: not finite
 
@@ -86,7 +86,7 @@ def sparse_teacher(
         total = torch.logaddexp(mass, torch.where(others > 0, tail_mass, none))
         bad = bad | torch.isnan(tail) | (tail == torch.inf) | (total == -torch.inf)
     here = present & (ids == labels[:, None])
-    at_label = torch.where(here, logprobs, none)
-    label = torch.where(here.any(-1), at_label.amax(-1) if ids.shape[1] else none, tail)
+    own = torch.where(here, logprobs, none)
+    at_label = torch.where(here.any(-1), own.amax(-1) if ids.shape[1] else none, tail)
     ids, order = torch.where(present, ids, torch.iinfo(torch.int64).max // 2).sort(-1)
-    return SparseTeacher(ids, logprobs.gather(-1, order), tail, label, label - total, bad)
+    return SparseTeacher(ids, logprobs.gather(-1, order), tail, at_label, at_label - total, bad)

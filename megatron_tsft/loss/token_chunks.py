@@ -11,6 +11,7 @@ import contextlib
 import math
 import mmap
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,14 +211,15 @@ class Chunks:
         counts = [-1] * len(self.sizes)  # the host does not know
         if active.device.type == "cpu":
             padded = torch.nn.functional.pad(active, (0, len(self.sizes) * self.step - n))
-            counts = padded.view(len(self.sizes), self.step).sum(1).tolist()
+            sums: Any = padded.view(len(self.sizes), self.step).sum(1)
+            counts = sums.tolist()
         self.idle = [i for i, count in enumerate(counts) if count == 0]
         self.mixed = {i for i, count in enumerate(counts) if count not in (0, self.sizes[i])}
         self.a, self.b = (self._per_chunk(weight) for weight in (shard.a, shard.b))
 
     def of(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [N, ...] as views, one a chunk."""
-        return x.split(self.step)
+        return torch.split(x, self.step)
 
     def rows(self, i: int) -> slice:
         return slice(i * self.step, i * self.step + self.sizes[i])
@@ -296,8 +298,9 @@ class Chunks:
     def _per_chunk(self, weight: Scalar) -> "tuple[Scalar, ...]":
         """A number or 0-dim tensor for each chunk; a per-token [N] tensor as the chunk's column [n,
         1]."""
-        per_token = isinstance(weight, Tensor) and weight.dim()
-        return self.of(weight[:, None]) if per_token else (weight,) * len(self.sizes)  # type: ignore[index]
+        if isinstance(weight, Tensor) and weight.dim():
+            return self.of(weight[:, None])
+        return (weight,) * len(self.sizes)
 
 
 def weighted(weight: Scalar, values: Tensor, out: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_tsft.loss.dispatch import implementation
+from megatron_tsft.loss.problem import Problem
 from megatron_tsft.loss.records import QTargetOutput
 from megatron_tsft.loss.statistics import merge
 from megatron_tsft.loss.targets import (
-    Problem,
     Targets,
     decide_targets,
     gradient_weights,
@@ -34,7 +34,7 @@ class _QTarget(torch.autograd.Function):
         ctx: Any, logits: Tensor, problem: Problem, inplace: bool, box: list[Targets]
     ) -> Tensor:
         shard = problem.shard(logits)
-        local = implementation(logits).local_statistics(shard, problem.wanted())
+        local = implementation(logits).local_statistics(shard, problem.wanted)
         merged = merge(local, shard.a, shard.b, problem.tp_group)
         targets = decide_targets(problem, merged)
         box.append(targets)

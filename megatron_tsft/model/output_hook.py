@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
 from megatron_tsft.loss import (
+    LossOptions,
     TeacherHidden,
     TeacherTopK,
     q_target_cross_entropy,
@@ -50,19 +51,6 @@ class LossContext:
         return TRAINING_METRICS if self.training else EVALUATION_METRICS
 
 
-def cached_teacher(teacher: TeacherTopK | None) -> TeacherTopK | None:
-    """A batch's cached records [b, s, ...] as the loss wants them, [s, b, ...]."""
-    if teacher is None or teacher.label_logprobs is None or teacher.tail_logmass is None:
-        return None
-    return TeacherTopK(
-        teacher.ids.transpose(0, 1),
-        teacher.logprobs.transpose(0, 1),
-        teacher.tail,
-        teacher.label_logprobs.transpose(0, 1),
-        teacher.tail_logmass.transpose(0, 1),
-    )
-
-
 def q_target_output(
     *,
     hidden_states: Tensor,  # [s/tp if sequence parallel else s, b, h]
@@ -77,11 +65,12 @@ def q_target_output(
     after."""
     batch, objective = context.batch, context.objective
     sequences = "sequence_log_ratio" in objective.needs
-    teacher = cached_teacher(batch.teacher) if context.teacher is None else context.teacher
-    keywords: dict[str, Any] = dict(
-        teacher=teacher
-        if objective.reads_teacher
-        else None,  # it may be there for another data set's objective
+    teacher: Tensor | TeacherTopK | TeacherHidden | None = context.teacher
+    if teacher is None and batch.teacher is not None:
+        teacher = TeacherTopK.of(batch.teacher.map(lambda x: x.transpose(0, 1)), batch.teacher_tail)
+    if not objective.reads_teacher:  # it may be there for another data set's objective
+        teacher = None
+    options = LossOptions(
         token_weights=None if batch.token_weights is None else batch.token_weights.transpose(0, 1),
         sequence_ids=batch.sequence_ids.transpose(0, 1) if sequences else None,
         num_sequences=batch.num_sequences if sequences else None,
@@ -91,25 +80,29 @@ def q_target_output(
         vocab_size=context.vocab_size,
     )
     if context.fuse_head:
+        # scale_logits is linear: on the number 1 it is the factor (muP's; 1 without)
+        options["logit_scale"] = float(scale_logits(torch.ones(())))
         out = q_target_linear_cross_entropy(
             hidden_states,
             head_weight(output_layer, output_weight, hidden_states),
             labels.transpose(0, 1),
             objective,
-            # scale_logits is linear: on the number 1 it is the factor (muP's; 1 without)
-            logit_scale=float(scale_logits(torch.ones(()))),
+            teacher,
             sequence_parallel=output_layer.sequence_parallel,
-            **keywords,
+            **options,
         )
     else:
+        # the riding teacher keeps hidden states for a fused head only
+        assert not isinstance(teacher, TeacherHidden)
         logits, _ = output_layer(hidden_states, weight=output_weight)  # [s, b, V/tp]
         out = q_target_cross_entropy(
             scale_logits(logits),
             labels.transpose(0, 1),
             objective,
+            teacher,
             # nobody reads the logits again: the gradient takes their memory
             inplace=torch.is_grad_enabled(),
-            **keywords,
+            **options,
         )
     context.teacher = None
     values = {

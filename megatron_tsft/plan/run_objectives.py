@@ -12,7 +12,7 @@ from megatron_tsft.data.batch import MicroBatch
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.loss import TeacherTopK, q_target_cross_entropy
-from megatron_tsft.objectives import Objective
+from megatron_tsft.objectives import Objective, SingleObjective
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.sources import Source
 
@@ -28,8 +28,8 @@ class RunObjectives:
     """
 
     names: Sequence[str]
-    members: Sequence[Objective]
-    evaluation: Objective
+    members: Sequence[SingleObjective]
+    evaluation: SingleObjective
 
     def to(self, device: torch.device | str) -> "RunObjectives":
         """The same with their tensors on a device."""
@@ -37,7 +37,7 @@ class RunObjectives:
         return RunObjectives(self.names, members, self.evaluation.to(device))
 
     @property
-    def all(self) -> list[Objective]:
+    def all(self) -> list[SingleObjective]:
         return [*self.members, self.evaluation]
 
     @property
@@ -109,7 +109,7 @@ def parse_objectives(
     return RunObjectives([source.name for source in sources], members, evaluation)
 
 
-def _objective(flag: str, text: str) -> Objective:
+def _objective(flag: str, text: str) -> SingleObjective:
     try:
         return objectives.parse(text)
     except (ValueError, TypeError) as error:
@@ -147,7 +147,7 @@ def check_objectives(
         _try(run.evaluation, trial, evaluation, may_ignore=True)
 
 
-def _try(objective: Objective, trial: Trial, data: PreparedData, *, may_ignore: bool) -> None:
+def _try(objective: SingleObjective, trial: Trial, data: PreparedData, *, may_ignore: bool) -> None:
     """Raise UserError where the loss refuses this objective with the run's teacher and this data's
     weights.
 
@@ -158,14 +158,12 @@ def _try(objective: Objective, trial: Trial, data: PreparedData, *, may_ignore: 
     if trial.top_k:
         teacher = TeacherTopK(one[:, None], torch.zeros(1, 1), label_logprobs=torch.zeros(1))
     reads = trial.teacher and (objective.reads_teacher or not may_ignore)
-    moved = objective.to("cpu")  # its schedules are copies of their own
     try:
         for step in (0, LAST_STEP):  # a schedule may begin or end where no teacher is needed
-            moved.set_step(step)
             q_target_cross_entropy(
                 torch.zeros(1, 2),
                 one,
-                moved,
+                objective.at_step(step),
                 teacher=teacher if reads else None,
                 token_weights=torch.ones(1) if weighted else None,
                 sequence_ids=one,

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
-from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.loss.records import TeacherRecords
 from megatron_tsft.teacher.format import expected_bytes
 from megatron_tsft.teacher.writer import CacheWriter
 
@@ -93,22 +94,20 @@ def fill_cache(
     return done
 
 
-def as_rows(topk: TeacherTopK, counts: Sequence[int]) -> list[TeacherRows]:
+def as_rows(records: TeacherRecords[Tensor], counts: Sequence[int]) -> list[TeacherRows]:
     """Records of consecutive conversations with `counts` supervised tokens each, rounded to the
     cache's types.
 
-    topk: [n, k] and [n] of all of them.
+    records: of all of them, as `teacher_topk` gives them.
     """
-    assert topk.label_logprobs is not None and topk.tail_logmass is not None
-    ids = topk.ids.cpu().numpy().astype(np.int32)
+    found = records.map(lambda x: x.cpu().numpy())
+    ids = found.ids.astype(np.int32)
     # a log-prob is at most 0, and one that fp16 cannot hold is as good as its smallest number; -inf
     # is no token at all
-    logprobs = np.clip(topk.logprobs.cpu().numpy(), FLOAT16_MIN, 0).astype(np.float16)
+    logprobs = np.clip(found.logprobs, FLOAT16_MIN, 0).astype(np.float16)
     logprobs[ids < 0] = -np.inf
-    label = np.clip(topk.label_logprobs.cpu().numpy(), FLOAT16_MIN, 0).astype(np.float16)
-    tail = np.minimum(topk.tail_logmass.cpu().numpy(), 0).astype(np.float32)
+    label = np.clip(found.label_logp, FLOAT16_MIN, 0).astype(np.float16)
+    tail = np.minimum(found.tail_logmass, 0).astype(np.float32)
+    rounded = TeacherRecords(ids, logprobs, label, tail)
     ends = np.cumsum(counts).tolist()
-    return [
-        TeacherRows(ids[a:b], logprobs[a:b], label[a:b], tail[a:b])
-        for a, b in zip([0, *ends], ends, strict=False)
-    ]
+    return [rounded.map(lambda x, a=a, b=b: x[a:b]) for a, b in zip([0, *ends], ends, strict=False)]

@@ -4,6 +4,7 @@ anything trains."""
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,13 +122,7 @@ class TeacherCache:
         """The record at `place`; views of the file."""
         number = int(np.searchsorted(self._starts, place, side="right")) - 1
         begin, end = self._offsets[number][place - int(self._starts[number]) :][:2].tolist()
-        all_of = self._shards[number]
-        return TeacherRows(
-            all_of.ids[begin:end],
-            all_of.logprobs[begin:end],
-            all_of.label_logprobs[begin:end],
-            all_of.tail_logmass[begin:end],
-        )
+        return self._shards[number].map(lambda x: x[begin:end])
 
     def tail_logmass(self) -> np.ndarray:
         """[tokens] fp32, of the whole cache."""
@@ -185,7 +180,7 @@ class CachedTeacher:
             return rows
         ids = np.pad(rows.ids, ((0, 0), (0, missing)), constant_values=-1)
         logprobs = np.pad(rows.logprobs, ((0, 0), (0, missing)), constant_values=-np.inf)
-        return TeacherRows(ids, logprobs, rows.label_logprobs, rows.tail_logmass)
+        return replace(rows, ids=ids, logprobs=logprobs)
 
 
 def _open_again(directories: list[Path], data: PreparedData) -> CachedTeacher:
@@ -223,8 +218,8 @@ def _rows_of(batch: pa.RecordBatch) -> TeacherRows:
         return rows.flatten().to_numpy().reshape(len(tokens), rows.type.list_size)
 
     return TeacherRows(
-        matrix("ids"),
-        matrix("logprobs"),
-        tokens.field("label_logprob").to_numpy(),
-        tokens.field("tail_logmass").to_numpy(),
+        ids=matrix("ids"),
+        logprobs=matrix("logprobs"),
+        label_logp=tokens.field("label_logprob").to_numpy(),
+        tail_logmass=tokens.field("tail_logmass").to_numpy(),
     )

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_tsft.loss.collectives import all_gather
-from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.loss.records import TeacherRecords
 from megatron_tsft.loss.teacher import FLOOR
 
 CHUNK_BYTES = 4 << 20  # fp32 scratch on the CPU, which stays in the cache
@@ -25,7 +25,7 @@ def teacher_topk(
     temperature: float = 1.0,
     absent: Tensor | None = None,  # [V/tp] bool
     tp_group: "dist.ProcessGroup | None" = None,
-) -> TeacherTopK:
+) -> TeacherRecords[Tensor]:
     """Top-k, log T(y) and the exact tail mass of softmax(logits / temperature), in fp32.
 
     One collective: an all-gather of each rank's k candidates and two numbers a token. Every rank of
@@ -40,7 +40,7 @@ def teacher_topk(
 
     Returns:
         ids [n, k] int64 and logprobs [n, k] fp32, most likely first (-1 and -inf where fewer tokens
-        have any mass); label_logprobs and tail_logmass [n] fp32.
+        have any mass); label_logp and tail_logmass [n] fp32.
     """
     width = logits.shape[1]
     rows = max(1, (CHUNK_BYTES_CUDA if logits.is_cuda else CHUNK_BYTES) // (4 * width))
@@ -86,7 +86,7 @@ def _local(z: Tensor, label: Tensor, k: int, first: int) -> Tensor:
     )
 
 
-def _merge(shards: Tensor, k: int) -> TeacherTopK:
+def _merge(shards: Tensor, k: int) -> TeacherRecords[Tensor]:
     """The records from all shards' candidates, [ranks, n, 2 k' + 2]; each rank picks from the same
     numbers."""
     candidates = (shards.shape[2] - 2) // 2
@@ -100,11 +100,13 @@ def _merge(shards: Tensor, k: int) -> TeacherTopK:
     tail = torch.exp2(left - m).sum(1) + (shards[..., -2] * shift).sum(0)
     log_s = torch.log2(torch.exp2(top - m).sum(1) + tail)
     label = shards[..., -1].amax(0)
-    bits = top - m - log_s[:, None], label - m[:, 0] - log_s, torch.log2(tail) - log_s
-    logprobs, label_logprobs, tail_logmass = ((value / LOG2E).float() for value in bits)
-    return TeacherTopK(
-        torch.where(top > -torch.inf, ids, -1),
-        logprobs,
-        label_logprobs=label_logprobs,
-        tail_logmass=tail_logmass,
+
+    def nats(bits: Tensor) -> Tensor:
+        return (bits / LOG2E).float()
+
+    return TeacherRecords(
+        ids=torch.where(top > -torch.inf, ids, -1),
+        logprobs=nats(top - m - log_s[:, None]),
+        label_logp=nats(label - m[:, 0] - log_s),
+        tail_logmass=nats(torch.log2(tail) - log_s),
     )

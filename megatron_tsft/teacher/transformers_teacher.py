@@ -11,7 +11,7 @@ import torch
 from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
-from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.loss.records import TeacherRecords
 from megatron_tsft.teacher.job import Progress, as_rows
 from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.topk import teacher_topk
@@ -92,7 +92,7 @@ class TransformersTeacher:
         ]
         return [as_rows(part, [len(part.ids)])[0] for part in parts]
 
-    def _topk(self, logits: torch.Tensor, labels: torch.Tensor) -> TeacherTopK:
+    def _topk(self, logits: torch.Tensor, labels: torch.Tensor) -> TeacherRecords[torch.Tensor]:
         """logits [n, teacher's vocabulary], labels [n]."""
         absent = None
         if self.columns is not None:

@@ -165,8 +165,8 @@ def file_digest(path: Path) -> str:
 
 def wrong_rows(rows: TeacherRows, vocab_size: int) -> str | None:
     """What is impossible in records ([n, k] each, of one conversation or many), or None."""
-    shapes = {rows.ids.shape, rows.logprobs.shape, (*rows.label_logprobs.shape, rows.ids.shape[1])}
-    if len(shapes) != 1 or rows.label_logprobs.shape != rows.tail_logmass.shape:
+    shapes = {rows.ids.shape, rows.logprobs.shape, (*rows.label_logp.shape, rows.ids.shape[1])}
+    if len(shapes) != 1 or rows.label_logp.shape != rows.tail_logmass.shape:
         return (
             f"its arrays do not fit each other: {rows.ids.shape}, {rows.logprobs.shape},"
             f" {rows.tail_logmass.shape}"
@@ -189,7 +189,7 @@ def wrong_rows(rows: TeacherRows, vocab_size: int) -> str | None:
     ):
         return "it has a log-prob that is not finite or above 0"
     for name, values in (
-        ("label_logprobs", rows.label_logprobs),
+        ("label_logp", rows.label_logp),
         ("tail_logmass", rows.tail_logmass),
     ):
         if np.isnan(values).any() or (values > 0).any():
@@ -213,7 +213,7 @@ def _batch(names: Sequence[str], records: Sequence[TeacherRows]) -> pa.RecordBat
         pa.FixedSizeListArray.from_arrays(
             column([rows.logprobs for rows in records], np.float16), top_k
         ),
-        column([rows.label_logprobs for rows in records], np.float16),
+        column([rows.label_logp for rows in records], np.float16),
         column([rows.tail_logmass for rows in records], np.float32),
     ]
     item = layout.field("tokens").type.value_field.type

@@ -25,7 +25,7 @@ from megatron_tsft.data.packing import first_fit_decreasing
 from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.loss.collectives import all_gather
-from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.loss.records import TeacherRecords
 from megatron_tsft.model.riding_teacher import frozen_config, load_frozen
 from megatron_tsft.model.target_step import run_packed
 from megatron_tsft.model.teacher_vocabulary import TeacherVocabulary
@@ -48,7 +48,7 @@ class Asked:
 
     teacher: "MegatronTeacher"
     batch: MicroBatch
-    records: list[TeacherTopK] = field(default_factory=list)
+    records: list[TeacherRecords[Tensor]] = field(default_factory=list)
 
 
 class MegatronTeacher:
@@ -226,7 +226,5 @@ def record_output(
         )
         for part in rows.split(HEAD_TOKENS)
     ]
-    values = ([part.ids, part.logprobs, part.label_logprobs, part.tail_logmass] for part in parts)
-    ids, logprobs, label, tail = (torch.cat(value) for value in zip(*values, strict=True))
-    context.records.append(TeacherTopK(ids, logprobs, label_logprobs=label, tail_logmass=tail))
+    context.records.append(TeacherRecords.join(parts, torch.cat))
     return hidden_states.new_zeros(1)

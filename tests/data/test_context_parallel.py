@@ -87,8 +87,8 @@ def packs(documents: list[list[int]], k: int = 3) -> dict[str, torch.Tensor]:
         "token_weights": place / 7,
         "teacher_ids": (place[..., None] * k + torch.arange(k)).int(),
         "teacher_logprobs": -(place[..., None] * k + torch.arange(k)).half(),
-        "teacher_label": -place.half(),
-        "teacher_tail": -place.float(),
+        "teacher_label_logp": -place.half(),
+        "teacher_tail_logmass": -place.float(),
         "dataset": torch.arange(shape[0]),
         "index": torch.arange(shape[0]),
     }
@@ -108,7 +108,7 @@ def test_all_tensors_of_a_batch_are_cut_alike() -> None:
         for name in names:
             assert torch.equal(getattr(part, name), getattr(whole, name)[:, held]), name
         assert part.teacher is not None
-        for name in ("ids", "logprobs", "label_logprobs", "tail_logmass"):
+        for name in ("ids", "logprobs", "label_logp", "tail_logmass"):
             assert torch.equal(
                 getattr(part.teacher, name), getattr(whole.teacher, name)[:, held]
             ), name

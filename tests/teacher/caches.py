@@ -17,7 +17,7 @@ import torch
 from megatron_tsft.data.prepare import prepare
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.data.teacher_rows import TeacherRows
-from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.loss.records import TeacherRecords
 from megatron_tsft.teacher.format import CARD_FILE, CacheIdentity, schema
 from megatron_tsft.teacher.job import as_rows
 from megatron_tsft.teacher.plan import CachePlan, plan_cache
@@ -64,7 +64,7 @@ def prepared(
     return PreparedData.load(root / name)
 
 
-def predictions(sample_id: str, tokens: int, k: int) -> TeacherTopK:
+def predictions(sample_id: str, tokens: int, k: int) -> TeacherRecords[torch.Tensor]:
     """What a teacher says of a conversation, fp64: a function of its sample_id and k; sure of every
     other token."""
     generator = torch.Generator().manual_seed(int(sample_id[:8], 16))
@@ -76,7 +76,7 @@ def predictions(sample_id: str, tokens: int, k: int) -> TeacherTopK:
     tail = (
         torch.logsumexp(ordered[:, k:], -1) if k < VOCABULARY else torch.full((tokens,), -torch.inf)
     )
-    return TeacherTopK(ids[:, :k], ordered[:, :k], label_logprobs=label, tail_logmass=tail)
+    return TeacherRecords(ids[:, :k], ordered[:, :k], label_logp=label, tail_logmass=tail)
 
 
 def record(sample_id: str, tokens: int, k: int) -> TeacherRows:
@@ -134,7 +134,7 @@ def rewrite_shard(
 
 def as_bytes(rows: TeacherRows) -> bytes:
     """Every bit of a record, with its types and shapes."""
-    parts = (rows.ids, rows.logprobs, rows.label_logprobs, rows.tail_logmass)
+    parts = (rows.ids, rows.logprobs, rows.label_logp, rows.tail_logmass)
     return b"".join(
         f"{part.dtype}{part.shape}".encode() + np.ascontiguousarray(part).tobytes()
         for part in parts

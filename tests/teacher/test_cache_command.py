@@ -93,7 +93,7 @@ def check(
         close(
             rows.logprobs, log_t.gather(1, ids)
         )  # the ids are those tokens', or others' as likely
-        close(rows.label_logprobs, log_t.gather(1, labels[:, None])[:, 0])
+        close(rows.label_logp, log_t.gather(1, labels[:, None])[:, 0])
         tail = log_t.scatter(1, ids, -torch.inf).logsumexp(-1)
         np.testing.assert_allclose(rows.tail_logmass, tail.numpy(), rtol=0, atol=noise)
 

@@ -291,7 +291,7 @@ def test_impossible_ids_are_not_read(cache: Path, fault: str) -> None:
         ("logprobs", np.nan, "a log-prob that is not finite or above 0"),
         ("logprobs", -np.inf, "a log-prob that is not finite or above 0"),
         ("logprobs", 0.5, "a log-prob that is not finite or above 0"),
-        ("label_logprobs", np.nan, "its label_logprobs are NaN or above 0"),
+        ("label_logp", np.nan, "its label_logp are NaN or above 0"),
         ("tail_logmass", np.nan, "its tail_logmass are NaN or above 0"),
         ("tail_logmass", 0.5, "its tail_logmass are NaN or above 0"),
     ],
@@ -311,7 +311,7 @@ def test_records_of_another_shape_are_not_written(writer: CacheWriter) -> None:
     records, i = a_record(writer)
     rows = records[i]
     shorter = TeacherRows(
-        rows.ids[1:], rows.logprobs[1:], rows.label_logprobs[1:], rows.tail_logmass[1:]
+        rows.ids[1:], rows.logprobs[1:], rows.label_logp[1:], rows.tail_logmass[1:]
     )
     for wrong, match in (
         (shorter, "its ids are"),
@@ -324,7 +324,7 @@ def test_records_of_another_shape_are_not_written(writer: CacheWriter) -> None:
 
 def test_records_of_another_k_are_not_written(writer: CacheWriter) -> None:
     narrow = [
-        TeacherRows(r.ids[:, 1:], r.logprobs[:, 1:], r.label_logprobs, r.tail_logmass)
+        TeacherRows(r.ids[:, 1:], r.logprobs[:, 1:], r.label_logp, r.tail_logmass)
         for r in a_record(writer)[0]
     ]
     with pytest.raises(UserError, match="cannot be cached"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_tsft.data.prepared import PreparedData
-from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.loss.records import TeacherRecords
 from megatron_tsft.teacher.format import CacheCard, expected_bytes
 from megatron_tsft.teacher.job import as_rows
 from megatron_tsft.teacher.plan import plan_cache
@@ -42,15 +42,14 @@ def test_log_probs_are_rounded_to_fp16_and_tails_to_fp32(home: Home, tmp_path: P
             teacher.rows(i),
             predictions(home.train.sample_ids[i].as_py(), int(supervised[i]), k),
         )
-        assert exact.label_logprobs is not None and exact.tail_logmass is not None
         assert (
             rows.ids.dtype == np.int32
-            and rows.logprobs.dtype == rows.label_logprobs.dtype == np.float16
+            and rows.logprobs.dtype == rows.label_logp.dtype == np.float16
         )
         assert rows.tail_logmass.dtype == np.float32
         assert np.array_equal(rows.ids, exact.ids.numpy())
         assert within_fp16(rows.logprobs, exact.logprobs) and within_fp16(
-            rows.label_logprobs, exact.label_logprobs
+            rows.label_logp, exact.label_logp
         )
         assert np.array_equal(rows.tail_logmass, exact.tail_logmass.float().numpy())
         smallest = min(smallest, float(rows.tail_logmass.min()))
@@ -61,16 +60,16 @@ def test_the_ends_of_fp16(home: Home, tmp_path: Path) -> None:
     """What is nearly 1, what no fp16 can hold, a label and a tail without mass, and fewer tokens
     than k."""
     inf = torch.inf
-    topk = TeacherTopK(
+    topk = TeacherRecords(
         torch.tensor([[5, 3, 9], [7, -1, -1]]),
         torch.tensor([[-1e-9, -70000.0, -1e30], [2e-9, -inf, -inf]]),
-        label_logprobs=torch.tensor([-inf, -1e-9]),
+        label_logp=torch.tensor([-inf, -1e-9]),
         tail_logmass=torch.tensor([-87.25, -inf]),
     )
     (rows,) = as_rows(topk, [2])
     lowest = np.finfo(np.float16).min
     assert rows.logprobs.tolist() == [[0, lowest, lowest], [0, -inf, -inf]]
-    assert rows.label_logprobs.tolist() == [lowest, 0] and rows.tail_logmass.tolist() == [
+    assert rows.label_logp.tolist() == [lowest, 0] and rows.tail_logmass.tolist() == [
         -87.25,
         -inf,
     ]
@@ -193,7 +192,7 @@ def test_a_narrower_cache_is_padded(home: Home, tmp_path: Path) -> None:
             and np.isneginf(rows.logprobs[:, 3:]).all()
         )
         assert np.array_equal(rows.tail_logmass, three.tail_logmass)  # of the cache's own k
-        assert np.array_equal(rows.label_logprobs, three.label_logprobs)
+        assert np.array_equal(rows.label_logp, three.label_logp)
 
 
 def test_the_card_counts_what_the_shards_hold(home: Home, tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
-from megatron_tsft.loss.records import TeacherTopK
 from megatron_tsft.teacher.reader import CachedTeacher
 from tests.teacher.caches import record, same, write_cache
 from tests.teacher.conftest import Home
 
 K = 4
-NAMES = ("teacher_ids", "teacher_logprobs", "teacher_label", "teacher_tail")
+NAMES = ("teacher_ids", "teacher_logprobs", "teacher_label_logp", "teacher_tail_logmass")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ def test_records_lie_at_their_tokens(
             end = at + min(len(sample.input_ids) - 1, seq_length)
             for i, place in enumerate(at_tokens.tolist()):
                 if place < end:
-                    values = (known.ids, known.logprobs, known.label_logprobs, known.tail_logmass)
+                    values = (known.ids, known.logprobs, known.label_logp, known.tail_logmass)
                     wanted[place] = tuple(value[i].tolist() for value in values)
             at += -(-(end - at) // multiple) * multiple
         assert torch.nonzero(item["labels"] != -100)[:, 0].tolist() == sorted(wanted)
@@ -107,15 +106,12 @@ def test_a_micro_batch_has_the_records_of_its_packs(
     packs = packs_of(home.train, teacher)
     batch = MicroBatch.from_packs(default_collate([packs[0], packs[1], packs[2]]), "cpu", tail)
     found = batch.teacher
-    assert isinstance(found, TeacherTopK) and found.tail == tail
-    assert found.label_logprobs is not None and found.tail_logmass is not None
+    assert found is not None and batch.teacher_tail == tail
     assert found.ids.shape == found.logprobs.shape == (1, 3 * 64, K)
-    assert (
-        found.label_logprobs.shape == found.tail_logmass.shape == batch.labels.shape == (1, 3 * 64)
-    )
+    assert found.label_logp.shape == found.tail_logmass.shape == batch.labels.shape == (1, 3 * 64)
     for i in range(3):
         place = slice(64 * i, 64 * (i + 1))
-        values = (found.ids, found.logprobs, found.label_logprobs, found.tail_logmass)
+        values = (found.ids, found.logprobs, found.label_logp, found.tail_logmass)
         for name, value in zip(NAMES, values, strict=True):
             assert torch.equal(value[0, place], packs[i][name])
     assert torch.equal((found.ids >= 0).all(-1), batch.labels != -100)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tsft.loss.records import TeacherTopK
+from megatron_tsft.loss.records import TeacherRecords
 from megatron_tsft.teacher import topk
 from megatron_tsft.teacher.topk import teacher_topk
 from tests.ranks import run_ranks
@@ -66,7 +66,7 @@ CASES = {
 }
 
 
-def sharded(rank: int, world: int, case: Case) -> TeacherTopK:
+def sharded(rank: int, world: int, case: Case) -> TeacherRecords[Tensor]:
     """teacher_topk of this rank's columns."""
     width = WIDTH // world
     mine = slice(rank * width, (rank + 1) * width)
@@ -81,11 +81,11 @@ def sharded(rank: int, world: int, case: Case) -> TeacherTopK:
     return teacher_topk(case.logits[:, mine].clone(), case.labels, case.k, **options)
 
 
-def on_ranks(world: int, case: Case) -> TeacherTopK:
+def on_ranks(world: int, case: Case) -> TeacherRecords[Tensor]:
     """What every one of `world` ranks returns."""
     first, *others = run_ranks(world, sharded, world, case, group=world > 1)
     for other in others:
-        for name in ("ids", "logprobs", "label_logprobs", "tail_logmass"):
+        for name in ("ids", "logprobs", "label_logp", "tail_logmass"):
             assert torch.equal(getattr(first, name), getattr(other, name)), name
     return first
 
@@ -98,11 +98,10 @@ def dense_logprobs(case: Case) -> Tensor:
     return torch.log_softmax(z, -1)
 
 
-def check(found: TeacherTopK, case: Case, tolerance: float) -> None:
+def check(found: TeacherRecords[Tensor], case: Case, tolerance: float) -> None:
     """Against the dense definition; ids may be others where log-probs are equal."""
     log_t, k = dense_logprobs(case), min(case.k, VOCABULARY)
-    label, tail = found.label_logprobs, found.tail_logmass
-    assert label is not None and tail is not None
+    label, tail = found.label_logp, found.tail_logmass
     assert (
         found.ids.shape == found.logprobs.shape == (len(log_t), k)
         and found.ids.dtype == torch.int64

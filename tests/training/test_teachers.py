@@ -66,7 +66,7 @@ class Dense:
                 rows = cached.rows(row)
                 stored = (torch.tensor(rows.ids), torch.tensor(rows.logprobs), z.shape[1], tail)
                 log_t = topk_teacher(*stored, tail_logmass=torch.tensor(rows.tail_logmass))
-                log_ref = torch.tensor(rows.label_logprobs).double()
+                log_ref = torch.tensor(rows.label_logp).double()
             else:
                 with torch.no_grad():
                     logits = other(input_ids=ids[None, :-1]).logits[0][wanted]

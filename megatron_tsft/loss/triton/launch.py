@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 
 from megatron_tsft.loss.shard import GradientWeights, Shard
-from megatron_tsft.loss.statistics import Table, Wanted
+from megatron_tsft.loss.statistics import MAXIMA, SUMS, Table, Wanted
 from megatron_tsft.loss.teacher import FLOOR, DenseTeacher, SparseTeacher
 from megatron_tsft.loss.triton.backward import backward_kernel
 from megatron_tsft.loss.triton.forward import forward_kernel
@@ -60,7 +60,7 @@ def write_gradient(shard: Shard, weights: GradientWeights, out: Tensor) -> None:
 ARGUMENT = {
     "label": "at_label"
 }  # what the kernel calls a GradientWeights field that would clash with the shard's
-OUTPUTS = ("m", "s", "z_y", "e", "c", "m_pi", "s_pi", "d_pi", "k_pi", "m_t", "s_t", "t_y", "bad")
+OUTPUTS = (*MAXIMA, *SUMS)
 
 
 def _logits(shard: Shard) -> dict:

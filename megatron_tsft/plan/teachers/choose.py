@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from megatron_tsft.errors import UserError
-from megatron_tsft.objectives import Objective
+from megatron_tsft.objectives import SingleObjective
+from megatron_tsft.objectives.objective import ask_before_statistics
 from megatron_tsft.plan.config import TsftConfig, destination, option
 from megatron_tsft.plan.run_objectives import LAST_STEP, RunObjectives
 from megatron_tsft.plan.teachers import kinds
@@ -59,20 +60,18 @@ def _default(run: RunObjectives) -> str:
     return "reference" if any(map(_needs_teacher, run.members)) else "none"
 
 
-def _needs_teacher(objective: Objective) -> bool:
+def _needs_teacher(objective: SingleObjective) -> bool:
     """Whether some step of the run reads the teacher."""
     if objective.teacher != "optional":
         return objective.reads_teacher
-    moved = objective.to("cpu")
     for step in (0, LAST_STEP):
-        moved.set_step(step)
-        share = moved.residual_plan().b
+        share = objective.at_step(step).residual().b
         if bool((share != 0).any()) if isinstance(share, Tensor) else share != 0:
             return True
     return False
 
 
-def _only_teaches(objective: Objective) -> bool:
+def _only_teaches(objective: SingleObjective) -> bool:
     """Whether the label counts for nothing, so that a copy of the student would teach nothing."""
-    imitation = objective.residual_plan().imitation
+    imitation = ask_before_statistics(objective.row.function, objective.parameters).imitation
     return not isinstance(imitation, Tensor) and imitation == 0

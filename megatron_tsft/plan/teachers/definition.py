@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.loss.records import Tail
 from megatron_tsft.plan.packs import RecordBook
 
 if TYPE_CHECKING:  # config.py takes the kinds' names from here
@@ -14,9 +15,6 @@ if TYPE_CHECKING:  # config.py takes the kinds' names from here
     from megatron_tsft.plan.config import TsftConfig
     from megatron_tsft.plan.flags import Flags
     from megatron_tsft.plan.start_weights import StartWeights
-
-Tail = Literal["uniform", "drop"]
-
 
 @dataclass(frozen=True)
 class Riding:
