@@ -190,7 +190,8 @@ def test_how_an_objective_prints() -> None:
 
 def test_unknown_name_and_parameter() -> None:
     with pytest.raises(
-        ValueError, match="unknown objective 'sftt'; valid: sft, dft, .*, target-sft"
+        ValueError,
+        match=r"unknown objective 'sftt' \(did you mean 'sft'\?\); valid: sft, dft, .*, target-sft",
     ):
         objectives.get("sftt")
     with pytest.raises(ValueError, match="unknown objective ''; valid: sft"):

@@ -42,7 +42,7 @@ def start(startup: Startup) -> argparse.Namespace:
         raise _refused(error) from error
     finally:
         sys.argv = before
-    _keep_start_weights(args)
+    keep_start_weights(args)
     for name, value in startup.settings.items():
         setattr(args, name, value)
     return args
@@ -79,7 +79,7 @@ def _refused(error: Exception) -> UserError:
     return UserError(f"Megatron refuses these flags: {text}")
 
 
-def _keep_start_weights(args: Any) -> None:
+def keep_start_weights(args: Any) -> None:
     """Make the fp32 weights of the optimizer out of the checkpoint, where the model itself holds
     FP8 ones.
 

@@ -31,7 +31,7 @@ ORDER = {
 BOTTOM = {"names": 0, "errors": 0, "console": 1, "atomic": 1, "cards": 2, "entry": 2}
 EVERYBODYS = "names"  # of these, what the rooms that import torch only may use
 ASKS_TORCH = "entry"  # of these, the one that asks torch whether there is a GPU
-WITHOUT_MEGATRON = {"plan", "teacher", "data", "loss", "objectives"}
+WITHOUT_MEGATRON = {"plan", "teacher", "data"}
 TORCH_ONLY = {"objectives", "loss"}
 KERNELS = (
     "loss/triton"  # may import triton too; loss/dispatch.py imports it when a kernel is wanted

@@ -81,7 +81,7 @@ def test_defaults_on_one_cpu_node(tmp_path: Path) -> None:
     words = command(cwd=tmp_path, **CPU)
     module = words.index("megatron_tsft.training.pretrain_gpt")
     torchrun, flags = words[:module], words[module:]
-    assert torchrun[1:4] == ["-m", "torch.distributed.run", "--nproc-per-node"]
+    assert torchrun[1:4] == ["-m", "megatron_tsft.commands.torchrun", "--nproc-per-node"]
     assert value(torchrun, "--nproc-per-node") == "1"
     assert value(torchrun, "--rdzv-endpoint").endswith(":0") and "--master-port" not in torchrun
     expected = {
@@ -90,9 +90,6 @@ def test_defaults_on_one_cpu_node(tmp_path: Path) -> None:
         "--save": "runs/a",
         "--train-iters": "40",
         "--tsft-device": "cpu",
-        "--tsft-objective": "target-sft",
-        "--tsft-args": "eta=0.5",
-        "--tsft-teacher": "reference",
         "--lr": "1e-5",
         "--min-lr": "1e-06",
         "--save-interval": "200",
@@ -103,6 +100,10 @@ def test_defaults_on_one_cpu_node(tmp_path: Path) -> None:
         "--use-distributed-optimizer",
         "--sequence-parallel",
         "--tsft-eval-data",
+        # the entry point's defaults hold
+        "--tsft-objective",
+        "--tsft-args",
+        "--tsft-teacher",
     } & set(flags)
 
 
@@ -164,7 +165,43 @@ def test_variables_reach_their_flags() -> None:
     at = words.index("--tsft-args")
     assert words[at + 1 : at + 3] == ["weight_min=0.2", "weight_max=0.9"]
     assert {"--bf16", "--sequence-parallel"} <= set(words)
-    assert "--tsft-teacher" not in words  # idft reads none: the entry point's default holds
+    assert "--tsft-teacher" not in words
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("OBJETIVE", "OBJECTIVE"),
+        ("OBJECTVIE", "OBJECTIVE"),
+        ("TRAIN_ITER", "TRAIN_ITERS"),
+        ("TEACHER_CASHE", "TEACHER_CACHE"),
+        ("WEIGHTDECAY", "WEIGHT_DECAY"),
+    ],
+)
+def test_a_mistyped_variable_is_named(name: str, meant: str) -> None:
+    done = start(LAUNCH, **CPU | {"DRY_RUN": "1", name: "x"})
+    assert done.returncode == 2 and done.stdout == ""
+    words = f"error: {name} is no variable of this launcher (did you mean {meant}?)"
+    assert done.stderr.startswith(words) and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["MODELS", "HOME", "LEARNING", "SLURM_GPUS_PER_NODE", "LD_PRELOAD"]
+)
+def test_other_variables_are_let_alone(name: str) -> None:
+    assert start(LAUNCH, **CPU | {"DRY_RUN": "1", name: ""}).returncode == 0
+
+
+def test_the_help_and_the_check_of_names_know_the_same_variables() -> None:
+    listed = re.search(r'^KNOWN="([^"]*)"', LAUNCH.read_text(encoding="utf-8"), re.M)
+    assert listed is not None
+    lines = start(LAUNCH, "--help").stdout.split("\nexamples\n")[0].splitlines()
+    # a line of the help begins with its variables, or says after a semicolon what others are
+    heads = [re.match(r"  ((?:[A-Z][A-Z0-9_]+(?:, )?)+)", line) for line in lines]
+    first = {name for head in heads if head for name in head[1].rstrip(", ").split(", ")}
+    known = set(listed[1].split())
+    assert first <= known
+    assert all(any(name in line for line in lines) for name in known)
 
 
 def test_gpus_get_what_a_cluster_run_wants() -> None:

@@ -150,7 +150,7 @@ def configure(asked: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     install()
     import transformers  # noqa: F401  # once, for the cases below
 
-    import megatron_tsft.training.arguments  # noqa: F401
+    import megatron_tsft.training.start  # noqa: F401
 
     # Megatron parses one command line a process: each case has its own
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
@@ -170,10 +170,13 @@ def configure_one(argv: list[str], world: int, model: str, engine: bool) -> dict
     from megatron_tsft.checkpoint.card import ModelCard
     from megatron_tsft.checkpoint.families import family_of
     from megatron_tsft.errors import UserError
-    from megatron_tsft.training import arguments
-    from megatron_tsft.plan.config import TsftConfig
+    from megatron_tsft.plan.defaults import parser_defaults
+    from megatron_tsft.plan.flags import Flags
     from megatron_tsft.plan.pack_length import check_pack
+    from megatron_tsft.plan.plan import Startup
     from megatron_tsft.plan.precision import check_precision
+    from megatron_tsft.training.read_flags import read_flags
+    from megatron_tsft.training.start import model_config, start
 
     os.environ.update(
         WORLD_SIZE=str(world), RANK="0", LOCAL_RANK="0", CUDA_DEVICE_MAX_CONNECTIONS="1"
@@ -186,22 +189,19 @@ def configure_one(argv: list[str], world: int, model: str, engine: bool) -> dict
     card = ModelCard(
         family.name, hf.architectures[0], shape, hf.vocab_size, 128, 0, "bfloat16", "", None
     )
-    given = arguments.given_flags(argv)
-    config = TsftConfig.from_given(given)
-    defaults = arguments.defaults_for(card, config, "cuda", given)
-    run = given | {
-        "sequence_parallel": given.get("sequence_parallel", defaults.get("sequence_parallel"))
-    }
+    line = read_flags(argv)
+    defaults = parser_defaults(card, line.config.model, "cuda", line.given)
+    flags = Flags.of(line.given, defaults)
     result: dict[str, Any] = {"ours": dict.fromkeys(GPU, ""), "megatron": ""}
     for name, capability in GPU.items():
         try:
-            check_precision(run, "cuda", engine=engine, capability=capability, cuda=(13, 0))
-            check_pack(run)
+            check_precision(flags, "cuda", engine=engine, capability=capability, cuda=(13, 0))
+            check_pack(flags)
         except UserError as error:
             result["ours"][name] = str(error)
     try:
-        args = arguments.parse(argv, defaults)
-        built = arguments.model_config(args)
+        args = start(Startup(tuple(argv), defaults, {}))
+        built = model_config(args)
     except UserError as error:
         return result | {"megatron": str(error)}
     container = pretrain_cfg_container_from_args(args, built)

@@ -2,7 +2,6 @@
 ranks it resumes."""
 
 import itertools
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.packs import DataSet, PackRules, Packs
 from megatron_tsft.plan.same_packs import SAVED, Resumed, check_same_packs, facts_of_packs
 from tests.training.runs import Train, World, check_ran
 
@@ -183,16 +183,21 @@ def test_the_way_out_that_a_refusal_names_works(train: Train) -> None:
         assert [row["step"] for row in run.rows] == [1, 2]
 
 
+def run_of(world: World, members: int = 1, seed: int = 1234, multiple: int = 1) -> Packs:
+    """The packs of a run with batches of 8."""
+    data = PreparedData.load(world.train)
+    rules = PackRules(seq_length=64, seed=seed, document_multiple=multiple, truncate=False)
+    return Packs([DataSet(data, 1.0, False)] * members, None, rules, batch=8, evaluation_batch=8)
+
+
 def test_a_batch_size_may_change_within_the_first_epoch(world: World) -> None:
-    datasets: Any = Namespace(members=[packs_of(world, 8)], shares=[1.0])
-    facts = facts_of_packs(datasets, 64, 1234, 1)
-    packs = datasets.members[0].packs
-    assert 16 < packs <= 24
+    assert 16 < run_of(world).members[0].packs <= 24
 
     def check(consumed: int, now: int, members: int = 1) -> None:
-        before = {"global_batch_size": 8, "consumed_train_samples": consumed, SAVED: facts}
-        several: Any = Namespace(members=datasets.members * members, shares=[1.0] * members)
-        check_same_packs(Resumed(Path("run/iter_0000009"), "run", before), facts, several, now, {})
+        packs = run_of(world, members)
+        before: dict[str, Any] = {"global_batch_size": 8, "consumed_train_samples": consumed}
+        before[SAVED] = facts_of_packs(packs)
+        check_same_packs(Resumed(Path("run/iter_0000009"), "run", before), packs, now, 1)
 
     check(16, 20)  # 40 packs an epoch instead of 24
     check(240, 8)
@@ -207,9 +212,10 @@ def test_a_batch_size_may_change_within_the_first_epoch(world: World) -> None:
 
 def test_a_checkpoint_of_an_earlier_version(world: World) -> None:
     """It does not say what data it saw, and had no padded conversations."""
-    datasets: Any = Namespace(members=[packs_of(world, 8)], shares=[1.0])
     resumed = Resumed(Path("run/iter_0000009"), "run", {"seq_length": 64, "seed": 1234})
-    check_same_packs(resumed, facts_of_packs(datasets, 64, 1234, 1), datasets, 8, {})
-    for facts, flag in ((64, 1234, 4), "--tsft-document-multiple 1"), ((64, 7, 1), "--seed 1234"):
+    check_same_packs(resumed, run_of(world), 8, 1)
+    other = {"--tsft-document-multiple 1": run_of(world, multiple=4)}
+    other["--seed 1234"] = run_of(world, seed=7)
+    for flag, packs in other.items():
         with pytest.raises(UserError, match=f"trained with {flag}"):
-            check_same_packs(resumed, facts_of_packs(datasets, *facts), datasets, 8, {})
+            check_same_packs(resumed, packs, 8, 1)

@@ -20,8 +20,9 @@ from megatron_tsft.checkpoint.convert import export_hf, import_hf
 from megatron_tsft.checkpoint.verify import verify
 from megatron_tsft.data.prepare import prepare
 from megatron_tsft.errors import UserError
-from megatron_tsft.training.checks import check_checkpoints, check_layout
-from megatron_tsft.training.config import TsftConfig
+from megatron_tsft.plan.flags import Flags
+from megatron_tsft.plan.layout import check_layout
+from megatron_tsft.plan.start_weights import find_start_weights
 from tests.training.runs import CHAT_TEMPLATE, Train, World, check_ran, make_hf, write_rows
 from tests.training.test_against_transformers import dense_step, encoded
 from tests.training.test_teachers import HELD, load
@@ -229,7 +230,7 @@ def test_layouts_of_experts(
         "seq_length": 64,
     } | flags
     with pytest.raises(UserError, match=words):
-        check_layout(given, ModelCard.load(worlds(family).base), ranks)
+        check_layout(Flags.of(given), ModelCard.load(worlds(family).base), ranks)
 
 
 @pytest.mark.slow
@@ -238,17 +239,15 @@ def test_a_run_of_local_layers_is_not_resumed_with_the_engines(
 ) -> None:
     world = worlds("qwen3")
     save = check_ran(train("run", *start_of(world), steps=1, keep=True)).save
-    config, card = (
-        TsftConfig.from_given({"tsft_model": str(world.base)}),
-        ModelCard.load(world.base),
-    )
-    check_checkpoints(config, card, {"save": str(save)}, engine=False)
-    check_checkpoints(config, card, {}, engine=True)  # an import has what either asks for
+    base, card = str(world.base), ModelCard.load(world.base)
+    resuming = Flags.of({"save": str(save)})
+    find_start_weights(base, card, resuming, engine=False)
+    find_start_weights(base, card, Flags(), engine=True)  # an import has what either asks for
     with pytest.raises(
         UserError,
         match="saved by Megatron's local layers .*final_layernorm.* --transformer-impl local",
     ):
-        check_checkpoints(config, card, {"save": str(save)}, engine=True)
+        find_start_weights(base, card, resuming, engine=True)
 
 
 @pytest.mark.slow

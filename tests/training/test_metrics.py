@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_tsft.training.metrics import COLUMNS, MetricsFile, MetricsWriter
+from megatron_tsft.model.metrics_file import COLUMNS, MetricsFile
+from megatron_tsft.training.metrics import MetricsWriter
 from tests.training.runs import REPOSITORY, Train, World, check_ran
 
 

@@ -6,14 +6,22 @@ from typing import Any
 import pytest
 
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.pack_length import check_pack, document_multiple, pack_multiple
-from megatron_tsft.plan.precision import FP4, FP8, asked
+from megatron_tsft.plan.precision import FP4, FP8, scaled_format
+
+MULTIPLE = "tsft_document_multiple"
+
+
+def asked(given: dict[str, Any]) -> tuple[Flags, int]:
+    """What the functions take, of flags by destination."""
+    return Flags.of(given), given.get(MULTIPLE, 0)
 
 
 def refusal(**given: Any) -> str:
     """The one line that a combination is refused with."""
     with pytest.raises(UserError) as caught:
-        check_pack(given)
+        check_pack(*asked(given))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -74,11 +82,11 @@ def refusal(**given: Any) -> str:
 def test_pack_multiple(given: dict[str, Any], multiple: int) -> None:
     """It fits, and it is the least that fits: every rank's tokens are whole blocks, in two chunks
     under CP."""
-    assert pack_multiple(given) == multiple
+    assert pack_multiple(*asked(given)) == multiple
     context = given.get("context_parallel_size", 1)
     tensor = given.get("tensor_model_parallel_size", 1) if given.get("sequence_parallel") else 1
-    found = asked(given)
-    block = found[2].block if found else 1
+    found = scaled_format(Flags.of(given))
+    block = found.recipe.block if found else 1
 
     def fits(length: int) -> bool:
         chunks = (
@@ -132,7 +140,7 @@ def test_the_lengths_it_names_fit(recipe: str) -> None:
     }
     given |= {"context_parallel_size": 2}
     for named in refusal(seq_length=4000, **given).rsplit("pass ", 1)[1].split(" or "):
-        check_pack({"seq_length": int(named)} | given)
+        check_pack(*asked({"seq_length": int(named)} | given))
 
 
 @pytest.mark.parametrize(
@@ -151,10 +159,10 @@ def test_the_lengths_it_names_fit(recipe: str) -> None:
 )
 def test_document_multiple(given: dict[str, Any], multiple: int | str) -> None:
     if isinstance(multiple, int):
-        assert document_multiple(given) == multiple
+        assert document_multiple(*asked(given)) == multiple
     else:
         with pytest.raises(UserError, match=f"--tsft-document-multiple {multiple}"):
-            document_multiple(given)
+            document_multiple(*asked(given))
 
 
 def test_blocks_are_megatrons() -> None:

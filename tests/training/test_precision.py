@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from megatron_tsft.errors import UserError
-from megatron_tsft.plan.precision import (
-    FP8,
-    check_precision,
-    cuda_version,
-    keep_start_weights,
-)
+from megatron_tsft.plan.flags import Flags
+from megatron_tsft.plan.precision import FP8, check_precision, cuda_version
 
 A100, ADA, H100, B200, RTX50 = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 NEW_CUDA = (13, 0)
@@ -27,7 +23,7 @@ def check(
     **given: Any,
 ) -> None:
     """check_precision of flags by destination; a GPU of today unless told otherwise."""
-    check_precision(given, device, engine=engine, capability=capability, cuda=cuda)
+    check_precision(Flags.of(given), device, engine=engine, capability=capability, cuda=cuda)
 
 
 def refusal(**given: Any) -> str:
@@ -173,6 +169,8 @@ def test_start_weights_come_from_the_checkpoint_where_the_model_holds_fp8(
     args = Namespace(**plain)
     if gather is not None:
         setattr(args, gather, True)
+    from megatron_tsft.training.start import keep_start_weights
+
     keep_start_weights(args)
     changed = (
         {gather: True, "load_main_params_from_ckpt": True, "stream_ckpt_dequant": False}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # config.py takes the kinds' names from here
     from megatron_tsft.plan.flags import Flags
     from megatron_tsft.plan.start_weights import StartWeights
 
+
 @dataclass(frozen=True)
 class Riding:
     """A frozen model that is computed in the student's own pipeline pass.
