@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_tsft.data.pack_writer import PackWriter
 from megatron_tsft.data.packing import EpochPlan, Ints, plan_epoch
-from megatron_tsft.data.prepared import PreparedData
-from megatron_tsft.data.teacher_rows import TeacherSource, absent_rows, put_rows, to_pack
+from megatron_tsft.data.prepared import PreparedData, Sample
+from megatron_tsft.data.teacher_rows import (
+    TeacherRows,
+    TeacherSource,
+    absent_rows,
+    put_rows,
+    to_pack,
+)
 from megatron_tsft.errors import UserError
 
-IGNORED = -100
 ENDLESS = (
     1 << 62
 )  # what len() says: the sampler never comes to an end, the loop stops by its own count
@@ -142,37 +148,33 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             UserError: a conversation is damaged, or its teacher record is another conversation's.
         """
         size = self.seq_length
-        tokens, labels = np.zeros(size, np.int64), np.full(size, IGNORED, np.int64)
-        positions = np.zeros(size, np.int64)
-        weights: np.ndarray = np.ones(size, np.float32)
+        pack, weights = PackWriter(size), np.ones(size, np.float32)
         taught = absent_rows(size, self.teacher.top_k) if self.teacher else None
-        at = 0
         for row in self.rows(index):
-            sample, n, room = self.data.row(row), int(self.positions[row]), int(self._room[row])
-            ids, mask = sample.input_ids[: n + 1], sample.loss_mask[1 : n + 1]
-            place = slice(at, at + len(mask))
-            tokens[place] = ids[:-1]
-            labels[place] = np.where(mask, ids[1:], IGNORED)
-            positions[at : at + room] = np.arange(room)
+            sample, n = self.data.row(row), int(self.positions[row])
+            mask = sample.loss_mask[: n + 1]
+            place = pack.add(sample.input_ids[: n + 1], mask, int(self._room[row]))
             if sample.token_weights is not None:
                 weights[place] = sample.token_weights[1 : n + 1]
             records = self.teacher.rows(row) if self.teacher else None
             if taught is not None and records is not None:
-                if len(records) != np.count_nonzero(sample.loss_mask):
-                    raise UserError(
-                        f"the teacher's record of conversation {sample.sample_id} has"
-                        f" {len(records)} tokens, the"
-                        f" conversation {np.count_nonzero(sample.loss_mask)}: make the cache again"
-                    )
+                _check_length(records, sample)
                 # a truncated conversation has its first ones
-                put_rows(taught, at + np.flatnonzero(mask), records)
-            at += room
-        positions[at:] = np.arange(size - at)  # the tail is a document of its own
-        item = {"tokens": tokens, "labels": labels, "position_ids": positions}
+                put_rows(taught, place.start + np.flatnonzero(mask[1:]), records)
+        item = pack.arrays()
         if taught is not None:
             item |= to_pack(taught)
         if self.weighted:
             item["token_weights"] = weights
-        return {name: torch.from_numpy(values) for name, values in item.items()} | {
-            "index": torch.tensor(index)
-        }
+        tensors = {name: torch.from_numpy(values) for name, values in item.items()}
+        return tensors | {"index": torch.tensor(index)}
+
+
+def _check_length(records: TeacherRows, sample: Sample) -> None:
+    """Raise UserError where the teacher's records are not of this conversation's tokens."""
+    supervised = np.count_nonzero(sample.loss_mask)
+    if len(records) != supervised:
+        raise UserError(
+            f"the teacher's record of conversation {sample.sample_id} has {len(records)} tokens,"
+            f" the conversation {supervised}: make the cache again"
+        )

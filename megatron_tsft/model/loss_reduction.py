@@ -4,7 +4,7 @@ reduce)."""
 import torch
 from torch import Tensor
 
-from megatron_tsft.data.packed_dataset import IGNORED
+from megatron_tsft.data.pack_writer import IGNORED
 from megatron_tsft.model.output_hook import LossContext
 
 PER_DATASET = ("loss", "nll", "gamma")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_tsft.data.pack_writer import IGNORED, write_pack
 from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
@@ -76,21 +77,20 @@ class TransformersTeacher:
     @torch.no_grad()
     def _batch(self, samples: Sequence[Sample]) -> list[TeacherRows]:
         """samples: the longest first."""
-        width = len(samples[0].input_ids)
-        tokens = torch.zeros(len(samples), width, dtype=torch.int64)
-        mask, attention = torch.zeros_like(tokens, dtype=torch.bool), torch.zeros_like(tokens)
-        for i, sample in enumerate(samples):
-            n = len(sample.input_ids)
-            tokens[i, :n] = torch.from_numpy(sample.input_ids.astype(np.int64))
-            mask[i, :n], attention[i, :n] = torch.from_numpy(np.array(sample.loss_mask)), 1
-        tokens, attention = tokens.to(self.device), attention.to(self.device)
+        lengths = torch.tensor([max(len(sample.input_ids) - 1, 1) for sample in samples])
+        width = int(lengths[0])
+        packs = [write_pack([sample], width) for sample in samples]
+        tokens = torch.from_numpy(np.stack([pack["tokens"] for pack in packs])).to(self.device)
+        labels = torch.from_numpy(np.stack([pack["labels"] for pack in packs])).to(self.device)
+        attention = (torch.arange(width) < lengths[:, None]).to(self.device, torch.int64)
         seen = tokens if self.columns is None else self.columns[tokens].clamp(min=0)
         logits = self.model(input_ids=seen, attention_mask=attention, use_cache=False).logits
-        parts = [
-            self._topk(logits[i, :-1][mask[i, 1:]], tokens[i, 1:][mask[i, 1:]])
-            for i in range(len(samples))
-        ]
-        return [as_rows(part, [len(part.ids)])[0] for part in parts]
+        records = []
+        for own, label in zip(logits, labels, strict=True):
+            supervised = label != IGNORED
+            part = self._topk(own[supervised], label[supervised])
+            records += as_rows(part, [len(part)])
+        return records
 
     def _topk(self, logits: torch.Tensor, labels: torch.Tensor) -> TeacherRecords[torch.Tensor]:
         """logits [n, teacher's vocabulary], labels [n]."""

@@ -20,7 +20,7 @@ from megatron.training.models.gpt import GPTModelBuilder
 from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
-from megatron_tsft.data.packed_dataset import IGNORED
+from megatron_tsft.data.pack_writer import IGNORED, write_pack
 from megatron_tsft.data.packing import first_fit_decreasing
 from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
@@ -134,28 +134,10 @@ class MegatronTeacher:
     def _batch(self, samples: Sequence[Sample]) -> MicroBatch:
         """Conversations end to end, the tail padded to a round number of positions."""
         total = sum(max(len(sample.input_ids) - 1, 1) for sample in samples)
-        size = -(-total // ALIGNMENT) * ALIGNMENT
-        tokens, labels, positions = (
-            np.zeros(size, np.int64),
-            np.full(size, IGNORED, np.int64),
-            np.zeros(size, np.int64),
-        )
-        at = 0
-        for sample in samples:
-            n = len(sample.input_ids) - 1
-            place = slice(at, at + n)
-            tokens[place], positions[place] = sample.input_ids[:-1], np.arange(n)
-            labels[place] = np.where(sample.loss_mask[1:], sample.input_ids[1:], IGNORED)
-            at += max(n, 1)
-        positions[at:] = np.arange(size - at)
-        pack = {
-            "tokens": tokens,
-            "labels": labels,
-            "position_ids": positions,
-            "index": np.zeros(1, np.int64),
-        }
+        pack = write_pack(samples, -(-total // ALIGNMENT) * ALIGNMENT)
+        tensors = {name: torch.from_numpy(values) for name, values in pack.items()}
         return MicroBatch.from_packs(
-            {name: torch.from_numpy(value) for name, value in pack.items()}, self.device
+            tensors | {"index": torch.zeros(1, dtype=torch.int64)}, self.device
         )
 
     def _forward(

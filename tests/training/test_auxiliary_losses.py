@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
-from megatron_tsft.data.packed_dataset import IGNORED, PackedDataset
+from megatron_tsft.data.pack_writer import IGNORED
+from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
-from megatron_tsft.training.auxiliary_losses import AuxiliaryScale, has_auxiliary_losses
+from megatron_tsft.model.auxiliary_losses import AuxiliaryScale, has_auxiliary_losses
+from megatron_tsft.plan.packs import PackRules
 from tests.training.runs import Train, World, check_ran, make_moe
 
 PACKS, MULTIPLE, BALANCE, Z = 8, 4, 1.0, 0.1
@@ -155,7 +157,7 @@ def test_which_runs_have_auxiliary_losses(arguments: dict[str, Any], has: bool) 
     args = Namespace(
         moe_router_load_balancing_type=given["kinds"],
         moe_z_loss_coeff=given["z"],
-        num_experts=given["experts"],
+        num_moe_experts=given["experts"],
     )
     assert has_auxiliary_losses(args) == has
 
@@ -163,10 +165,10 @@ def test_which_runs_have_auxiliary_losses(arguments: dict[str, Any], has: bool) 
 def test_the_scale_of_a_step() -> None:
     """Supervised over all positions, times fp16's scale, which on a GPU meets only a tensor without
     dimensions."""
-    import megatron.training.global_vars as global_vars
 
     class Packs:
         asked: list[tuple[int, int]] = []
+        rules = PackRules(seq_length=64, seed=1, document_multiple=1, truncate=False)
 
         def supervised_tokens(self, start: int, stop: int) -> int:
             self.asked.append((start, stop))
@@ -178,14 +180,8 @@ def test_the_scale_of_a_step() -> None:
 
     packs: Any = Packs()
     config = Namespace(grad_scale_func=None)
-    scale = AuxiliaryScale(config, packs)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            global_vars,
-            "_GLOBAL_ARGS",
-            Namespace(consumed_train_samples=16, global_batch_size=8, seq_length=64),
-        )
-        assert scale() == scale() == 48 / (8 * 64)
-        config.grad_scale_func = fp16
-        assert scale().item() == 1024 * 48 / (8 * 64) and scale().numel() == 1
+    scale = AuxiliaryScale(config, packs, batch=8, consumed=lambda: 16)
+    assert scale() == scale() == 48 / (8 * 64)
+    config.grad_scale_func = fp16
+    assert scale().item() == 1024 * 48 / (8 * 64) and scale().numel() == 1
     assert packs.asked == [(16, 24)]  # once a step

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_tsft.data.blend import BlendedPacks
-from megatron_tsft.data.packed_dataset import IGNORED, PackedDataset
+from megatron_tsft.data.pack_writer import IGNORED
+from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepare import prepare
 from megatron_tsft.data.prepared import PreparedData
 from tests.training.runs import Run, Train, World, check_ran, write_rows
