@@ -4,19 +4,20 @@ pass instead."""
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_tsft.loss.records import TeacherHidden, TeacherTopK
+from megatron_tsft.loss.records import QTargetOutput, TeacherHidden, TeacherTopK
 from megatron_tsft.objectives import Objective, Residual, Scalar
 from megatron_tsft.objectives.definition import READ_A_REFERENCE
 
 LOGIT_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-DIAGNOSTICS = ("entropy", "kl")
+# the values of the output that are None unless asked for
+DIAGNOSTICS = tuple(field.name for field in fields(QTargetOutput) if field.default is None)
 
 
 def debugging() -> bool:

@@ -111,8 +111,8 @@ class Problem:
     @property
     def wanted(self) -> Wanted:
         """The statistics that this objective and these diagnostics need."""
-        needs = set(self.objective.needs)
-        if "entropy" in self.diagnostics or self.residual_is_p:
+        needs = set(self.objective.needs | self.diagnostics)
+        if self.residual_is_p:
             needs.add("entropy")
         if self.reference_logprobs is None and needs & READ_A_REFERENCE:
             needs.add("teacher_logp_y")  # the reference is T

@@ -60,8 +60,8 @@ def decide_targets(problem: Problem, merged: Table) -> Targets:
         "supervised": supervised,
     }
     reported["bad_teacher_rows"] = (bad & problem.labelled).sum()
-    if "entropy" in problem.diagnostics:
-        reported["entropy"] = kept(stats.entropy)
+    for name in problem.diagnostics & stats.keys():
+        reported[name] = kept(stats[name])
 
     cross_entropy = pi_logp_y = pi_entropy = None  # of pi
     if problem.residual_is_p:

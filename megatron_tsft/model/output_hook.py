@@ -15,15 +15,17 @@ from torch import Tensor
 from megatron_tsft.data.batch import MicroBatch
 from megatron_tsft.loss import (
     LossOptions,
+    QTargetOutput,
     TeacherHidden,
     TeacherTopK,
     q_target_cross_entropy,
     q_target_linear_cross_entropy,
 )
+from megatron_tsft.loss.checks import DIAGNOSTICS
 from megatron_tsft.model.fused_head import head_weight
 from megatron_tsft.objectives import Objective
 
-TRAINING_METRICS = ("loss", "nll", "gamma", "entropy", "kl", "supervised")
+TRAINING_METRICS = ("loss", "nll", "gamma", *DIAGNOSTICS, "supervised")
 EVALUATION_METRICS = ("loss", "nll", "supervised")
 
 
@@ -74,7 +76,7 @@ def q_target_output(
         token_weights=None if batch.token_weights is None else batch.token_weights.transpose(0, 1),
         sequence_ids=batch.sequence_ids.transpose(0, 1) if sequences else None,
         num_sequences=batch.num_sequences if sequences else None,
-        diagnostics=("entropy", "kl") if context.training else (),
+        diagnostics=DIAGNOSTICS if context.training else (),
         tp_group=context.tp_group,
         cp_group=context.cp_group,
         vocab_size=context.vocab_size,
@@ -105,13 +107,11 @@ def q_target_output(
             **options,
         )
     context.teacher = None
-    values = {
-        "loss": out.loss,
-        "nll": out.nll,
-        "gamma": out.imitation,
-        "entropy": out.entropy,
-        "kl": out.kl,
-        "supervised": out.supervised.to(out.loss.dtype),
-    }
-    rows: list[Tensor] = [values[name] for name in context.metrics]  # type: ignore[misc]  # those asked for are there
+    rows = [metric_values(out, name) for name in context.metrics]
     return torch.stack(rows).transpose(1, 2).contiguous()
+
+
+def metric_values(out: QTargetOutput, name: str) -> Tensor:
+    """A metric of each token, [s, b] in the loss's type."""
+    values: Tensor = getattr(out, "imitation" if name == "gamma" else name)
+    return values.to(out.loss.dtype)
