@@ -51,7 +51,7 @@ def objectives_table() -> str:
         parameters = "<br>".join(
             f"`{p.name}` ({p.default:g}; {p.range})" for p in row.parameters.values()
         )
-        formula = row.formula.replace("|", "\\|")
+        formula = " ".join(row.formula.replace("|", "\\|").split())  # a cell is one line
         lines.append(f"| `{name}` | {formula} | {parameters} | {needs(row)} | {source_link(row)} |")
     return "\n".join(lines) + "\n"
 
