@@ -58,4 +58,4 @@ format: $(STAMP)  ## put the code into the one format
 
 clean:  ## remove caches and built files; .venv/ and runs/ stay
 	rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
-	find megatron_tsft tools examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find megatron_tsft tools benchmarks dev examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PATHS = (REPOSITORY, REPOSITORY / "benchmarks")  # as pytest's own, in pyproject.toml
 PROGRAM = """
 import importlib, json, sys
 module, function, arguments, result = sys.argv[1:]
@@ -33,7 +34,7 @@ def fresh(function: Callable[..., Any], *args: Any, timeout: float = 300) -> Any
     """
     module = ".".join(Path(inspect.getfile(function)).relative_to(REPOSITORY).with_suffix("").parts)
     environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }

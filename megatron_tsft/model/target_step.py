@@ -1,6 +1,6 @@
 """One micro-batch through a model with our loss as its output hook, whichever loop calls."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
+from megatron_tsft.loss.records import Tail
 from megatron_tsft.model.loss_reduction import reduce_loss
 from megatron_tsft.model.output_hook import LossContext, q_target_output
 from megatron_tsft.model.packed_attention import packed_sequences
 from megatron_tsft.plan.plan import Plan
+from megatron_tsft.plan.run_objectives import RunObjectives
 
 Reduced = tuple[Tensor, Tensor, dict[str, Tensor]]  # loss sum, token count, {name: [sum, n]}
 
@@ -35,12 +37,49 @@ class Groups:
 
 
 class TargetStep:
-    """What a plan asks of each micro-batch, on every pipeline stage."""
+    """What a run asks of each micro-batch, on every pipeline stage."""
 
-    def __init__(self, plan: Plan, *, check_nan: bool):
-        """check_nan: stop at a loss that is not finite (synchronises)."""
-        self.plan, self.check_nan = plan, check_nan
-        self.objectives = plan.objectives.to(plan.device)
+    def __init__(
+        self,
+        objectives: RunObjectives,
+        vocab_size: int,
+        device: torch.device | str,
+        *,
+        where: Callable[[int], str],
+        check_nan: bool = True,
+        fuse_head: bool = False,
+        tail: Tail = "uniform",
+        refresh: int = 0,
+    ):
+        """
+        Args:
+            objectives: each data set's, and the evaluation's.
+            vocab_size: the true vocabulary.
+            device: where micro-batches go.
+            where: for messages: which conversations the pack of a running number holds.
+            check_nan: stop at a loss that is not finite (synchronises).
+            fuse_head: the LM head is part of the loss.
+            tail: what a cached teacher says of the tokens outside its top-k.
+            refresh: steps after which the reference takes the student's weights; 0 is never.
+        """
+        self.objectives, self.vocab_size, self.device = objectives.to(device), vocab_size, device
+        self.where, self.check_nan, self.fuse_head = where, check_nan, fuse_head
+        self.tail: Tail = tail
+        self.refresh = refresh
+
+    @staticmethod
+    def of_plan(plan: Plan, *, check_nan: bool) -> "TargetStep":
+        """The step that a plan asks for."""
+        return TargetStep(
+            plan.objectives,
+            plan.card.vocab_size,
+            plan.device,
+            where=plan.packs.where,
+            check_nan=check_nan,
+            fuse_head=plan.config.fuse_head,
+            tail=plan.teacher.tail,
+            refresh=plan.teacher.refresh,
+        )
 
     def forward(
         self, packs: Mapping[str, Tensor], model: Any, step: int, groups: Groups
@@ -53,13 +92,10 @@ class TargetStep:
             step: the 0-based step that is trained, or after which is evaluated.
             groups: of the loss.
         """
-        plan, device = self.plan, self.plan.device
-        batch = MicroBatch.from_packs(
-            packs, device, plan.teacher.tail, groups.cp_rank, groups.cp_size
-        )
+        place = groups.cp_rank, groups.cp_size
+        batch = MicroBatch.from_packs(packs, self.device, self.tail, *place)
         self.objectives.set_step(step)
-        refresh = plan.teacher.refresh
-        if refresh and model.training and step % refresh == 0:
+        if self.refresh and model.training and step % self.refresh == 0:
             unwrapped: Any = unwrap_model(model)
             unwrapped.take_reference(step)
         objective = self.objectives.evaluation
@@ -68,13 +104,15 @@ class TargetStep:
             datasets=self.objectives.names,
             parameters=self.objectives.scheduled,
             batch=batch,
-            vocab_size=plan.card.vocab_size,
+            vocab_size=self.vocab_size,
             training=model.training,
             tp_group=groups.tp,
             cp_group=groups.cp,
-            fuse_head=plan.config.fuse_head,
+            fuse_head=self.fuse_head,
         )
-        return run_packed(model, batch, q_target_output, context, device, groups.cp_size), context
+        return run_packed(
+            model, batch, q_target_output, context, self.device, groups.cp_size
+        ), context
 
     def reduce(self, context: LossContext, samples_share: float, output: Tensor) -> Reduced:
         """The loss, the token count and the metrics of a micro-batch.
@@ -86,7 +124,7 @@ class TargetStep:
         """
         loss, tokens, metrics = reduce_loss(context, samples_share, output)
         if self.check_nan and context.training and not bool(torch.isfinite(loss)):
-            where = "; ".join(self.plan.packs.where(index) for index in context.batch.index)
+            where = "; ".join(self.where(index) for index in context.batch.index)
             raise RuntimeError(f"the loss of a micro-batch is {float(loss)}: {where}")
         return loss, tokens, metrics
 

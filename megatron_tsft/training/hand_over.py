@@ -37,7 +37,7 @@ def hand_over(args: argparse.Namespace, config: GPTModelConfig, plan: Plan) -> N
             console.say(f"log: {save}/logs/ has all that Megatron says, a file for each rank")
     if save and ranks.rank == ranks.size - 1:
         install_metrics(args, plan)
-    step = TargetStep(plan, check_nan=args.check_for_nan_in_loss_and_grad)
+    step = TargetStep.of_plan(plan, check_nan=args.check_for_nan_in_loss_and_grad)
     gc.freeze()  # what is there now stays: no later collection looks at it
     gc.enable()
     try:

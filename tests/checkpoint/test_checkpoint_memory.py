@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmark_convert import main
+from benchmarks.convert import main
 
 MEGABYTE = 2**20
 

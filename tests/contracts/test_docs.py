@@ -21,7 +21,9 @@ SCRIPTS = sorted(
     if path.is_file()
 )
 MATRIX = REPOSITORY / "docs" / "benchmark" / "matrix.json"
-TOOLS = sorted(REPOSITORY.glob("tools/*.py"))
+TOOLS = sorted(
+    path for room in ("tools", "benchmarks", "dev") for path in REPOSITORY.glob(f"{room}/*.py")
+)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -41,14 +43,14 @@ def help_of(tool: Path, *command: str) -> str:
 
 def test_generated_tables_are_current() -> None:
     spec = importlib.util.spec_from_file_location(
-        "write_docs", REPOSITORY / "tools" / "write_docs.py"
+        "write_docs", REPOSITORY / "dev" / "write_docs.py"
     )
     assert spec is not None and spec.loader is not None
     write_docs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(write_docs)
     for name in write_docs.TABLES:
         path, now, fresh = write_docs.page(name)
-        assert now == fresh, f"{path.name} is out of date: run tools/write_docs.py"
+        assert now == fresh, f"{path.name} is out of date: run dev/write_docs.py"
 
 
 def test_the_matrix_shows_every_cell() -> None:
@@ -111,7 +113,7 @@ def test_every_flag_of_ours_that_is_named_exists() -> None:
 @pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
 def test_every_tool_has_help_with_an_example(tool: Path) -> None:
     text = help_of(tool)
-    assert "example" in text and f"tools/{tool.name}" in text
+    assert "example" in text and f"{tool.parent.name}/{tool.name}" in text
 
 
 def test_named_tools_and_their_flags_exist() -> None:
@@ -119,7 +121,8 @@ def test_named_tools_and_their_flags_exist() -> None:
         " ".join(block.replace("\\\n", " ").split())
         for page in PAGES
         for block in re.findall(
-            r"(?<!tests/)(tools/\w+\.py(?:[^\n`]|\\\n)*)", page.read_text(encoding="utf-8")
+            r"(?<!tests/)\b((?:tools|benchmarks|dev)/\w+\.py(?:[^\n`]|\\\n)*)",
+            page.read_text(encoding="utf-8"),
         )
     ]
     assert len(commands) > 5

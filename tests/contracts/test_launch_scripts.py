@@ -19,7 +19,7 @@ PRESETS = sorted(
 )  # data that the launcher reads, no scripts
 SCRIPTS = sorted(
     path
-    for folder in ("launch", "examples", "tools", ".ci")
+    for folder in ("launch", "examples", "tools", "benchmarks", "dev", ".ci")
     for path in (REPOSITORY / folder).rglob("*")
     if (path.suffix in (".sh", ".sbatch") or path == REPOSITORY / ".ci" / "run")
     and path not in PRESETS

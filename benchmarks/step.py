@@ -15,7 +15,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import random
 import resource
 import shlex
@@ -29,17 +28,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from megatron_tsft.atomic import write_text
 from megatron_tsft.errors import UserError
+from shared import command
+from shared.machine import environment
+from shared.report import markdown_table
 
 EXAMPLE = """examples:
-  tools/benchmark_step.py --output runs/step
-  tools/benchmark_step.py --output runs/step --parts steps --objectives target-sft gem --dtypes bf16
-  tools/benchmark_step.py --output runs/step --parts startup --startup-models tiny smollm2-135m \\
+  benchmarks/step.py --output runs/step
+  benchmarks/step.py --output runs/step --parts steps --objectives target-sft gem --dtypes bf16
+  benchmarks/step.py --output runs/step --parts startup --startup-models tiny smollm2-135m \\
       --startup-pairs 5
 """
 
@@ -77,8 +78,7 @@ STARTUP_BATCH = (
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see EXAMPLE."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
+    parser = command.parser(__doc__, EXAMPLE)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the two files")
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: both"
@@ -130,7 +130,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="of processes (default: %(default)s)",
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.command = command.command_line("benchmarks/step.py", argv)
+    return args
 
 
 def check(args: argparse.Namespace) -> None:
@@ -144,8 +146,7 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--seq-length {args.seq_length}: the model has {POSITIONS} positions")
     if not 0 < args.supervised <= 1:
         raise UserError(f"--supervised {args.supervised:g}: it is a share, above 0 and at most 1")
-    if Path(args.output).exists() and not Path(args.output).is_dir():
-        raise UserError(f"--output {args.output} is a file: name a folder")
+    command.check_output(args.output)
 
 
 # ---- plain Megatron ------------------------------------------------------------------------------
@@ -378,19 +379,14 @@ class Trainer:
 def our_step(name: str, shape: Shape) -> Any:
     """The forward step of our training loop."""
     from megatron_tsft import objectives
+    from megatron_tsft.model.target_step import TargetStep
+    from megatron_tsft.plan.run_objectives import RunObjectives
     from megatron_tsft.training.forward_step import ForwardStep
-    from megatron_tsft.training.run_objectives import RunObjectives
 
     objective = objectives.get(name, **OBJECTIVES[name])
     plan = RunObjectives(["packs"], [objective], objective)
-    return ForwardStep(
-        plan,
-        shape.vocabulary,
-        "cpu",
-        lambda index: f"pack {index}",
-        check_nan=True,
-        fuse_head=False,
-    )
+    step = TargetStep(plan, shape.vocabulary, "cpu", where=lambda index: f"pack {index}")
+    return ForwardStep(step)
 
 
 def measure_steps(dtype: str, args: argparse.Namespace, log: str, pipe: Any) -> None:
@@ -600,20 +596,6 @@ def summary(pairs: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     return result
 
 
-def environment() -> dict[str, Any]:
-    from benchmark_loss import device_name
-
-    versions = {"python": platform.python_version()} | {
-        name: metadata.version(name) for name in VERSIONS
-    }
-    return {
-        "device_name": device_name("cpu"),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "versions": versions,
-    }
-
-
 def cells(row: dict[str, Any], limit: float) -> list[str]:
     """Numbers of one row, as text."""
     cpu, wall = row["cpu_ratio"], row["wall_ratio"]
@@ -654,8 +636,6 @@ same checkpoint."""
 
 def markdown(result: dict[str, Any]) -> str:
     """The whole run, to be read."""
-    from benchmarks.report import markdown_table
-
     where, options = result["environment"], result["options"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     parts = [
@@ -701,7 +681,6 @@ def titled(row: dict[str, Any]) -> str:
 def benchmark(args: argparse.Namespace) -> None:
     """Measure; what is complete is written after each process of steps and each model's
     start-up."""
-    from benchmarks.report import command_line
     from tqdm import tqdm
 
     check(args)
@@ -709,8 +688,8 @@ def benchmark(args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line("tools/benchmark_step.py", args),
-        "environment": environment(),
+        "command": args.command,
+        "environment": environment("cpu", 1, VERSIONS),
         "options": {name: getattr(args, name) for name in ("seq_length", "packs", "supervised")},
         "shapes": {
             name: asdict(SHAPES[name]) for name in dict.fromkeys([args.model, *args.startup_models])
@@ -741,9 +720,11 @@ def benchmark(args: argparse.Namespace) -> None:
         for model in args.startup_models if starts else []:
             result["startup"].append(startup_of(model, args, Path(scratch), bar))
             write()
-    print(markdown(result), end="")
+    print(markdown(result))
+    print(command.wrote(folder, "step.json", "step.md"))
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Benchmark; the exit status is 0, or 2 for a user's error."""
     argv = sys.argv[1:] if argv is None else argv
@@ -753,11 +734,7 @@ def main(argv: list[str] | None = None) -> int:
         train_plainly(argv[1:])
         return 0
     args = parse(argv)
-    try:
-        benchmark(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    benchmark(args)
     return 0
 
 

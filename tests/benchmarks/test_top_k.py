@@ -1,4 +1,4 @@
-"""tools/study_top_k.py: the more of a teacher is known, the closer loss and gradient are to the
+"""benchmarks/top_k.py: the more of a teacher is known, the closer loss and gradient are to the
 whole teacher's."""
 
 import json
@@ -19,7 +19,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict:
     prepare(write_rows(folder / "rows.jsonl", 12, 0), student, folder / "data", progress=False)
     command = [
         sys.executable,
-        str(REPOSITORY / "tools/study_top_k.py"),
+        str(REPOSITORY / "benchmarks/top_k.py"),
         "--student",
         str(student),
         "--no-progress",
@@ -59,7 +59,7 @@ def test_errors_vanish_as_k_grows(result: dict) -> None:
 def test_an_objective_without_a_teacher_is_refused(tmp_path: Path) -> None:
     command = [
         sys.executable,
-        str(REPOSITORY / "tools/study_top_k.py"),
+        str(REPOSITORY / "benchmarks/top_k.py"),
         "--student",
         "a",
         "--teacher",

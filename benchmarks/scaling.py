@@ -29,18 +29,19 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # for the counts; decided when a
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from benchmark_loss import environment
-from benchmarks.inputs import CHOICES, Case, Section, Shape, make_case
-from benchmarks.peers import PEERS, Step, gradients, use_backend
-from benchmarks.report import markdown_table
-from model_scaling import command_line
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tsft import objectives, q_target_cross_entropy
 from megatron_tsft.atomic import write_text
+from megatron_tsft.errors import UserError
+from shared import command
+from shared.inputs import CHOICES, Case, Section, Shape, make_case
+from shared.machine import environment
+from shared.peers import PEERS, Step, gradients, use_backend
+from shared.report import markdown_table
 
 EXAMPLE = """example:
-  tools/benchmark_scaling.py --output docs/benchmark
+  benchmarks/scaling.py --output docs/benchmark
 """
 KEYS = ("sft", "target-sft-eta0", "gem", "target-sft-dense", "target-sft-topk")
 PEERS_OVER_V = {
@@ -55,6 +56,7 @@ MOVERS = (
     "reduce_scatter_single",
     "reduce_scatter_tensor",
 )
+VERSIONS = ("torch", "triton", "megatron-core")
 SEQUENCES = 16  # of iw-sft's micro-batch
 
 
@@ -282,8 +284,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "command": args.command,
-        "environment": environment(argparse.Namespace(threads=1), "cpu")
-        | {"cores": os.cpu_count()},
+        "environment": environment("cpu", 1, VERSIONS),
         "over_ranks": [],
     }
     for world in args.ranks:
@@ -298,72 +299,64 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def tables(result: dict[str, Any]) -> dict[str, str]:
-    """By title, in Markdown."""
-    ratio = "{:.2f}".format
-    head = [
-        "columns",
-        "F.cross_entropy, ms",
-        "ours (sft), ns a logit",
-        *(f"{name} / F.ce" for name in (*KEYS, "megatron")),
-    ]
+def vocabulary_table(result: dict[str, Any]) -> str:
+    """A line a width: times over the vocabulary."""
+    names = (*KEYS, "megatron")
+    head = ["columns", "F.cross_entropy, ms", "ours (sft), ns a logit"]
+    head += [f"{name} / F.ce" for name in names]
     rows = []
     for row in result["over_vocabulary"]:
         ms = row["cpu_ms"]
         per_logit = f"{1e6 * ms['sft'] / row['tokens'] / row['columns']:.2f}"
-        ratios = [ratio(ms[name] / ms["F.cross_entropy"]) for name in (*KEYS, "megatron")]
+        ratios = [f"{ms[name] / ms['F.cross_entropy']:.2f}" for name in names]
         rows.append([str(row["columns"]), f"{ms['F.cross_entropy']:.1f}", per_logit, *ratios])
-    found = {"vocabulary": markdown_table(head, rows)}
-    head, rows = (
-        [
-            "ranks",
-            "loss",
-            "TP: ms a rank",
-            "TP: of one rank's",
-            "CP: ms a rank",
-            "CP: of one rank's",
-        ],
-        [],
-    )
+    return markdown_table(head, rows)
+
+
+def ranks_table(result: dict[str, Any]) -> str:
+    """A line a loss and number of ranks: times of one rank, alone and of one rank's."""
+    head = ["ranks", "loss"]
+    for kind in ("TP", "CP"):
+        head += [f"{kind}: ms a rank", f"{kind}: of one rank's"]
+    rows = []
     for run in result["over_ranks"]:
         for name in (*KEYS, "iw-sft", "megatron"):
-            ms = [run["cpu_ms"].get(f"{kind} {name}") for kind in ("TP", "CP", "whole")]
-            cells = [
-                c
-                for x in ms[:2]
-                for c in (f"{x:.1f}" if x else "-", ratio(x / ms[2]) if x and ms[2] else "-")
-            ]
+            tp, cp, whole = (run["cpu_ms"].get(f"{kind} {name}") for kind in ("TP", "CP", "whole"))
+            cells = []
+            for x in (tp, cp):
+                cells += [f"{x:.1f}" if x else "-", f"{x / whole:.2f}" if x and whole else "-"]
             rows.append([str(run["ranks"]), name, *cells])
-    found["ranks"] = markdown_table(head, rows)
-    head = [
-        "ranks",
-        "loss",
-        "messages",
-        "bytes of one rank, a token",
-        "torch operations",
-        "values logged",
-    ]
+    return markdown_table(head, rows)
+
+
+def counts_table(result: dict[str, Any]) -> str:
+    """A line for what is sent and launched alike, with the numbers of ranks that do so."""
+    head = ["ranks", "loss", "messages", "bytes of one rank, a token"]
+    head += ["torch operations", "values logged"]
     same: dict[tuple[str, ...], list[str]] = {}
     for run in result["over_ranks"]:
         for row in run["counts"] if run["ranks"] > 1 else ():
-            sent, size = (
-                [name for name, _ in row["messages"]],
-                sum(size for _, size in row["messages"]),
-            )
-            kinds = ", ".join(f"{sent.count(name)} {name}" for name in dict.fromkeys(sent))
-            bytes_ = (
-                f"{size} a micro-batch" if "over CP" in row["loss"] else f"{size / row['tokens']:g}"
-            )
+            sent = [name for name, _ in row["messages"]]
+            size = sum(size for _, size in row["messages"])
+            whole = "over CP" in row["loss"]
             cells = (
                 row["loss"],
-                kinds,
-                bytes_,
+                ", ".join(f"{sent.count(name)} {name}" for name in dict.fromkeys(sent)),
+                f"{size} a micro-batch" if whole else f"{size / row['tokens']:g}",
                 str(row.get("operations", "-")),
                 str(row.get("logged", "-")),
             )
             same.setdefault(cells, []).append(str(run["ranks"]))
-    rows = [[", ".join(ranks), *cells] for cells, ranks in same.items()]
-    return found | {"counts": markdown_table(head, rows)}
+    return markdown_table(head, [[", ".join(ranks), *cells] for cells, ranks in same.items()])
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """By title, in Markdown."""
+    return {
+        "vocabulary": vocabulary_table(result),
+        "ranks": ranks_table(result),
+        "counts": counts_table(result),
+    }
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -412,10 +405,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Measure, write the three files and print the tables."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
+    parser = command.parser(__doc__, EXAMPLE)
     many: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the three files")
     parser.add_argument(
@@ -438,22 +431,19 @@ def main(argv: list[str] | None = None) -> int:
         "--repeat", type=int, default=5, metavar="N", help="timed rounds (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    args.command = command_line(
-        "tools/benchmark_scaling.py", sys.argv[1:] if argv is None else argv
-    )
+    args.command = command.command_line("benchmarks/scaling.py", argv)
     if (
         min(args.vocabulary) < 64
         or any(r < 1 or args.tokens % r or args.columns % r for r in args.ranks)
         or args.repeat < 1
     ):
-        print(
-            "error: --vocabulary at least 64, --ranks must divide --tokens and --columns, --repeat"
-            " >= 1",
-            file=sys.stderr,
+        raise UserError(
+            f"--vocabulary {args.vocabulary}, --ranks {args.ranks}, --repeat {args.repeat}: a"
+            f" vocabulary is at least 64, ranks divide --tokens {args.tokens} and --columns"
+            f" {args.columns}, a repeat is at least 1"
         )
-        return 2
     torch.set_num_threads(1)
-    folder = Path(args.output)
+    folder = command.check_output(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     result = measure(args)
     shown = tables(result)
@@ -463,7 +453,8 @@ def main(argv: list[str] | None = None) -> int:
         "\n\n".join([f"{result['date']}\n\n    {result['command']}", *shown.values()]) + "\n",
     )
     draw(result, folder / "scaling.png")
-    print(*shown.values(), f"wrote {folder}/scaling.json, .md and .png", sep="\n\n")
+    names = (f"scaling.{ending}" for ending in ("json", "md", "png"))
+    print(*shown.values(), command.wrote(folder, *names), sep="\n\n")
     return 0
 
 

@@ -1,10 +1,6 @@
-"""Measured rows as tables, for the terminal and the same in Markdown, and the command that measured
-them."""
+"""Measured rows as tables, for the terminal and the same in Markdown."""
 
-import argparse
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 HEAD = ("objective", "implementation", "ms", "min")
@@ -170,18 +166,3 @@ def markdown(result: Mapping[str, Any]) -> str:
     if result["targets"]:
         parts += ["## Targets", markdown_table(*target_table(result["targets"]))]
     return "\n\n".join(parts) + "\n"
-
-
-def command_line(tool: str, args: argparse.Namespace) -> str:
-    """As it was given; of the output folder only the name, so that no path of this machine is
-    published."""
-    words = [tool, "--output", Path(args.output).name]
-    for name, value in vars(args).items():
-        if name in ("output", "no_progress") or value is None or value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [
-            f"--{name.replace('_', '-')}",
-            *(f"{v:g}" if isinstance(v, float) else str(v) for v in values),
-        ]
-    return shlex.join(words)

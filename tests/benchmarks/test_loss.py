@@ -1,8 +1,6 @@
-"""tools/benchmark_loss.py: its files agree, what cannot run is named, its arithmetic is right. No
+"""benchmarks/loss.py: its files agree, what cannot run is named, its arithmetic is right. No
 time is judged."""
 
-import importlib
-import importlib.util
 import json
 import os
 import re
@@ -10,33 +8,18 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import loss
 from megatron_tsft import q_target_cross_entropy
 from megatron_tsft.errors import UserError
+from shared import inputs, peers, targets
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "benchmark_loss.py"
-
-
-@pytest.fixture
-def part(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A module beside the tool, by its short name."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
-
-
-@pytest.fixture
-def tool(part: Any) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_loss", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TOOL = ROOT / "benchmarks" / "loss.py"
 
 
 def start(*words: object) -> subprocess.CompletedProcess[str]:
@@ -136,26 +119,24 @@ def test_a_wrong_input_is_one_line(tmp_path: Path) -> None:
         ("--objectives dft --implementations megatron", "nothing to measure"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_runs(
-    tool: ModuleType, words: str, says: str
-) -> None:
+def test_what_cannot_be_is_said_before_anything_runs(words: str, says: str) -> None:
     with pytest.raises(UserError, match=re.escape(says)):
-        tool.plan(tool.parse(["--output", "out", *words.split()]), "cpu")
+        loss.plan(loss.parse(["--output", "out", *words.split()]), "cpu")
 
 
-def test_shapes(part: Any) -> None:
-    shape = part("inputs").Shape.parse("8192x151936/8")
+def test_shapes() -> None:
+    shape = inputs.Shape.parse("8192x151936/8")
     assert (shape.tokens, shape.vocabulary, shape.tp, shape.columns) == (8192, 151936, 8, 18992)
     assert str(shape) == "8192x151936/8"
     for wrong in ("8192", "0x5", "8x5/0", "8x5/2", "axb"):
         with pytest.raises(UserError, match="--shapes"):
-            part("inputs").Shape.parse(wrong)
+            inputs.Shape.parse(wrong)
 
 
-def test_a_floor_is_the_copy_of_as_many_bytes(part: Any) -> None:
-    assert part("targets").floor_ms(10.0, 2) == 10.0  # a copy moves twice the bytes
-    assert part("targets").floor_ms(10.0, 3) == 15.0
-    assert part("targets").floor_ms(10.0, 5) == 25.0
+def test_a_floor_is_the_copy_of_as_many_bytes() -> None:
+    assert targets.floor_ms(10.0, 2) == 10.0  # a copy moves twice the bytes
+    assert targets.floor_ms(10.0, 3) == 15.0
+    assert targets.floor_ms(10.0, 5) == 25.0
 
 
 def section(part_name: str, **medians: float) -> dict[str, Any]:
@@ -180,8 +161,8 @@ def section(part_name: str, **medians: float) -> dict[str, Any]:
     }
 
 
-def test_targets_divide_the_right_rows(part: Any) -> None:
-    judge = part("targets").judge
+def test_targets_divide_the_right_rows() -> None:
+    judge = targets.judge
     made = section(
         "logits", **{"sft ours-torch": 5.0, "sft F.cross_entropy": 10.0, "gem ours-torch": 9.0}
     )
@@ -218,9 +199,8 @@ def test_targets_divide_the_right_rows(part: Any) -> None:
 @pytest.mark.parametrize(
     "key", ["sft", "dft", "gem", "target-sft-eta0", "target-sft-dense", "target-sft-topk"]
 )
-def test_plain_autograd_computes_the_same_loss(part: Any, key: str) -> None:
+def test_plain_autograd_computes_the_same_loss(key: str) -> None:
     """The baseline must not be another loss."""
-    inputs, peers = part("inputs"), part("peers")
     shape = inputs.Shape(6, 200)
     case = inputs.make_case(inputs.Section(shape, "fp32", "logits", 8, 1, 3, "cpu", (key,)))
     case = replace(case, key=key)
@@ -235,8 +215,8 @@ def test_plain_autograd_computes_the_same_loss(part: Any, key: str) -> None:
     )  # at the label autograd subtracts numbers that are alike
 
 
-def test_help_has_an_example(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        tool.parse(["--help"])
+        loss.parse(["--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0 and "example" in text and "tools/benchmark_loss.py" in text
+    assert end.value.code == 0 and "example" in text and "benchmarks/loss.py" in text

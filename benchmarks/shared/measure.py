@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.inputs import DTYPES, Case, Section, make_case
-from benchmarks.peers import PEERS, Peer, Step, group_of, matmul_ours, ours
+from shared.inputs import DTYPES, Case, Section, make_case
+from shared.peers import PEERS, Peer, Step, group_of, matmul_ours, ours
 
 GUARD_TOKENS = 8
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's mallopt

@@ -10,6 +10,7 @@ import pytest
 
 from tests.fresh import REPOSITORY
 
+TOOL = REPOSITORY / "benchmarks" / "count_traffic.py"
 # bytes per local logit in bf16 (the floor is 6, with a dense teacher 10); what is above it are
 # numbers per token
 LIMITS = {
@@ -23,7 +24,12 @@ LIMITS = {
 
 
 def counted(*flags: str) -> dict[str, Any]:
-    command = [sys.executable, str(REPOSITORY / "tools" / "count_traffic.py"), "--json", *flags]
+    command = [
+        sys.executable,
+        str(TOOL),
+        "--json",
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -51,7 +57,7 @@ def test_the_count_sees_every_byte() -> None:
 def test_unknown_objective() -> None:
     command = [
         sys.executable,
-        str(REPOSITORY / "tools" / "count_traffic.py"),
+        str(TOOL),
         "--objectives",
         "sfd",
     ]

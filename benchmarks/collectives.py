@@ -24,13 +24,15 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_tsft import objectives
+from megatron_tsft.errors import UserError
 from megatron_tsft.loss.dispatch import implementation
 from megatron_tsft.loss.problem import LossOptions, Problem, make_problem
 from megatron_tsft.loss.statistics import Table, combine, merge
+from shared import command
 
 EXAMPLE = """example:
-  tools/benchmark_collectives.py --tp 2 4 --tokens 512 2048 8192
-  tools/benchmark_collectives.py --tp 8 --columns 18992          on 8 GPUs, with NCCL
+  benchmarks/collectives.py --tp 2 4 --tokens 512 2048 8192
+  benchmarks/collectives.py --tp 8 --columns 18992          on 8 GPUs, with NCCL
 """
 OBJECTIVES = ("sft", "gem")
 
@@ -141,11 +143,10 @@ def rank_main(rank: int, world: int, store: str, args: argparse.Namespace, resul
     dist.destroy_process_group()
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Print a table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLE
-    )
+    parser = command.parser(__doc__, EXAMPLE)
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4], help="ranks (default: 2 4)")
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[512, 2048, 8192], help="default: 512 2048 8192"
@@ -159,11 +160,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print every row as JSON")
     args = parser.parse_args(argv)
     if min(args.tp) < 2 or min(args.tokens) < 2 or args.columns < 1 or args.repeat < 1:
-        print(
-            "error: --tp and --tokens must be at least 2, --columns and --repeat at least 1",
-            file=sys.stderr,
+        raise UserError(
+            f"--tp {args.tp} --tokens {args.tokens} --columns {args.columns} --repeat"
+            f" {args.repeat}: --tp and --tokens must be at least 2, --columns and --repeat 1"
         )
-        return 2
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     rows: list[dict[str, Any]] = []
     for world in args.tp:

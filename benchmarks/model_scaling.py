@@ -14,17 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import ASSUMED, GPUS, LOSSES, MODELS, PLAIN, Run
-from benchmarks.report import markdown_table
-
 from megatron_tsft.atomic import write_text
 from megatron_tsft.errors import UserError
+from shared import command
+from shared.paper import ASSUMED, GPUS, LOSSES, MODELS, PLAIN, Run
+from shared.report import markdown_table
 
 EXAMPLE = """examples:
-  tools/model_scaling.py --model llama3-8b --gpu h100 --gpus 8 64 512 4096
-  tools/model_scaling.py --model llama3-70b --tp 8 --pp 4 --micro-batches 32 \\
+  benchmarks/model_scaling.py --model llama3-8b --gpu h100 --gpus 8 64 512 4096
+  benchmarks/model_scaling.py --model llama3-70b --tp 8 --pp 4 --micro-batches 32 \\
       --teacher qwen3-32b --fuse-head
-  tools/model_scaling.py --assume mfu=0.55 operation_us=6
+  benchmarks/model_scaling.py --assume mfu=0.55 operation_us=6
 """
 
 
@@ -55,98 +55,92 @@ def plan(args: argparse.Namespace, model: str, gpu: str, gpus: int, **changes: A
     return run
 
 
+def step_row(args: argparse.Namespace, model: str, gpu: str, gpus: int) -> dict[str, Any]:
+    """A whole step on `gpus` GPUs; its layout is None where they are too few."""
+    run = plan(args, model, gpu, gpus)
+    row: dict[str, Any] = {"model": model, "gpu": gpu, "gpus": gpus}
+    if run.dp < 1 or run.gpus % (run.tp * run.pp * run.cp):
+        return row | {"layout": None}
+    plain = run.step(LOSSES[PLAIN])
+    sizes = {name: run.state_gb(LOSSES[name]) for name in (PLAIN, *args.losses)}
+    return row | {
+        "layout": [run.tp, run.pp, run.cp, run.dp],
+        "plain_ms": 1e3 * plain,
+        "gradients_ms": [1e3 * t for t in run.gradients()],
+        "logging_ms": 1e3 * (run.logging(LOSSES["sft"]) - run.logging(LOSSES[PLAIN])),
+        "against_plain": {name: run.step(LOSSES[name]) / plain - 1 for name in args.losses},
+        "state_gb": sizes,
+        "too_large": [name for name, size in sizes.items() if size > run.gpu.hbm_gb],
+    }
+
+
+def part_row(run: Run, model: str, gpu: str, name: str) -> dict[str, Any]:
+    """What one loss is made of in a micro-batch, and its share of the step."""
+    loss = LOSSES[name]
+    found = {key: 1e3 * t for key, t in run.loss(loss).items()}
+    return {
+        "model": model,
+        "gpu": gpu,
+        "loss": name,
+        "layout": [run.tp, run.pp, run.cp],
+        "ms": found,
+        "teacher_ms": 1e3 * sum(run.teacher_parts(loss).values()),
+        "share": run.micro_batches * sum(found.values()) / 1e3 / run.step(loss),
+        "stage_message": run.width(loss) / run.model.hidden,
+    }
+
+
+def growth_row(args: argparse.Namespace, tp: int, cp: int) -> dict[str, Any]:
+    """A micro-batch's losses at another TP and CP, for the first model and GPU."""
+    run = plan(args, args.model[0], args.gpu[0], max(args.gpus), tp=tp, cp=cp)
+    return {
+        "tp": tp,
+        "cp": cp,
+        "columns": run.columns,
+        "tokens": run.n,
+        "iw_sft_ms": 1e3 * run.over_context(),
+        "ms": {
+            name: {k: 1e3 * t for k, t in run.loss(LOSSES[name]).items()}
+            for name in (PLAIN, *args.losses)
+        },
+    }
+
+
 def calculate(args: argparse.Namespace) -> dict[str, Any]:
-    """Every number of the tables, milliseconds."""
-    first = args.model[0], args.gpu[0]
-    parts, steps, growth = [], [], []
+    """Every number of the tables, milliseconds. Raises UserError where no model fits the GPUs."""
+    parts, steps = [], []
     for model, gpu in ((m, g) for m in args.model for g in args.gpu):
-        for gpus in args.gpus:
-            run = plan(args, model, gpu, gpus)
-            if run.dp < 1 or run.gpus % (run.tp * run.pp * run.cp):
-                steps.append({"model": model, "gpu": gpu, "gpus": gpus, "layout": None})
-                continue
-            plain = run.step(LOSSES[PLAIN])
-            row = {
-                "model": model,
-                "gpu": gpu,
-                "gpus": gpus,
-                "layout": [run.tp, run.pp, run.cp, run.dp],
-            }
-            row |= {"plain_ms": 1e3 * plain, "gradients_ms": [1e3 * t for t in run.gradients()]}
-            row |= {"logging_ms": 1e3 * (run.logging(LOSSES["sft"]) - run.logging(LOSSES[PLAIN]))}
-            row["against_plain"] = {
-                name: run.step(LOSSES[name]) / plain - 1 for name in args.losses
-            }
-            row["state_gb"] = {name: run.state_gb(LOSSES[name]) for name in (PLAIN, *args.losses)}
-            row["too_large"] = [
-                name for name, size in row["state_gb"].items() if size > run.gpu.hbm_gb
-            ]
-            steps.append(row)
+        steps += [step_row(args, model, gpu, gpus) for gpus in args.gpus]
         run = plan(args, model, gpu, max(args.gpus))
-        if run.dp < 1:
-            continue
-        for name in (PLAIN, *args.losses):
-            loss = LOSSES[name]
-            found = {key: 1e3 * t for key, t in run.loss(loss).items()}
-            share = run.micro_batches * sum(found.values()) / 1e3 / run.step(loss)
-            live = 1e3 * sum(run.teacher_parts(loss).values())
-            row = {
-                "model": model,
-                "gpu": gpu,
-                "loss": name,
-                "layout": [run.tp, run.pp, run.cp],
-                "ms": found,
-            }
-            parts.append(
-                row
-                | {
-                    "teacher_ms": live,
-                    "share": share,
-                    "stage_message": run.width(loss) / run.model.hidden,
-                }
-            )
+        if run.dp >= 1:
+            parts += [part_row(run, model, gpu, name) for name in (PLAIN, *args.losses)]
     if not parts:
         raise UserError(
             f"--gpus {' '.join(map(str, args.gpus))}: too few for TP x PP x CP of these models"
         )
-    for tp, cp in [(n, args.cp) for n in (1, 2, 4, 8)] + [
-        (args.tp or MODELS[first[0]].tp, n) for n in (2, 4, 8, 16)
-    ]:
-        run = plan(args, *first, max(args.gpus), tp=tp, cp=cp)
-        row = {
-            "tp": tp,
-            "cp": cp,
-            "columns": run.columns,
-            "tokens": run.n,
-            "iw_sft_ms": 1e3 * run.over_context(),
-        }
-        row["ms"] = {
-            name: {k: 1e3 * t for k, t in run.loss(LOSSES[name]).items()}
-            for name in (PLAIN, *args.losses)
-        }
-        growth.append(row)
-    assumed = {
-        name: [args.assumed.get(name, value), source] for name, (value, source) in ASSUMED.items()
-    }
+    tp = args.tp or MODELS[args.model[0]].tp
+    sizes = [(n, args.cp) for n in (1, 2, 4, 8)] + [(tp, n) for n in (2, 4, 8, 16)]
     return {
         "command": args.command,
-        "first": first,
-        "assumed": assumed,
+        "first": (args.model[0], args.gpu[0]),
+        "assumed": {
+            name: [args.assumed.get(name, value), source]
+            for name, (value, source) in ASSUMED.items()
+        },
         "parts": parts,
         "steps": steps,
-        "growth": growth,
+        "growth": [growth_row(args, *size) for size in sizes],
     }
 
 
-def tables(result: dict[str, Any]) -> dict[str, str]:
-    """By title, in Markdown."""
+def percent(x: float | None, sign: str = "") -> str:
+    return "-" if x is None else f"{100 * x:{sign}.2f}%"
 
-    def percent(x: float | None, sign: str = "") -> str:
-        return "-" if x is None else f"{100 * x:{sign}.2f}%"
 
+def assumption_tables(result: dict[str, Any]) -> dict[str, str]:
+    """What was assumed of the run, and of the GPUs."""
     rows = [[name, f"{value:g}", source] for name, (value, source) in result["assumed"].items()]
-    rows += [[name, *(f"{x:g}" for x in vars(gpu).values())] for name, gpu in GPUS.items()]
-    found = {"assumptions": markdown_table(["assumption", "value", "source"], rows[: -len(GPUS)])}
+    gpus = [[name, *(f"{x:g}" for x in vars(gpu).values())] for name, gpu in GPUS.items()]
     head = [
         "GPU, data sheet",
         "bf16 TFLOP/s, dense",
@@ -154,46 +148,38 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         "HBM GB",
         "NVLink GB/s, a direction",
     ]
-    found["gpus"] = markdown_table(head, rows[-len(GPUS) :])
+    return {
+        "assumptions": markdown_table(["assumption", "value", "source"], rows),
+        "gpus": markdown_table(head, gpus),
+    }
+
+
+def parts_table(result: dict[str, Any]) -> str:
+    """A line a loss: what a micro-batch of it is made of."""
     names = list(result["parts"][-1]["ms"])
-    head = [
-        "model, GPU, TP x PP x CP",
-        "loss",
-        *names,
-        "sum, ms",
-        "of the step",
-        "teacher, ms",
-        "stage messages",
-    ]
+    head = ["model, GPU, TP x PP x CP", "loss", *names]
+    head += ["sum, ms", "of the step", "teacher, ms", "stage messages"]
     rows = []
     for row in result["parts"]:
-        where = f"{row['model']}, {row['gpu']}, {' x '.join(map(str, row['layout']))}"
-        ms = [f"{row['ms'][name]:.3f}" if name in row["ms"] else "-" for name in names]
-        last = [
-            f"{row['teacher_ms']:.1f}" if row["teacher_ms"] else "-",
-            f"x {row['stage_message']:g}",
-        ]
         rows.append(
             [
-                where,
+                f"{row['model']}, {row['gpu']}, {' x '.join(map(str, row['layout']))}",
                 row["loss"],
-                *ms,
+                *(f"{row['ms'][name]:.3f}" if name in row["ms"] else "-" for name in names),
                 f"{sum(row['ms'].values()):.3f}",
                 percent(row["share"]),
-                *last,
+                f"{row['teacher_ms']:.1f}" if row["teacher_ms"] else "-",
+                f"x {row['stage_message']:g}",
             ]
         )
-    found["parts"] = markdown_table(head, rows)
+    return markdown_table(head, rows)
+
+
+def steps_table(result: dict[str, Any]) -> str:
+    """A line a number of GPUs: whole steps against plain SFT's."""
     losses = next((list(row["against_plain"]) for row in result["steps"] if row["layout"]), [])
-    head = [
-        "model, GPU",
-        "GPUs",
-        "TP x PP x CP x DP",
-        "plain step, ms",
-        "logging more, ms",
-        *losses,
-        "GB a GPU, plain / most",
-    ]
+    head = ["model, GPU", "GPUs", "TP x PP x CP x DP", "plain step, ms", "logging more, ms"]
+    head += [*losses, "GB a GPU, plain / most"]
     rows = []
     for row in result["steps"]:
         start = [f"{row['model']}, {row['gpu']}", str(row["gpus"])]
@@ -211,19 +197,30 @@ def tables(result: dict[str, Any]) -> dict[str, str]:
         ]
         most = max(row["state_gb"].values())
         rows.append([*start, *numbers, *ratios, f"{row['state_gb'][PLAIN]:.0f} / {most:.0f}"])
-    found["steps"] = markdown_table(head, rows)
+    return markdown_table(head, rows)
+
+
+def growth_table(result: dict[str, Any]) -> str:
+    """A line a layout: the losses over TP and CP."""
     head = ["TP", "CP", "columns", "tokens", *result["growth"][0]["ms"], "iw-sft's message over CP"]
-    rows = []
-    for row in result["growth"]:
-        sums = [f"{sum(parts.values()):.3f}" for parts in row["ms"].values()]
-        rows.append(
-            [
-                *(str(row[k]) for k in ("tp", "cp", "columns", "tokens")),
-                *sums,
-                f"{row['iw_sft_ms']:.3f}",
-            ]
-        )
-    return found | {"growth": markdown_table(head, rows)}
+    rows = [
+        [
+            *(str(row[k]) for k in ("tp", "cp", "columns", "tokens")),
+            *(f"{sum(parts.values()):.3f}" for parts in row["ms"].values()),
+            f"{row['iw_sft_ms']:.3f}",
+        ]
+        for row in result["growth"]
+    ]
+    return markdown_table(head, rows)
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """By title, in Markdown."""
+    return assumption_tables(result) | {
+        "parts": parts_table(result),
+        "steps": steps_table(result),
+        "growth": growth_table(result),
+    }
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -269,21 +266,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def command_line(tool: str, words: list[str]) -> str:
-    """As it was given; of the output folder only the name, so that no path of this machine is
-    published."""
-    return " ".join(
-        [
-            tool,
-            *(Path(w).name if i and words[i - 1] == "--output" else w for i, w in enumerate(words)),
-        ]
-    )
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see EXAMPLE. Raises UserError for an assumption that there is not."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
+    parser = command.parser(__doc__, EXAMPLE)
     parser.add_argument(
         "--model", nargs="+", choices=MODELS, default=["llama3-8b"], help="default: llama3-8b"
     )
@@ -324,7 +309,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--output", metavar="DIR", help="write scaling_model.json, .md and .png there"
     )
     args = parser.parse_args(argv)
-    args.command = command_line("tools/model_scaling.py", sys.argv[1:] if argv is None else argv)
+    args.command = command.command_line("benchmarks/model_scaling.py", argv)
     try:
         args.assumed = {
             name: float(value) for name, _, value in (text.partition("=") for text in args.assume)
@@ -336,23 +321,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; the exit status is 0, or 2 for a user's error."""
-    try:
-        args = parse(argv)
-        result = calculate(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    args = parse(argv)
+    folder = command.check_output(args.output) if args.output else None
+    result = calculate(args)
     shown = "\n\n".join(["A model on paper: not measured.", *tables(result).values()])
     print(shown)
-    if args.output:
-        folder = Path(args.output)
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "scaling_model.json", json.dumps(result, indent=1) + "\n")
         write_text(folder / "scaling_model.md", f"    {result['command']}\n\n{shown}\n")
         draw(result, folder / "scaling_model.png")
-        print(f"\nwrote {folder}/scaling_model.json, .md and .png")
+        names = (f"scaling_model.{ending}" for ending in ("json", "md", "png"))
+        print(f"\n{command.wrote(folder, *names)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""tools/benchmark_cache.py runs and says what it measured; what it measured is not judged here."""
+"""benchmarks/cache.py runs and says what it measured; what it measured is not judged here."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ def test_it_measures_writing_and_reading(tmp_path: Path) -> None:
     prepare(write_rows(tmp_path / "rows.jsonl", 20, 0), teacher, tmp_path / "data", progress=False)
     command = [
         sys.executable,
-        str(REPOSITORY / "tools/benchmark_cache.py"),
+        str(REPOSITORY / "benchmarks/cache.py"),
         "--teacher",
         str(teacher),
         "--top-k",

@@ -5,7 +5,6 @@ Triton's interpreter runs the kernels' own program on the CPU, block by block, s
 exact: it is what the program asks of memory.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -17,16 +16,17 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"  # decided when a kernel is defined
 os.environ["TSFT_BACKEND"] = "triton"
 
-from benchmarks.inputs import CHOICES, DTYPES, Section, Shape, make_case
 from triton.runtime import interpreter
 
 from megatron_tsft import q_target_cross_entropy
 from megatron_tsft.errors import UserError
+from shared import command
+from shared.inputs import CHOICES, DTYPES, Section, Shape, make_case
 
 EXAMPLE = """example:
-  tools/count_traffic.py
-  tools/count_traffic.py --dtype fp32 --columns 18992 --objectives sft target-sft-dense
-  tools/count_traffic.py --json        {"sft": 6.0, ...}, for other programs
+  benchmarks/count_traffic.py
+  benchmarks/count_traffic.py --dtype fp32 --columns 18992 --objectives sft target-sft-dense
+  benchmarks/count_traffic.py --json        {"sft": 6.0, ...}, for other programs
 """
 FLOOR = {
     "none": 3,
@@ -88,7 +88,7 @@ def count(key: str, columns: int, tokens: int, dtype: str, inplace: bool = False
     """Bytes per logit of one of the benchmark's objectives, forward and backward.
 
     Args:
-        key: a name in benchmarks.inputs.CHOICES.
+        key: a name in shared.inputs.CHOICES.
         columns: of the shard.
         tokens: all of them supervised; every token moves the same.
         dtype: "bf16" or "fp32".
@@ -113,11 +113,10 @@ def bytes_per_logit(key: str, columns: int = 131072, tokens: int = 2, dtype: str
     return count(key, columns, tokens, dtype).total
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Print a table, or JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EXAMPLE
-    )
+    parser = command.parser(__doc__, EXAMPLE)
     parser.add_argument(
         "--objectives", nargs="+", default=list(CHOICES), metavar="NAME", help=", ".join(CHOICES)
     )
@@ -133,21 +132,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--inplace", action="store_true", help="write the gradient over the logits")
     parser.add_argument("--json", action="store_true", help="print the totals as JSON")
     args = parser.parse_args(argv)
-    try:
-        unknown = [name for name in args.objectives if name not in CHOICES]
-        if unknown:
-            raise UserError(f"--objectives {' '.join(unknown)}: valid: {', '.join(CHOICES)}")
-        if args.columns < 1 or args.tokens < 1:
-            raise UserError(
-                f"--columns {args.columns} --tokens {args.tokens}: both must be at least 1"
-            )
-        counts = {
-            key: count(key, args.columns, args.tokens, args.dtype, args.inplace)
-            for key in args.objectives
-        }
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    unknown = [name for name in args.objectives if name not in CHOICES]
+    if unknown:
+        raise UserError(f"--objectives {' '.join(unknown)}: valid: {', '.join(CHOICES)}")
+    if args.columns < 1 or args.tokens < 1:
+        raise UserError(f"--columns {args.columns} --tokens {args.tokens}: both must be at least 1")
+    counts = {
+        key: count(key, args.columns, args.tokens, args.dtype, args.inplace)
+        for key in args.objectives
+    }
     if args.json:
         print(json.dumps({key: round(value.total, 4) for key, value in counts.items()}))
         return 0

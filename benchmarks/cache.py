@@ -4,8 +4,8 @@ training step.
 
 Writing: the same batches through a Hugging Face teacher, alone (logits only), and with top-k, tail,
 Arrow and fsync, in turn; their ratio. Reading: cutting packs with the teacher's records and
-without; the difference, over the seconds of a training step that --metrics knows (metrics.jsonl of
-a run on the same data, or --step-seconds).
+without; the difference, in milliseconds a pack and, with --step-seconds, as a share of a training
+step.
 """
 
 import argparse
@@ -23,24 +23,22 @@ import torch
 
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData, Sample
-from megatron_tsft.errors import UserError
 from megatron_tsft.teacher.format import CacheIdentity, expected_bytes
 from megatron_tsft.teacher.job import fill_cache
 from megatron_tsft.teacher.plan import plan_cache
 from megatron_tsft.teacher.reader import CachedTeacher, TeacherCache
 from megatron_tsft.teacher.transformers_teacher import TransformersTeacher
 from megatron_tsft.teacher.writer import CacheWriter
+from shared import command
 
 EXAMPLE = """example:
-  tools/benchmark_cache.py --teacher SmolLM2-135M --data data/train --top-k 16 64 --step-seconds 8
+  benchmarks/cache.py --teacher SmolLM2-135M --data data/train --top-k 16 64 --step-seconds 8
 """
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see EXAMPLE."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__, EXAMPLE)
     parser.add_argument("--teacher", required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument(
         "--data", required=True, metavar="DIR", help="folder made by prepare_data.py"
@@ -164,19 +162,16 @@ def reading(args: argparse.Namespace, data: PreparedData, folder: Path) -> str:
     return f"reading: {1000 * more:.2f} ms more a pack of {args.seq_length}{share}"
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Benchmark; the exit status is 0, or 2 for a user's error."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     args = parse(argv)
-    try:
-        data = PreparedData.load(args.data)
-        for top_k in args.top_k:
-            with tempfile.TemporaryDirectory() as folder:
-                print(writing(args, data, top_k, Path(folder)), flush=True)
-                print(f"top-{top_k}: {reading(args, data, Path(folder) / '0')}", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    data = PreparedData.load(args.data)
+    for top_k in args.top_k:
+        with tempfile.TemporaryDirectory() as folder:
+            print(writing(args, data, top_k, Path(folder)), flush=True)
+            print(f"top-{top_k}: {reading(args, data, Path(folder) / '0')}", flush=True)
     return 0
 
 

@@ -11,30 +11,29 @@ the vocabulary, timed alone unless --tp starts all shards.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_tsft.atomic import write_text
 from megatron_tsft.errors import UserError
+from shared import command
 
 if TYPE_CHECKING:
-    from benchmarks.inputs import Section, Shape
-    from benchmarks.measure import Settings
+    from shared.inputs import Section, Shape
+    from shared.measure import Settings
 
 EXAMPLE = """examples:
-  tools/benchmark_loss.py --output runs/benchmark
-  tools/benchmark_loss.py --output runs/benchmark --objectives sft dft \\
+  benchmarks/loss.py --output runs/benchmark
+  benchmarks/loss.py --output runs/benchmark --objectives sft dft \\
       --implementations ours-torch F.cross_entropy
-  tools/benchmark_loss.py --output runs/benchmark --device cuda \\
+  benchmarks/loss.py --output runs/benchmark --device cuda \\
       --shapes 8192x131072 8192x151936/8 --dtypes bf16
-  tools/benchmark_loss.py --output runs/benchmark --device cpu --shapes 2048x49152 --tp 2
+  benchmarks/loss.py --output runs/benchmark --device cpu --shapes 2048x49152 --tp 2
 """
 DEFAULT_SHAPES = {"cpu": ["2048x49152"], "cuda": ["8192x131072", "8192x151936/8", "4096x49152"]}
 SHAPES_HELP = f"{' '.join(DEFAULT_SHAPES['cpu'])}, on CUDA {' '.join(DEFAULT_SHAPES['cuda'])}"
@@ -55,8 +54,7 @@ COUNT_TIMEOUT = 900  # seconds for counting memory traffic in the interpreter
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see EXAMPLE."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
+    parser = command.parser(__doc__, EXAMPLE)
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for the three files")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
@@ -97,7 +95,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--seed", type=int, default=0, metavar="N", help="of the inputs (default: %(default)s)"
     )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.command = command.command_line("benchmarks/loss.py", argv)
+    return args
 
 
 def chosen(flag: str, given: list[str] | None, valid: Sequence[str]) -> list[str]:
@@ -110,7 +110,7 @@ def chosen(flag: str, given: list[str] | None, valid: Sequence[str]) -> list[str
 
 def planned_shapes(args: argparse.Namespace, device: str) -> "list[Shape]":
     """Raises UserError where a shape, or a shape with --tp, cannot be."""
-    from benchmarks.inputs import Shape
+    from shared.inputs import Shape
 
     shapes = []
     for text in args.shapes or (QUICK_SHAPES if args.quick else DEFAULT_SHAPES[device]):
@@ -128,8 +128,8 @@ def planned_shapes(args: argparse.Namespace, device: str) -> "list[Shape]":
 
 def plan(args: argparse.Namespace, device: str) -> "list[tuple[Section, list[str]]]":
     """The sections of a run, each with the implementations that belong to it."""
-    from benchmarks.inputs import CHOICES, DTYPES, Section
-    from benchmarks.peers import PEERS
+    from shared.inputs import CHOICES, DTYPES, Section
+    from shared.peers import PEERS
 
     for flag in ("tp", "threads", "repeat"):
         if getattr(args, flag) < 1:
@@ -155,71 +155,31 @@ def plan(args: argparse.Namespace, device: str) -> "list[tuple[Section, list[str
     return sections
 
 
-# ---- what is recorded about the machine ----------------------------------------------------------
-
-
-def device_name(device: str) -> str:
-    """The processor's, or the GPU's with its driver's version."""
-    if device == "cuda":
-        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        try:
-            lines = subprocess.run(
-                command, capture_output=True, text=True, check=True
-            ).stdout.splitlines()
-            return "{}, driver {}".format(*lines[0].split(", "))
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            import torch
-
-            return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def environment(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "device": device,
-        "device_name": device_name(device),
-        "threads": args.threads,
-        "versions": versions,
-    }
+# ---- measuring ----------------------------------------------------------------------------------
 
 
 def count_traffic() -> dict[str, Any]:
-    """Bytes that our Triton kernels move per logit, by objective, from tools/count_traffic.py; or
-    why not."""
+    """Bytes that our Triton kernels move per logit, by objective, from benchmarks/count_traffic.py;
+    or why not."""
     tool = Path(__file__).with_name("count_traffic.py")
-    if not tool.exists():
-        return {"reason": "there is no tools/count_traffic.py"}
     variables = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(tool), "--json"]
+    line = [sys.executable, str(tool), "--json"]
     try:
         done = subprocess.run(
-            command, env=variables, capture_output=True, text=True, timeout=COUNT_TIMEOUT
+            line, env=variables, capture_output=True, text=True, timeout=COUNT_TIMEOUT
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
-            return {
-                "reason": f"tools/count_traffic.py ended with {done.returncode}: {lines[-1][:160]}"
-            }
+            why = f"ended with {done.returncode}: {lines[-1][:160]}"
+            return {"reason": f"benchmarks/count_traffic.py {why}"}
         return {"bytes": {key: float(value) for key, value in json.loads(done.stdout).items()}}
     except (subprocess.TimeoutExpired, ValueError, AttributeError, TypeError) as error:
-        return {"reason": f"tools/count_traffic.py gave no numbers: {type(error).__name__}"}
-
-
-# ---- measuring -----------------------------------------------------------------------------------
+        return {"reason": f"benchmarks/count_traffic.py gave no numbers: {type(error).__name__}"}
 
 
 def row_tasks(section: "Section", names: list[str]) -> list[tuple[str, str, str | None]]:
     """(objective, implementation, why it cannot run) of each row."""
-    from benchmarks.peers import PEERS
+    from shared.peers import PEERS
 
     rows = []
     for name in names:
@@ -232,9 +192,9 @@ def measure_section(
     section: "Section", names: list[str], settings: "Settings", counted: dict, bar: Any
 ) -> dict:
     """One section's result; a Ctrl-C ends it with what it has, under "interrupted"."""
-    from benchmarks.inputs import CHOICES, make_case
-    from benchmarks.measure import Task, run
-    from benchmarks.targets import floor_ms
+    from shared.inputs import CHOICES, make_case
+    from shared.measure import Task, run
+    from shared.targets import floor_ms
 
     head = section.part == "head"
     result: dict[str, Any] = {
@@ -289,7 +249,7 @@ def measure_section(
 def batches(runnable: list[tuple[str, str]], device: str) -> list[list[Any]]:
     """What one process measures: on a CPU a single number, on a GPU every row of an
     implementation."""
-    from benchmarks.measure import Task
+    from shared.measure import Task
 
     if device == "cpu":
         pairs = (
@@ -367,7 +327,7 @@ def add_ratios(section: dict[str, Any]) -> None:
 
 def write(result: dict[str, Any], folder: Path) -> None:
     """The JSON and Markdown files, as far as the run has come."""
-    from benchmarks import report
+    from shared import report
 
     write_text(folder / "benchmark_loss.json", json.dumps(result, indent=1) + "\n")
     write_text(folder / "benchmark_loss.md", report.markdown(result))
@@ -376,20 +336,20 @@ def write(result: dict[str, Any], folder: Path) -> None:
 def benchmark(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """The whole run: measure, print and write after each section, then judge the targets and
     draw."""
-    from benchmarks import plot, report
-    from benchmarks.measure import Settings
-    from benchmarks.targets import judge
     from tqdm import tqdm
 
+    from shared import plot, report
+    from shared.machine import environment
+    from shared.measure import Settings
+    from shared.targets import judge
+
     sections = plan(args, device)
-    folder = Path(args.output)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file: name a folder")
+    folder = command.check_output(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": report.command_line("tools/benchmark_loss.py", args),
-        "environment": environment(args, device),
+        "command": args.command,
+        "environment": environment(device, args.threads, VERSIONS),
         "counted": {"reason": "ours-triton is not in this run"},
         "interrupted": False,
         "sections": [],
@@ -428,10 +388,12 @@ def benchmark(args: argparse.Namespace, device: str) -> dict[str, Any]:
     if result["targets"]:
         print("\n== targets", report.text_table(*report.target_table(result["targets"])), sep="\n")
     plot.draw(result, folder / "benchmark_loss.png")
-    print(f"\nwrote {folder}/benchmark_loss.json, .md and .png")
+    names = (f"benchmark_loss.{ending}" for ending in ("json", "md", "png"))
+    print(f"\n{command.wrote(folder, *names)}")
     return result
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Benchmark; the exit status is 0, 2 for a user's error, 130 after Ctrl-C."""
     args = parse(argv)
@@ -441,19 +403,12 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     torch.set_num_threads(1)  # of this process: a fork has none of its parent's threads
-    try:
-        there = torch.cuda.is_available()
-        if args.device == "cuda" and not there:
-            raise UserError(
-                "--device cuda: this machine has no GPU that torch can use: leave --device out"
-            )
-        result = benchmark(args, args.device or ("cuda" if there else "cpu"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; what is in the output folder was complete before", file=sys.stderr)
-        return 130
+    there = torch.cuda.is_available()
+    if args.device == "cuda" and not there:
+        raise UserError(
+            "--device cuda: this machine has no GPU that torch can use: leave --device out"
+        )
+    result = benchmark(args, args.device or ("cuda" if there else "cpu"))
     return 130 if result["interrupted"] else 0
 
 

@@ -31,11 +31,12 @@ from megatron_tsft.objectives import Objective
 from megatron_tsft.teacher.format import ENTRY_BYTES, TOKEN_BYTES
 from megatron_tsft.teacher.job import as_rows
 from megatron_tsft.teacher.topk import teacher_topk
+from shared import command
 
 EXAMPLE = """examples:
-  tools/study_top_k.py --student SmolLM2-135M --teacher SmolLM2-1.7B --data data/heldout \\
+  benchmarks/top_k.py --student SmolLM2-135M --teacher SmolLM2-1.7B --data data/heldout \\
       --output study
-  tools/study_top_k.py --student a --teacher b --data data/heldout --output study \\
+  benchmarks/top_k.py --student a --teacher b --data data/heldout --output study \\
       --objective kd --k 16 256
 """
 TAILS: tuple[Literal["uniform", "drop"], ...] = ("uniform", "drop")
@@ -53,9 +54,7 @@ class Sums:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see EXAMPLE."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.parser(__doc__, EXAMPLE)
     parser.add_argument("--student", required=True, metavar="DIR", help="Hugging Face folder")
     parser.add_argument(
         "--teacher", required=True, metavar="DIR", help="Hugging Face folder, the same tokenizer"
@@ -107,9 +106,13 @@ def rounded(topk: TeacherRecords[Tensor], tail: Literal["uniform", "drop"]) -> T
 def loss_and_gradient(
     z: Tensor, y: Tensor, objective: Objective, teacher: Any
 ) -> tuple[float, Tensor]:
-    """(summed loss, gradient [n, V])."""
+    """(summed loss, gradient [n, V]); raises UserError for an objective that needs more than a
+    teacher."""
     z = z.detach().requires_grad_()
-    loss = q_target_cross_entropy(z, y, objective, teacher=teacher).loss.sum()
+    try:
+        loss = q_target_cross_entropy(z, y, objective, teacher=teacher).loss.sum()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--objective {objective.name}: {error}") from None
     (gradient,) = torch.autograd.grad(loss, z)
     return loss.item(), gradient
 
@@ -133,7 +136,12 @@ def tokens(
 
 def study(args: argparse.Namespace) -> dict:
     """Everything that was measured."""
-    chosen = {text: objectives.parse(text) for text in args.objective}
+    chosen: dict[str, Objective] = {}
+    for text in args.objective:
+        try:
+            chosen[text] = objectives.parse(text)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"--objective {text}: {error}") from None
     for text, objective in chosen.items():
         if not objective.reads_teacher:
             raise UserError(f"--objective {text} reads no teacher: its loss does not depend on k")
@@ -238,29 +246,22 @@ def draw(result: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Study; the exit status is 0, or 2 for a user's error."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     args = parse(argv)
-    try:
-        result = study(args)
-        folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "top_k.json", json.dumps(result, indent=1) + "\n")
-        draw(result, folder / "top_k.png")
-        print(
-            f"{result['tokens']} supervised tokens of {result['data']}, student"
-            f" {result['student']},",
-            end=" ",
-        )
-        print(
-            f"teacher {result['teacher']}: relative errors against the whole"
-            f" teacher\n\n{table(result)}\n"
-        )
-        print(f"wrote {folder / 'top_k.json'} and {folder / 'top_k.png'}")
-    except (UserError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = command.check_output(args.output)
+    result = study(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "top_k.json", json.dumps(result, indent=1) + "\n")
+    draw(result, folder / "top_k.png")
+    print(
+        f"{result['tokens']} supervised tokens of {result['data']}, student {result['student']},"
+        f" teacher {result['teacher']}: relative errors against the whole teacher\n\n"
+        f"{table(result)}\n"
+    )
+    print(command.wrote(folder, "top_k.json", "top_k.png"))
     return 0
 
 

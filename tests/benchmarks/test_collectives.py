@@ -1,39 +1,30 @@
 """The merge that the losses do not use gives the same statistics, so their times compare; the tool
 prints both."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import collectives
 from megatron_tsft.loss.dispatch import implementation
 from megatron_tsft.loss.statistics import Table, merge
 from tests.fresh import REPOSITORY
 from tests.ranks import run_ranks
 
-TOOL = REPOSITORY / "tools" / "benchmark_collectives.py"
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_collectives", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+TOOL = REPOSITORY / "benchmarks" / "collectives.py"
 
 
 def both_ways(rank: int) -> None:
-    tool, group = load(), dist.group.WORLD
-    for name in tool.OBJECTIVES:
-        problem, logits = tool.problem_of(name, 13, 7, group, torch.device("cpu"))
+    group = dist.group.WORLD
+    for name in collectives.OBJECTIVES:
+        problem, logits = collectives.problem_of(name, 13, 7, group, torch.device("cpu"))
         shard = problem.shard(logits)
         local = implementation(logits).local_statistics(shard, problem.wanted)
-        other = tool.max_and_sum(
+        other = collectives.max_and_sum(
             Table(local.names, local.data.clone()), float(shard.a), float(shard.b), group
         )
         ours = merge(local, shard.a, shard.b, group)

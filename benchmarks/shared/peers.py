@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.inputs import CHOICES, Case
 from megatron_tsft.loss import TeacherTopK
+from shared.inputs import CHOICES, Case
 
 Step = Callable[[], tuple[Tensor, ...]]
 SFT, DENSE = ("sft",), ("target-sft-dense",)

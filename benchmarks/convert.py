@@ -13,20 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_tsft.errors import UserError
+from shared import command
+
 EXAMPLE = """example:
-  tools/benchmark_convert.py --output /scratch/convert --gigabytes 8
+  benchmarks/convert.py --output /scratch/convert --gigabytes 8
 
 Makes a synthetic bf16 Llama under DIR (its embedding is an eighth of it), needs three times its
 size on the disk, and removes what it made.
 """
 VOCABULARY, SHARD = 131072, 2.5e9  # bytes of a safetensors file
-CONVERT = str(Path(__file__).with_name("convert_checkpoint.py"))
+CONVERT = str(Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; see EXAMPLE."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=raw)
+    parser = command.parser(__doc__, EXAMPLE)
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="a folder that does not exist yet"
     )
@@ -126,13 +128,13 @@ def timed(work: Callable[..., Any], *arguments: object) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
+@command.says_errors
 def main(argv: list[str] | None = None) -> int:
     """Measure and print a table; one JSON object in the last line."""
     args = parse(argv)
     output = Path(args.output)
     if output.exists():
-        print(f"error: {output} exists: name a folder that does not", file=sys.stderr)
-        return 2
+        raise UserError(f"--output {output} exists: name a folder that does not")
     output.mkdir(parents=True)
     hf, megatron, back = output / "hf", output / "megatron", output / "back"
     try:
