@@ -22,8 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse_args(sys.argv[1:] if argv is None else argv))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        print(last_words(failure), file=sys.stderr, flush=True)
+        rank, failure = error.get_first_failure()
+        print(last_words(rank, failure), file=sys.stderr, flush=True)
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
         if error.sigval == signal.SIGINT:
@@ -34,10 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def last_words(failure: Any) -> str:
+def last_words(rank: int, failure: Any) -> str:
     """One line of a torch ProcessFailure: what the rank said, or how it ended."""
-    text = failure.message.strip().splitlines()
-    said = next((line for line in text if line.startswith("error")), "")
+    message = failure.message  # what the rank wrote into its error file, or torch's own words
+    text = message["message"] if isinstance(message, dict) else message
+    said = next((line for line in text.splitlines() if line.startswith("error")), "")
     if said:
         return said
     how = f"exit status {failure.exitcode}"
@@ -45,8 +46,8 @@ def last_words(failure: Any) -> str:
         how = f"signal {failure.signal_name()}"
     node = os.environ.get("HOSTNAME", "this node")
     memory = "; SIGKILL often means that memory ran out" if failure.exitcode == -9 else ""
-    rank = f"rank {failure.rank} (local rank {failure.local_rank} of {node})"
-    return f"error: {rank} ended with {how}{memory}"
+    place = f"rank {rank} (local rank {failure.local_rank} of {node})"
+    return f"error: {place} ended with {how}{memory}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""Every error is one line that comes last; a worker's and another rank's, too."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_tsft import entry
+from megatron_tsft.errors import UserError
+
+
+def ends(body: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    """The exit status, and the lines on standard error."""
+    status = entry.run_command(body, name="the work", left="; nothing is left")
+    return status, capsys.readouterr().err.strip().splitlines()
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def body() -> int:
+        raise error
+
+    return body
+
+
+def test_what_a_user_can_mend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ends(raising(UserError("--x 3: pass 4")), capsys) == (2, ["error: --x 3: pass 4"])
+    full = OSError(errno.ENOSPC, "No space left on device", "folder")
+    status, lines = ends(raising(full), capsys)
+    assert status == 2 and lines[0].startswith("error: the work stopped: [Errno 28] No space")
+    assert lines[0].endswith("; nothing is left") and len(lines) == 1
+    status, lines = ends(raising(KeyboardInterrupt()), capsys)
+    assert (status, lines) == (130, ["error: the work stopped: interrupted; nothing is left"])
+    assert ends(lambda: 1, capsys) == (1, [])
+
+
+def test_a_defect_has_its_traceback_and_then_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = ends(raising(KeyError("a\nb")), capsys)
+    assert status == 1 and "Traceback" in lines[0]
+    assert lines[-1] == r"error: KeyError: 'a\nb'"
+
+
+class Broken(Dataset[int]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise UserError(f"conversation {index} is damaged: prepare the data again")
+
+
+def test_a_data_loader_workers_error(capsys: pytest.CaptureFixture[str]) -> None:
+    def body() -> int:
+        return len(list(DataLoader(Broken(), num_workers=1, multiprocessing_context="fork")))
+
+    assert ends(body, capsys) == (2, ["error: conversation 0 is damaged: prepare the data again"])
+
+
+def test_torchrun_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("RANK", "3")
+    error = UserError("--x 3: pass 4")
+    error.met_here_alone = True
+    assert ends(raising(error), capsys) == (2, ["error (rank 3): --x 3: pass 4"])
+    said = json.loads((tmp_path / "error.json").read_text())
+    assert said["message"]["message"] == "error (rank 3): --x 3: pass 4"
