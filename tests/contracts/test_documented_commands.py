@@ -81,6 +81,12 @@ SLOW = (
     TRAINS,
 )
 
+# a run to which a page's flags are added
+ENTRY = (
+    "python -m megatron_tsft.training.pretrain_gpt --tsft-device cpu --tsft-model base"
+    " --tsft-data data/train --seq-length 64 --micro-batch-size 1 --train-iters 10 --lr 1e-5"
+    " --tsft-check"
+)
 LAUNCHER = {
     "MODEL": "base",
     "DATA": "data/train",
@@ -92,15 +98,15 @@ LAUNCHER = {
 STAND_INS = {
     "models/Llama-3.2-1B": "hf",
     "SmolLM2-135M-Instruct": "hf",
-    "SmolLM2-135M": "hf",
+    "SmolLM2-135M": "student",
     "SmolLM2-1.7B": "hf",
     "Qwen3-8B": "hf",
-    "a": "hf",
+    "a": "student",
     "b": "hf",
     "models/Qwen3-0.6B": "hf",
     "Qwen-or-Llama-big": "hf",
     "Llama-3.1-70B": "hf",
-    "hf": "hf",
+    "hf": "student",
     "hf_base": "hf",
     "base": "base",
     "base_8b": "base",
@@ -298,7 +304,9 @@ def originals(root: Path) -> Path:
     folder = root.parent / "originals"
     folder.mkdir()
     shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
-    make_hf(folder / "hf", vocab_size=1024, max_position_embeddings=8192, **shape)
+    shape |= {"vocab_size": 1024, "max_position_embeddings": 8192}
+    make_hf(folder / "hf", **shape)
+    make_hf(folder / "student", **shape, num_hidden_layers=2)
     write_rows(folder / "chats.jsonl", 40, 0)
     plugin = (REPOSITORY / "examples/plugins/power_target.py").read_text()
     plugin = plugin.replace('"power-target"', '"mine"').replace("= 0.3", "= 0.0")  # no teacher
@@ -352,8 +360,8 @@ def stand_ins(root: Path, originals: Path, text: str) -> Iterator[None]:
 def run(root: Path, originals: Path, text: str) -> None:
     """One command, as it stands; fails where its exit status is not what the page promises."""
     variables = {}
-    if text.startswith("--tsft-"):  # a page shows flags alone: the launcher takes them
-        text = f"launch/pretrain_gpt_tsft.sh {text}"
+    if text.startswith("--tsft-"):  # a page shows flags alone
+        text = f"{ENTRY} {text}"
     if TRAINS in text:
         variables[command_server.TRAINING] = SMALL_RUN
     if "PRESET=" in text:  # for GPUs
