@@ -129,7 +129,8 @@ def answer(connection: socket.socket) -> None:
 
 
 def serve(address: str) -> None:
-    """Import, say "ready", answer until the parent ends this process."""
+    """Import, say "ready", answer until the parent ends this process, or ends itself."""
+    parent = os.getppid()
     import torch
 
     from megatron_tsft.cpu import install
@@ -145,9 +146,15 @@ def serve(address: str) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(address)
         sock.listen(16)
+        sock.settimeout(5)
         print("ready", flush=True)
         while True:
-            connection, _ = sock.accept()
+            try:
+                connection, _ = sock.accept()
+            except TimeoutError:
+                if os.getppid() != parent:
+                    os.killpg(0, signal.SIGKILL)  # the group is this server's own, forks included
+                continue
             if not os.fork():
                 answer(connection)
             connection.close()
