@@ -32,7 +32,7 @@ from shared import command
 
 EXAMPLE = """example:
   benchmarks/collectives.py --tp 2 4 --tokens 512 2048 8192
-  benchmarks/collectives.py --tp 8 --columns 18992          on 8 GPUs, with NCCL
+  benchmarks/collectives.py --tp 8 --columns 18992        # on 8 GPUs, with NCCL
 """
 OBJECTIVES = ("sft", "gem")
 

@@ -17,7 +17,7 @@ from megatron_tsft.errors import UserError
 from shared import command
 
 EXAMPLE = """example:
-  benchmarks/convert.py --output /scratch/convert --gigabytes 8
+  benchmarks/convert.py --output runs/convert --gigabytes 8
 
 Makes a synthetic bf16 Llama under DIR (its embedding is an eighth of it), needs three times its
 size on the disk, and removes what it made.

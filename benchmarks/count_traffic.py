@@ -26,7 +26,7 @@ from shared.inputs import CHOICES, DTYPES, Section, Shape, make_case
 EXAMPLE = """example:
   benchmarks/count_traffic.py
   benchmarks/count_traffic.py --dtype fp32 --columns 18992 --objectives sft target-sft-dense
-  benchmarks/count_traffic.py --json        {"sft": 6.0, ...}, for other programs
+  benchmarks/count_traffic.py --json    # {"sft": 6.0, ...}, for other programs
 """
 FLOOR = {
     "none": 3,
