@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,7 +66,7 @@ def run_in(
     ranks: int = 1,
     steps: int = 3,
     keep: bool = False,
-    timeout: float = 120,
+    timeout: float = 600,
 ) -> Run:
     """One training command whose files are in `folder`."""
     save = folder / save
@@ -105,7 +106,7 @@ def cache(server: Server, world: World, tmp_path_factory: pytest.TempPathFactory
                 str(folder),
             ]
             argv += ["--top-k", str(top_k), "--device", "cpu", *flags]
-            codes = server.run(ranks, argv, folder.with_suffix(".log"), 120, str(CACHE_TOOL))
+            codes = server.run(ranks, argv, folder.with_suffix(".log"), 600, str(CACHE_TOOL))
             logs = [
                 Path(f"{folder.with_suffix('.log')}.{rank}").read_text(errors="replace")
                 for rank in range(ranks)
@@ -123,7 +124,8 @@ def teacher(world: World) -> Path:
     Face folder is beside it, teacher_hf."""
     from megatron_tsft.checkpoint.convert import import_hf
 
-    shape = {"num_hidden_layers": 8, "hidden_size": 96, "intermediate_size": 128, "head_dim": 12}
-    hf = make_hf(world.root / "teacher_hf", num_attention_heads=8, num_key_value_heads=4, **shape)
+    shape: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 96, "head_dim": 12}
+    shape |= {"intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    hf = make_hf(world.root / "teacher_hf", **shape)
     import_hf(hf, world.root / "teacher", progress=False)
     return world.root / "teacher"

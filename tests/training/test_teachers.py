@@ -68,6 +68,7 @@ class Dense:
                 log_t = topk_teacher(*stored, tail_logmass=torch.tensor(rows.tail_logmass))
                 log_ref = torch.tensor(rows.label_logp).double()
             else:
+                assert other is not None
                 with torch.no_grad():
                     logits = other(input_ids=ids[None, :-1]).logits[0][wanted]
                 if columns:
@@ -190,7 +191,7 @@ def student(server: Any, world: World, tmp_path_factory: pytest.TempPathFactory)
         *BATCH.split(),
     ]
     argv += ["--save", str(save), "--train-iters", "20", "--lr", "3e-3", "--tsft-objective", "sft"]
-    assert server.run(1, argv, save.with_suffix(".log"), 120) == [0]
+    assert server.run(1, argv, save.with_suffix(".log"), 600) == [0]
     export_hf(save, save.parent / "hf", progress=False)
     return save
 
