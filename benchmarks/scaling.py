@@ -139,15 +139,15 @@ def training_loss(case: Case) -> list[str]:
 
     install()  # before Megatron is imported
     from megatron_tsft.data.batch import MicroBatch
+    from megatron_tsft.loss.records import TeacherRecords
     from megatron_tsft.model.loss_reduction import reduce_loss
     from megatron_tsft.model.output_hook import LossContext, q_target_output
 
     leaf, labels, kind = case.leaves[0], case.labels[None], CHOICES[case.key].teacher
     zeros, topk = torch.zeros_like(labels), None
     if kind == "topk" and case.topk is not None:  # as a cache's records come
-        known = {"label_logprobs": zeros - 2.0, "tail_logmass": zeros - 3.0}
-        topk = replace(
-            case.topk, ids=case.topk.ids[None], logprobs=case.topk.logprobs[None], **known
+        topk = TeacherRecords(
+            case.topk.ids[None], case.topk.logprobs[None], zeros - 2.0, zeros - 3.0
         )
     batch = MicroBatch(labels, labels, zeros, None, zeros, [labels.shape[1]], [0], teacher=topk)
     vocabulary = leaf.shape[1] * (1 if case.group is None else case.group.size())

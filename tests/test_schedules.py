@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_tsft import objectives, q_target_cross_entropy
-from megatron_tsft.objectives import SingleObjective
+from megatron_tsft.objectives import Objective, SingleObjective
 from megatron_tsft.objectives.schedules import KINDS, SYNTAX, Schedule, parse_schedule
 
 # ---- values
@@ -263,7 +263,7 @@ def test_to_copies() -> None:
 # ---- the loss
 
 
-def solve(objective: SingleObjective, **keywords: Any) -> tuple[Tensor, Tensor]:
+def solve(objective: Objective, **keywords: Any) -> tuple[Tensor, Tensor]:
     """Loss [2, 3] and the gradient of its weighted sum, fp64; one label is ignored."""
     g = torch.Generator().manual_seed(0)
     logits, teacher = (

@@ -51,7 +51,8 @@ def ended(work: Callable[[], Any]) -> int:
     except BaseException:
         traceback.print_exc()
         code = 1
-    multiprocessing.util._exit_function()  # what Python does at exit
+    # what Python does at exit
+    multiprocessing.util._exit_function()  # pyright: ignore[reportAttributeAccessIssue]
     with contextlib.suppress(BrokenPipeError):
         sys.stdout.flush()
         sys.stderr.flush()

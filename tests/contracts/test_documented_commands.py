@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -303,7 +304,7 @@ def originals(root: Path) -> Path:
     everything that a page may name."""
     folder = root.parent / "originals"
     folder.mkdir()
-    shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
+    shape: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
     shape |= {"vocab_size": 1024, "max_position_embeddings": 8192}
     make_hf(folder / "hf", **shape)
     make_hf(folder / "student", **shape, num_hidden_layers=2)

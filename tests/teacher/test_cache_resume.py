@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_tsft.errors import UserError
 from megatron_tsft.teacher.format import CARD_FILE, PLAN_FILE, shard_name
 from megatron_tsft.teacher.job import fill_cache
 from megatron_tsft.teacher.plan import plan_cache
 from megatron_tsft.teacher.reader import TeacherCache
+from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.transformers_teacher import TransformersTeacher
 from megatron_tsft.teacher.writer import CacheWriter
 from tests.ranks import run_ranks
@@ -230,17 +230,8 @@ def test_a_late_rank_has_the_share_of_one_in_time(home: Home, tmp_path: Path) ->
     writer = CacheWriter(tmp_path / "cache", identity([home.held], K), plan)
     writer.begin()
     for rank in (0, 1):
-        teacher = TransformersTeacher(
-            home.hf,
-            dtype=torch.float32,
-            device="cpu",
-            top_k=K,
-            temperature=1,
-            vocab_size=writer.identity.vocab_size,
-            token_map=None,
-            batch_tokens=256,
-            share=(rank, 2),
-        )
+        question = Question(K, 1.0, writer.identity.vocab_size, None, batch_tokens=256)
+        teacher = TransformersTeacher(home.hf, question, "fp32", "cpu", share=(rank, 2))
         fill_cache(writer, teacher, progress=False)
     assert writer.missing() == []
 
