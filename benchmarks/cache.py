@@ -129,9 +129,9 @@ def writing(args: argparse.Namespace, data: PreparedData, top_k: int, folder: Pa
     per = size / (plan.tokens * top_k)
     assert size >= expected_bytes(plan.conversations, plan.tokens, top_k) * 0.99
     return (
-        f"top-{top_k}: writing takes {ratio:.3f} x the teacher's forward alone ({pairs[0][1]:.2f}"
-        " s for"
-        f" {plan.tokens} supervised of {data.card.tokens} tokens); {per:.2f} bytes an entry on disk"
+        f"top-{top_k}: writing takes {ratio:.3f} x the teacher's forward alone ({pairs[0][1]:.2f} s"
+        f" for {plan.tokens} supervised of {data.card.tokens} tokens); {per:.2f} bytes an entry on"
+        " disk"
     )
 
 

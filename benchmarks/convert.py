@@ -159,8 +159,8 @@ def main(argv: list[str] | None = None) -> int:
             result["anonymous"][name] = peak
             print(
                 f"{name:8s} {rows[name]:7.1f} s  {total / rows[name] / 1e9:.2f} GB/s "
-                f" {seconds / rows[name]:.0%} of the"
-                f" copy's, anonymous memory at most {peak / 1e9:.2f} GB"
+                f" {seconds / rows[name]:.0%} of the copy's, anonymous memory at most"
+                f" {peak / 1e9:.2f} GB"
             )
         print(json.dumps(result))
     finally:

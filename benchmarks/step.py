@@ -349,9 +349,8 @@ class Trainer:
         self.model, self.optimizer, self.scheduler = built
         self.model[0].train()
         self.config = get_model_config(self.model[0])
-        self.config.grad_scale_func = (
-            self.optimizer.scale_loss
-        )  # these two as Megatron's train() does
+        # these two as Megatron's train() does
+        self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
         self.schedule, self.train_step, self.done = (
             get_forward_backward_func(),
@@ -649,8 +648,8 @@ def markdown(result: dict[str, Any]) -> str:
     if result["steps"]:
         text = STEPS_TEXT.format(**options, share=options["supervised"], control=CONTROL)
         size = (
-            f"{result['steps'][0]['model']}, {result['steps'][0]['parameters'] / 1e6:.1f}"
-            " million parameters"
+            f"{result['steps'][0]['model']}, {result['steps'][0]['parameters'] / 1e6:.1f} million"
+            " parameters"
         )
         rows = [
             [row["dtype"], titled(row), *cells(row, LIMITS["steps"])] for row in result["steps"]

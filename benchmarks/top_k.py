@@ -197,8 +197,8 @@ def study(args: argparse.Namespace) -> dict:
 def table(result: dict) -> str:
     """As Markdown."""
     lines = [
-        "| objective | k | bytes a token | mass left out | loss, uniform | loss, drop |"
-        " gradient, uniform | gradient, drop |",
+        "| objective | k | bytes a token | mass left out | loss, uniform | loss, drop | gradient,"
+        " uniform | gradient, drop |",
         "|---" * 8 + "|",
     ]
     found = {(row["objective"], row["k"], row["tail"]): row for row in result["rows"]}

@@ -23,8 +23,8 @@ class Choice:
     name: str
     parameters: dict[str, float]
     teacher: str = "none"  # none, dense or topk
-    # over the logits' bytes that no implementation can avoid: two reads and a write, and the
-    # teacher's
+    # over the logits' bytes that no implementation can
+    # avoid: two reads and a write, and the teacher's
     passes: int = 3
 
     def objective(self) -> objectives.Objective:

@@ -129,8 +129,8 @@ class Loss:
 
 PLAIN = "megatron"
 LOSSES = {
-    # 8 passes of eager operations over fp32 copies, docs/scaling.md; its messages and 26 operations
-    # are counted
+    # 8 passes of eager operations over fp32 copies,
+    # docs/scaling.md; its messages and 26 operations are counted
     PLAIN: Loss(52, (("all_reduce", 4),) * 3, 26 + MEGATRON_REDUCTION, logged=1),
     # --cross-entropy-loss-fusion, by hand: 4 compiled parts of one pass each, 6 + 8 + 8 + 10 bytes
     "megatron-fused": Loss(

@@ -79,8 +79,8 @@ def load(gguf: Path) -> tuple[Any, Any]:
 
     folder = str(gguf.parent)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
-    # transformers does not read the end-of-sequence id of this file; the chat template ends a turn
-    # with this token
+    # transformers does not read the end-of-sequence id of
+    # this file; the chat template ends a turn with this token
     tokenizer.eos_token = tokenizer.pad_token = END_OF_TURN
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=gguf.name, dtype=torch.float32

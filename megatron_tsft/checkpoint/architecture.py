@@ -15,8 +15,7 @@ LLAMA3_ROPE = {
 
 COUNTS = (
     "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
-    " vocab_size"
-    " max_position_embeddings"
+    " vocab_size max_position_embeddings"
 ).split()
 
 

@@ -54,8 +54,7 @@ class ModelCard:
         found = f"has no {CARD_FILE}" if Path(directory).is_dir() else "does not exist"
         missing = (
             f"{directory} {found}: name a Megatron checkpoint folder; `tools/convert_checkpoint.py"
-            " import --hf DIR"
-            " --megatron DIR` makes one"
+            " import --hf DIR --megatron DIR` makes one"
         )
         return load_card(
             ModelCard,
@@ -87,8 +86,7 @@ def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:
         if other != card:
             raise UserError(
                 f"{target} belongs to another model (weights {other.source_hash}, {source} is"
-                f" {card.source_hash}):"
-                " save into another folder"
+                f" {card.source_hash}): save into another folder"
             )
         if (target / HF_FOLDER).is_dir():
             return

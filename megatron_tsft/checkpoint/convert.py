@@ -287,7 +287,6 @@ def _check_space(target: Path, needed: int) -> None:
     wanted = needed * 1.01 + 2**26
     if free < wanted:
         raise UserError(
-            f"{place} has {free / 1e9:.2f} GB free, {target.name} needs {wanted / 1e9:.2f} GB:"
-            " free some space or"
-            " choose another disk"
+            f"{place} has {free / 1e9:.2f} GB free, {target.name} needs {wanted / 1e9:.2f} GB: free"
+            " some space or choose another disk"
         )

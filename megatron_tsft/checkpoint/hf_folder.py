@@ -118,8 +118,8 @@ class HfWeights:
         load = "load it once with AutoModelForCausalLM.from_pretrained(DIR"
         if ".gguf" in suffixes:
             hint = (
-                f"only .gguf files: {load}, gguf_file=NAME) and .save_pretrained(NEW_DIR),"
-                " then import NEW_DIR"
+                f"only .gguf files: {load}, gguf_file=NAME) and .save_pretrained(NEW_DIR), then"
+                " import NEW_DIR"
             )
         elif suffixes & {".bin", ".pt", ".pth"}:
             hint = (
@@ -127,8 +127,8 @@ class HfWeights:
             )
         else:
             hint = (
-                "no model.safetensors and no model.safetensors.index.json: name the folder"
-                " that holds them"
+                "no model.safetensors and no model.safetensors.index.json: name the folder that"
+                " holds them"
             )
         raise UserError(f"{self.directory} holds {hint}")
 
@@ -187,8 +187,7 @@ def check_tensors(weights: HfWeights, expected: dict[str, tuple[int, ...]], *, t
     if tied and HEAD in weights.tensors and not _same(weights, HEAD, EMBEDDING):
         raise UserError(
             f"{weights.directory}: config.json says tie_word_embeddings=true, but {HEAD} is not"
-            f" {EMBEDDING}: say false"
-            f" there, or save the model without {HEAD}"
+            f" {EMBEDDING}: say false there, or save the model without {HEAD}"
         )
 
 

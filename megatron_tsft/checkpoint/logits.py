@@ -86,8 +86,8 @@ def hf_logits(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    # eager: the attention that Megatron's local layers compute, so that no kernel's rounding hides
-    # a difference
+    # eager: the attention that Megatron's local layers
+    # compute, so that no kernel's rounding hides a difference
     load = AutoModelForCausalLM.from_pretrained
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     logging.disable_progress_bar()  # of seconds, among ours

@@ -29,8 +29,8 @@ FIELDS = {
     name: name
     for name in (
         "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels"
-        " layernorm_epsilon"
-        " normalization add_bias_linear add_qkv_bias qk_layernorm rotary_interleaved"
+        " layernorm_epsilon normalization add_bias_linear add_qkv_bias qk_layernorm"
+        " rotary_interleaved"
     ).split()
 }
 EXPERT_FIELDS = {
@@ -93,8 +93,7 @@ def build_model(
         if not known or GIVEN_DIRECTLY.get(name) not in (None, value):
             raise UserError(
                 f"logits of family {card.family!r} cannot be compared: {name}={value!r} is not"
-                " built for that (FIELDS"
-                " in checkpoint/megatron_model.py): pass --weights-only"
+                " built for that (FIELDS in checkpoint/megatron_model.py): pass --weights-only"
             )
     fields: dict[str, Any] = {field: arguments[name] for name, field in FIELDS.items()}
     experts = arguments.get("num_experts")

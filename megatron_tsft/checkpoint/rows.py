@@ -91,8 +91,8 @@ def decoder(*layer: tuple[Row, ...]) -> tuple[Row, ...]:
     return (EMBEDDING, *(row for rows in layer for row in rows), *HEAD)
 
 
-# modules whose `_extra_state` object a model asks for (local and Transformer Engine specs), with
-# their placeholders
+# modules whose `_extra_state` object a model asks for (local
+# and Transformer Engine specs), with their placeholders
 ATTENTION_STATES = tuple(
     (f"{ATTENTION}{name}", ("layer",)) for name in ("linear_qkv", "linear_proj")
 )

@@ -15,8 +15,8 @@ from megatron_tsft.errors import UserError
 
 COMMON = "common_state"  # Megatron's name for all that is no tensor
 LEGACY_FILE = "common.pt"  # where older versions of Megatron keep it
-# what numbers, texts, lists and tensors are made of; anything else becomes a stand-in without
-# effect
+# what numbers, texts, lists and tensors are made of;
+# anything else becomes a stand-in without effect
 READ = {
     ("argparse", "Namespace"): argparse.Namespace,
     ("_io", "BytesIO"): io.BytesIO,

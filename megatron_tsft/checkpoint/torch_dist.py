@@ -155,8 +155,8 @@ def write_checkpoint(directory: Path, boxes: list[Box], objects: Mapping[str, An
         OSError: the disk is full, or whatever else the disk or a box's `fill` raises.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    # no copy-ahead: on a machine with a GPU torch would otherwise load boxes ahead through CUDA
-    # streams
+    # no copy-ahead: on a machine with a GPU torch would
+    # otherwise load boxes ahead through CUDA streams
     writer = FileSystemWriter(
         str(directory), single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0
     )

@@ -109,9 +109,8 @@ class CheckpointReader:
         if covered != target.numel():
             raise UserError(
                 f"{self._checkpoint}: {key} has {covered} of the {target.numel()} numbers from"
-                f" {list(offsets)} to"
-                f" {[o + n for o, n in zip(offsets, sizes, strict=True)]}: the checkpoint is"
-                " damaged, use another one"
+                f" {list(offsets)} to {[o + n for o, n in zip(offsets, sizes, strict=True)]}: the"
+                " checkpoint is damaged, use another one"
             )
         return target
 

@@ -24,9 +24,8 @@ from megatron_tsft.checkpoint.memory import Ring
 from megatron_tsft.checkpoint.torch_dist import Box
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 
-BOX_BYTES = (
-    32 * 2**20
-)  # tensors are written in boxes of about this size: a bound on memory, not part of the format
+# tensors are written in boxes of about this size: a bound on memory, not part of the format
+BOX_BYTES = 32 * 2**20
 ReadRows = Callable[
     [str, int, int], torch.Tensor
 ]  # (tensor name, first row, end row) -> those rows

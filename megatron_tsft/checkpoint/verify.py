@@ -81,10 +81,8 @@ class Verification:
             worst = max(range(len(it.layers)), key=lambda layer: it.layers[layer])
             parts.append(
                 f"logits at {it.positions} positions differ by at most {it.max_difference:.1e}"
-                " (largest"
-                f" {it.max_logit:.1f}), same argmax at {100 * it.argmax_agreement:.2f}%, worst"
-                f" layer {worst + 1} of"
-                f" {len(it.layers)}: {it.layers[worst]:.1e}"
+                f" (largest {it.max_logit:.1f}), same argmax at {100 * it.argmax_agreement:.2f}%,"
+                f" worst layer {worst + 1} of {len(it.layers)}: {it.layers[worst]:.1e}"
                 + ("" if math.isfinite(it.max_difference) else " (some logits are not finite)")
             )
         if self.config:
@@ -124,8 +122,7 @@ def verify(
     if (found.architectures or [None])[0] != card.architecture:
         raise UserError(
             f"{hf_dir} holds {found.architectures}, {megatron_dir} was made from"
-            f" {card.architecture}: name the two"
-            " folders of one model"
+            f" {card.architecture}: name the two folders of one model"
         )
     weights, reader, steps = HfWeights(hf_dir), CheckpointReader(checkpoint), units(card)
     names = hf_shapes(steps)

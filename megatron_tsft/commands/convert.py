@@ -107,9 +107,9 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "import":
         card = import_hf(args.hf, args.megatron, overwrite=overwrite, progress=bar)
         print(
-            f"wrote {args.megatron}: {card.architecture},"
-            f" {card.megatron_arguments['num_layers']} layers, {card.dtype}, vocabulary"
-            f" {card.vocab_size} padded to {card.padded_vocab_size}, weights {card.source_hash}"
+            f"wrote {args.megatron}: {card.architecture}, {card.megatron_arguments['num_layers']}"
+            f" layers, {card.dtype}, vocabulary {card.vocab_size} padded to"
+            f" {card.padded_vocab_size}, weights {card.source_hash}"
         )
         if not args.verify:
             return 0

@@ -91,17 +91,14 @@ def show(facts: dict) -> None:
     """Print it for people."""
     print(
         f"teacher: {facts['teacher']} (weights {facts['teacher_hash']}, {facts['dtype']}),"
-        " temperature"
-        f" {facts['temperature']:g}, top-{facts['top_k']} of {facts['vocab_size']} tokens,"
-        " tokenizer"
+        f" temperature {facts['temperature']:g}, top-{facts['top_k']} of {facts['vocab_size']}"
+        " tokens, tokenizer"
         f" {facts['tokenizer_fingerprint']}{', by a token map' if facts['token_map'] else ''}"
     )
     print(
         f"records: {facts['conversations']} conversations, {facts['tokens']} supervised tokens;"
-        f" {facts['bytes']} bytes"
-        f" in {facts['shards']} shards, {facts['bytes_per_token']:.1f} a token,"
-        f" {facts['bytes_per_entry']:.2f} an"
-        " entry; every checksum is right"
+        f" {facts['bytes']} bytes in {facts['shards']} shards, {facts['bytes_per_token']:.1f} a"
+        f" token, {facts['bytes_per_entry']:.2f} an entry; every checksum is right"
     )
     tail = facts["tail_mass"]
     print(

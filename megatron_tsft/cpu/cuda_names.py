@@ -94,8 +94,8 @@ def stand_ins() -> dict[str, Any]:
         "get_device_capability": lambda *a: (0, 0),
         "get_device_name": lambda *a: "cpu",
         "is_current_stream_capturing": lambda: False,
-        # the "cuda" random state is the CPU generator's, so that Megatron's RNG tracker keeps its
-        # meaning
+        # the "cuda" random state is the CPU generator's, so
+        # that Megatron's RNG tracker keeps its meaning
         "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
         "get_rng_state": lambda *a, **k: torch.get_rng_state(),
         "set_rng_state": lambda state, *a, **k: torch.set_rng_state(state),

@@ -35,8 +35,8 @@ class CudaToCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.backward:
-            # a mode is off while it answers: back on, for what backward functions allocate (see
-            # `install`)
+            # a mode is off while it answers: back on, for
+            # what backward functions allocate (see `install`)
             with self:
                 return _backward(*args, **kwargs)
         if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:

@@ -36,8 +36,8 @@ def install() -> None:
 
     import megatron.training.training as training
 
-    # its warm-up draws TP-sized random tensors from the one generator there is: TP1 and TP2 would
-    # then differ
+    # its warm-up draws TP-sized random tensors from the one
+    # generator there is: TP1 and TP2 would then differ
     training.set_jit_fusion_options = cuda_names.nothing
     training.initialize_megatron = functools.partial(
         training.initialize_megatron, allow_no_cuda=True

@@ -68,8 +68,8 @@ class ChatEncoder:
         if not tokenizer.is_fast:
             raise UserError(
                 f"{tokenizer.name_or_path} is a slow tokenizer ({type(tokenizer).__name__}), which"
-                " cannot say which"
-                " characters a token covers: save it as a fast one (tokenizer.json)"
+                " cannot say which characters a token covers: save it as a fast one"
+                " (tokenizer.json)"
             )
         self._template: ChatTemplate | None = None
         self._tokenizer = tokenizer
@@ -136,8 +136,7 @@ class ChatEncoder:
         if eos is None:
             raise UserError(
                 f"the tokenizer {self._tokenizer.name_or_path} has no EOS token, which ends a"
-                " completion: set its"
-                " eos_token"
+                " completion: set its eos_token"
             )
         before, tokens = (
             np.concatenate([self._before, self._tokens(prompt).ids]),
@@ -193,8 +192,8 @@ class ChatEncoder:
             if end is None and (turn.message is not None or number == len(turns) - 1):
                 raise Refusal(
                     "the chat template ends an assistant turn without special token, so the model"
-                    " would never learn to"
-                    " stop: write the EOS token behind the content in the template"
+                    " would never learn to stop: write the EOS token behind the content in the"
+                    " template"
                 )
             body, stop = (
                 (turn.stop, turn.stop)
@@ -203,8 +202,8 @@ class ChatEncoder:
             )
             if turn.message is not None and turn.message < first:
                 continue
-            # a special token that began before the turn and swallows white space belongs to the
-            # template's header
+            # a special token that began before the turn and
+            # swallows white space belongs to the template's header
             mask |= tokens.overlap(turn.start, stop) & ~(
                 tokens.special & (tokens.starts < turn.start)
             )

@@ -23,9 +23,8 @@ from megatron_tsft.data.teacher_rows import (
 )
 from megatron_tsft.errors import UserError
 
-ENDLESS = (
-    1 << 62
-)  # what len() says: the sampler never comes to an end, the loop stops by its own count
+# what len() says: the sampler never comes to an end, the loop stops by its own count
+ENDLESS = 1 << 62
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
@@ -68,10 +67,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if too_long and not truncate:
             raise UserError(
                 f"{data.directory}: {too_long} of {len(data)} conversations have more than"
-                f" {longest} tokens (longest:"
-                f" {int(data.lengths.max())}), --seq-length is {seq_length}: raise it, prepare the"
-                " data with"
-                f" --max-tokens {longest}, or pass --tsft-long-samples truncate"
+                f" {longest} tokens (longest: {int(data.lengths.max())}), --seq-length is"
+                f" {seq_length}: raise it, prepare the data with --max-tokens {longest}, or pass"
+                " --tsft-long-samples truncate"
             )
         self.data, self.seq_length, self.seed, self.shuffle = data, seq_length, seed, shuffle
         self.split: Any = None  # what Megatron's data loader reads

@@ -173,9 +173,9 @@ def _outcomes(
         for block in rows.blocks():
             yield encode_block(encoder, job, block), block.done
         return
-    # A fork of this process, with its threads, may hang, and every spawned one would import
-    # transformers anew, which takes seconds and 400 MB: so workers are forks of a server that has
-    # only imported.
+    # A fork of this process, with its threads, may hang, and every
+    # spawned one would import transformers anew, which takes seconds and
+    # 400 MB: so workers are forks of a server that has only imported.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job,))

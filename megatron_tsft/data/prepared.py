@@ -79,8 +79,8 @@ class DataCard:
             UserError: there is none, or it was written by another version.
         """
         missing = (
-            f"{directory} has no {CARD_FILE}: make the folder with"
-            " `tools/prepare_data.py --input FILE.jsonl --tokenizer DIR --output DIR`"
+            f"{directory} has no {CARD_FILE}: make the folder with `tools/prepare_data.py --input"
+            " FILE.jsonl --tokenizer DIR --output DIR`"
         )
         path = Path(directory) / CARD_FILE
         return load_card(

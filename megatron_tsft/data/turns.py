@@ -76,8 +76,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise UserError(
                 f"the tokenizer {tokenizer.name_or_path} has no chat template, which `messages`"
-                " need: add its"
-                " chat_template.jinja, or write rows of `prompt` and `completion`"
+                " need: add its chat_template.jinja, or write rows of `prompt` and `completion`"
             )
 
     def turns(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
@@ -107,9 +106,8 @@ class ChatTemplate:
             if not text.startswith(prompt):
                 raise Refusal(
                     "the chat template renders the prompt of an assistant turn differently than"
-                    " within the whole"
-                    " conversation: use a template with {% generation %} blocks, or one row per"
-                    " turn"
+                    " within the whole conversation: use a template with {% generation %} blocks,"
+                    " or one row per turn"
                 )
             through = self._render(messages[: i + 1], tools)
             if text.startswith(through):
@@ -188,8 +186,8 @@ class ChatTemplate:
             return render(*args, **keywords)
         except TemplateSyntaxError as error:
             raise UserError(
-                f"the chat template of {self._tokenizer.name_or_path} is no valid Jinja"
-                f" (line {error.lineno}: {error.message}): correct its chat_template.jinja"
+                f"the chat template of {self._tokenizer.name_or_path} is no valid Jinja (line"
+                f" {error.lineno}: {error.message}): correct its chat_template.jinja"
             ) from error
         except (
             TemplateError,
@@ -211,7 +209,6 @@ def _opened_by_content(text: str, start: int, index: int, message: Message, temp
     if not content or dropped or not text.startswith(content, start_of_content):
         raise Refusal(
             "the chat template renders an assistant turn differently once others follow (it may"
-            " drop its thinking):"
-            " use a template with {% generation %} blocks, or one row per turn"
+            " drop its thinking): use a template with {% generation %} blocks, or one row per turn"
         )
     return Turn(index, start, start_of_content + len(content), open=True)

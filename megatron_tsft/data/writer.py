@@ -69,8 +69,8 @@ class PreparedWriter:
         if not self.weighted:  # known at the end only, so the stream always has the column
             table = table.drop(["token_weights"])
         ids = table.column("sample_id")
-        # one fingerprint for the content, where datasets' own would hash the time: equal inputs
-        # give equal folders
+        # one fingerprint for the content, where datasets' own
+        # would hash the time: equal inputs give equal folders
         fingerprint = dataset_fingerprint(
             chunk_id for chunk in ids.chunks for chunk_id in chunk.to_pylist()
         )

@@ -44,9 +44,8 @@ def check_logits(logits: Tensor, labels: Tensor, inplace: bool) -> None:
         )
     if logits.dim() < 1 or logits.shape[:-1] != labels.shape or logits.shape[-1] == 0:
         raise ValueError(
-            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: logits"
-            " must be labels' shape "
-            "plus one dimension for the vocabulary shard"
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit: logits must"
+            " be labels' shape plus one dimension for the vocabulary shard"
         )
     if inplace and any(
         stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
@@ -76,8 +75,7 @@ def check_head(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, ranks:
     if hidden.dtype != weight.dtype:
         raise TypeError(
             f"{name}hidden is {hidden.dtype} and {name}weight {weight.dtype}: they must be of one"
-            " type, pass"
-            f" hidden.to({weight.dtype})"
+            f" type, pass hidden.to({weight.dtype})"
         )
     lead = labels.shape
     Place(lead, weight.device, f"{name}weight").check_device(f"{name}hidden", hidden)
@@ -251,8 +249,7 @@ def check_teacher_use(
         if objective.teacher == "optional" and _may_be_nonzero(residual.b):
             raise ValueError(
                 f"objective {objective!r} needs a teacher and none was given: pass teacher=, or"
-                " make the "
-                "teacher's share zero (for target-sft: eta=0)"
+                " make the teacher's share zero (for target-sft: eta=0)"
             )
         if reads_reference and reference_logprobs is None:
             raise ValueError(

@@ -76,9 +76,8 @@ class _LinearQTarget(torch.autograd.Function):
         merged = merge(local, problem.a, problem.b, problem.tp_group)
         targets = decide_targets(problem, merged)
         box.append(targets)
-        ctx.problem = (
-            problem if problem.has_pi else replace(problem, teacher=None)
-        )  # backward reads it for pi alone
+        # backward reads it for pi alone
+        ctx.problem = problem if problem.has_pi else replace(problem, teacher=None)
         ctx.sequence_parallel = sequence_parallel
         ctx.names, kept = keep_for_backward(problem, merged, targets)
         ctx.save_for_backward(hidden, weight, *kept)

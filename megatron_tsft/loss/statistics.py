@@ -120,9 +120,8 @@ def combine(names: tuple[str, ...], shards: Tensor, a: Scalar, b: Scalar) -> Tab
     old = {name: shards[:, i] for i, name in enumerate(names)}  # [shards, N] each
     new = Table(names, torch.empty_like(shards[0]))
     torch.amax(old["m"], 0, out=new["m"])
-    by = (
-        old["m"] - new["m"]
-    )  # how much each shard's exponents move when they count from the common maximum
+    # how much each shard's exponents move when they count from the common maximum
+    by = old["m"] - new["m"]
     factor = by.exp()
     weighted = {"s": old["s"] * factor, "z_y": old["z_y"]}
     if "e" in old:  # a sum of e^(z-m) times (z-m) moves in its exponent and in its factor

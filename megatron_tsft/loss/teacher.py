@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron_tsft.loss.records import TeacherTopK
 
-# Maxima start here, not at -inf: a shard without any valid column merges as 0 * exp(FLOOR - max) =
-# 0, never as NaN.
+# Maxima start here, not at -inf: a shard without any valid
+# column merges as 0 * exp(FLOOR - max) = 0, never as NaN.
 FLOOR = -1e30
 
 
@@ -54,8 +54,8 @@ class HiddenTeacher:
     def view(self, start: int, width: int) -> DenseTeacher:
         """The teacher on columns [start, start + width)."""
         values = self.hidden.new_empty(len(self.hidden), width)
-        # into a given tensor, which autocast leaves alone: backward, outside of it, makes the same
-        # again
+        # into a given tensor, which autocast leaves alone:
+        # backward, outside of it, makes the same again
         torch.mm(self.hidden, self.weight[start : start + width].T, out=values)
         if self.absent is not None:
             values.masked_fill_(self.absent[start : start + width], -torch.inf)
@@ -77,8 +77,8 @@ def sparse_teacher(
         tail, total = none.expand(ids.shape[0]), mass
         bad = bad | (top == -torch.inf)
     else:
-        # 1 - sum p, from the log: expm1 keeps what a subtraction would cancel; rounding may leave
-        # it a hair below 0
+        # 1 - sum p, from the log: expm1 keeps what a subtraction
+        # would cancel; rounding may leave it a hair below 0
         missing = torch.log(-torch.expm1(mass.clamp(max=0)))
         tail_mass = missing if teacher.tail_logmass is None else teacher.tail_logmass.to(dtype)
         others = vocab_size - present.sum(-1)

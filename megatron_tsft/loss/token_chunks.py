@@ -40,8 +40,8 @@ def local_statistics(shard: Shard, wanted: Wanted) -> Table:
         assert isinstance(shard.teacher, DenseTeacher)
         t_y = chunks.at_label(shard.teacher.values).clamp(min=FLOOR)
         table["t_y"].copy_(torch.where(shard.label >= 0, t_y, table["t_y"]))
-    # -inf has e^x = 0 and must not make 0 * inf of it in a sum of x e^x; on the CPU we look whether
-    # it did
+    # -inf has e^x = 0 and must not make 0 * inf of it in a
+    # sum of x e^x; on the CPU we look whether it did
     clamp = shard.logits.device.type != "cpu" or isinstance(shard.teacher, SparseTeacher)
     _fill(chunks, wanted, table, clamp)
     if not clamp and any(

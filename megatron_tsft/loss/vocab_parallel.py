@@ -41,9 +41,8 @@ class _QTarget(torch.autograd.Function):
         # The logits go through save_for_backward alone, so that autograd frees them after backward
         # though the loss may live on. The teacher cannot: autograd refuses to save tensors made
         # under torch.inference_mode.
-        ctx.problem = (
-            problem if problem.has_pi else replace(problem, teacher=None)
-        )  # backward reads it for pi alone
+        # backward reads it for pi alone
+        ctx.problem = problem if problem.has_pi else replace(problem, teacher=None)
         ctx.inplace = inplace
         ctx.names, kept = keep_for_backward(problem, merged, targets)
         ctx.save_for_backward(logits, *kept)

@@ -48,8 +48,8 @@ def packed_sequences(
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(
         device, non_blocking=True
     )
-    # Transformer Engine asks for the padded lengths under context parallelism; ours are padded
-    # already
+    # Transformer Engine asks for the padded lengths under
+    # context parallelism; ours are padded already
     padded: dict[str, Any] = {"cu_seqlens_q_padded": cu_seqlens, "cu_seqlens_kv_padded": cu_seqlens}
     return PackedSequences(
         qkv_format="thd",

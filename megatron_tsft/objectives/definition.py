@@ -99,8 +99,8 @@ class Statistics(dict[str, Tensor]):
         except KeyError:
             raise AttributeError(
                 f"statistic {name!r} was not computed: declare it, register(...,"
-                f" needs=({name!r},)); "
-                f"here are: {', '.join(sorted(self))}; known: {', '.join(ALWAYS + ON_DEMAND)}"
+                f" needs=({name!r},)); here are: {', '.join(sorted(self))}; known:"
+                f" {', '.join(ALWAYS + ON_DEMAND)}"
             ) from None
 
 

@@ -91,8 +91,8 @@ def register(
 def _parameters(name: str, function: Callable[..., Coefficients]) -> dict[str, Parameter]:
     """The keywords of a row, read from its signature."""
     parameters: dict[str, Parameter] = {}
-    # eval_str: under `from __future__ import annotations` an annotation is its text, and its Range
-    # would be lost
+    # eval_str: under `from __future__ import annotations`
+    # an annotation is its text, and its Range would be lost
     for key, p in list(inspect.signature(function, eval_str=True).parameters.items())[1:]:
         if p.default is inspect.Parameter.empty:
             raise ValueError(f"objective {name!r}: parameter {key!r} needs a default")

@@ -105,8 +105,8 @@ class Packs:
             of = records.of(member.data) if member.taught else Untaught(records.top_k)
             return _Member(packs, of)
 
-        # an epoch of a mixture's member ends where it likes; a single data set is filled up to
-        # whole steps
+        # an epoch of a mixture's member ends where it likes;
+        # a single data set is filled up to whole steps
         per_step = batch if len(train) == 1 else 1
         planned = [pack(member.data, global_batch_size=per_step) for member in train]
         held = None

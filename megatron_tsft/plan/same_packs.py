@@ -73,8 +73,7 @@ def check_same_packs(resumed: Resumed, packs: Packs, batch: int, context: int) -
         raise UserError(
             f"{resumed.checkpoint} was trained with --global-batch-size {sizes[0]}, now it is"
             f" {sizes[1]}: after the first epoch that moves where epochs end, and conversations"
-            " would be read twice or never. Pass"
-            f" --global-batch-size {sizes[0]}, {resumed.anew}"
+            f" would be read twice or never. Pass --global-batch-size {sizes[0]}, {resumed.anew}"
         )
 
 
@@ -86,8 +85,8 @@ def _refuse(resumed: Resumed, flag: str, then: Any, now: Any, context: int) -> N
     elif flag == "--tsft-document-multiple" and context > 1 and then % (2 * context):
         fits = [str(n) for n in range(1, then + 1) if n == 1 or then % (2 * n) == 0]
         fix = (
-            f"Such conversations are cut for --context-parallel-size {' or '.join(fits)}: pass"
-            f" it and {flag} {then}"
+            f"Such conversations are cut for --context-parallel-size {' or '.join(fits)}: pass it"
+            f" and {flag} {then}"
         )
     raise UserError(
         f"{resumed.checkpoint} was trained {said}: conversations would be read twice or never."

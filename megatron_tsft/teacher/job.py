@@ -70,8 +70,8 @@ def fill_cache(
     """
     plan, (rank, ranks) = writer.plan, predictor.share
     missing = writer.missing() if missing is None else list(missing)
-    # by number, not by place in the list: a rank that is late finds shards of the others' there
-    # already
+    # by number, not by place in the list: a rank that is
+    # late finds shards of the others' there already
     mine, done = [number for number in missing if number % ranks == rank], 0
     tokens = np.add.reduceat(plan.supervised, plan.starts[:-1])
     total = int(tokens[missing].sum()) if missing else 0
@@ -102,8 +102,8 @@ def as_rows(records: TeacherRecords[Tensor], counts: Sequence[int]) -> list[Teac
     """
     found = records.map(lambda x: x.cpu().numpy())
     ids = found.ids.astype(np.int32)
-    # a log-prob is at most 0, and one that fp16 cannot hold is as good as its smallest number; -inf
-    # is no token at all
+    # a log-prob is at most 0, and one that fp16 cannot hold is
+    # as good as its smallest number; -inf is no token at all
     logprobs = np.clip(found.logprobs, FLOAT16_MIN, 0).astype(np.float16)
     logprobs[ids < 0] = -np.inf
     label = np.clip(found.label_logp, FLOAT16_MIN, 0).astype(np.float16)

@@ -19,8 +19,8 @@ from megatron_tsft.teacher.format import CacheCard, sample_keys, schema
 from megatron_tsft.teacher.writer import file_digest, wrong_rows
 
 REMEDY = (
-    "the copy is incomplete or the disk damaged it: copy the cache again, or delete this"
-    " shard, its card and rerun"
+    "the copy is incomplete or the disk damaged it: copy the cache again, or delete this shard, its"
+    " card and rerun"
 )
 
 
@@ -59,8 +59,7 @@ class TeacherCache:
         ):
             raise UserError(
                 f"{directory} does not hold the {card.conversations} conversations, {card.tokens}"
-                " tokens, of its card:"
-                f" {REMEDY}"
+                f" tokens, of its card: {REMEDY}"
             )
         return cache
 
@@ -144,9 +143,8 @@ class CachedTeacher:
             if identity.tokenizer_fingerprint != data.card.tokenizer_fingerprint:
                 raise UserError(
                     f"{cache.directory} was made with another tokenizer (fingerprint"
-                    f" {identity.tokenizer_fingerprint})"
-                    f" than {data.directory} ({data.card.tokenizer_fingerprint}): make a cache of"
-                    " this data"
+                    f" {identity.tokenizer_fingerprint}) than {data.directory}"
+                    f" ({data.card.tokenizer_fingerprint}): make a cache of this data"
                 )
             found = cache.find(data)
             new = (found >= 0) & (self._cache < 0)
@@ -158,10 +156,9 @@ class CachedTeacher:
             why = "" if known else "was made for another data set: it "
             raise UserError(
                 f"the teacher cache {names} {why}has no record of {len(lost)} of the {len(data)}"
-                " conversations of"
-                f" {data.directory} (the first: {data.sample_ids[int(lost[0])].as_py()}): make one"
-                " with"
-                f" tools/cache_teacher.py --data {data.directory}, which may name several data sets"
+                f" conversations of {data.directory} (the first:"
+                f" {data.sample_ids[int(lost[0])].as_py()}): make one with tools/cache_teacher.py"
+                f" --data {data.directory}, which may name several data sets"
             )
 
     @property

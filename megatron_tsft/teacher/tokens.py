@@ -24,8 +24,7 @@ def check_same_tokenizer(
             raise UserError(
                 f"the teacher {teacher} has {found}, {part.directory} was prepared with"
                 f" {part.card.tokenizer_fingerprint}, so its predictions are about other tokens:"
-                " use a teacher of the"
-                f" student's family, or {remedy}"
+                f" use a teacher of the student's family, or {remedy}"
             )
 
 

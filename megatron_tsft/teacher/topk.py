@@ -78,9 +78,8 @@ def _local(z: Tensor, label: Tensor, k: int, first: int) -> Tensor:
     here = (label >= 0) & (label < z.shape[1])
     z_y = torch.where(here, z.gather(1, torch.where(here, label, 0)[:, None])[:, 0], -torch.inf)
     z.scatter_(1, ids, -torch.inf)
-    rest = (
-        z.sub_(values[:, :1].clamp(min=FLOOR)).exp2_().sum(1)
-    )  # without the k: there is nothing to cancel
+    # without the k: there is nothing to cancel
+    rest = z.sub_(values[:, :1].clamp(min=FLOOR)).exp2_().sum(1)
     return torch.cat(
         [values.double(), (ids + first).double(), rest.double()[:, None], z_y.double()[:, None]], 1
     )

@@ -115,8 +115,7 @@ class CacheWriter:
         if self.missing():
             raise UserError(
                 f"{self.directory / shard_name(self.missing()[0])} is not there, though a rank"
-                " wrote it: all ranks must"
-                " see one --output folder; run the same command again"
+                " wrote it: all ranks must see one --output folder; run the same command again"
             )
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(file_digest, [self.directory / name for name in names]))

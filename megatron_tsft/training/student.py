@@ -78,8 +78,8 @@ def _frozen_arguments(
     theirs, ours = riding.card.megatron_arguments, student.megatron_arguments
     for name in ours.keys() - theirs.keys():
         setattr(own, name, parser.get_default(name))
-    # where the student has experts, Megatron's flags about them are the user's own choice, for the
-    # teacher's too
+    # where the student has experts, Megatron's flags about
+    # them are the user's own choice, for the teacher's too
     choices = EXPERTS if theirs.get("num_experts") and not ours.get("num_experts") else {}
     for name, value in (theirs | choices).items():
         setattr(own, name, value)

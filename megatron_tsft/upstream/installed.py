@@ -36,8 +36,8 @@ def check_megatron() -> None:
     if installed is not None and installed.resolve() != place.resolve():
         raise UserError(
             f"megatron.core would come from {place}, version {version}, which stands before the"
-            f" installed one in {installed}: start from another folder, or take"
-            f" {place.parents[1]} out of PYTHONPATH (tested: {TESTED})"
+            f" installed one in {installed}: start from another folder, or take {place.parents[1]}"
+            f" out of PYTHONPATH (tested: {TESTED})"
         )
     raise UserError(
         f"megatron.core in {place} has version {version}: pip install 'megatron-core{TESTED}'"

@@ -11,8 +11,8 @@ import pytest
 from tests.fresh import REPOSITORY
 
 TOOL = REPOSITORY / "benchmarks" / "count_traffic.py"
-# bytes per local logit in bf16 (the floor is 6, with a dense teacher 10); what is above it are
-# numbers per token
+# bytes per local logit in bf16 (the floor is 6, with a
+# dense teacher 10); what is above it are numbers per token
 LIMITS = {
     "sft": 6.1,
     "dft": 6.1,

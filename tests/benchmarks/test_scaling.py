@@ -66,8 +66,8 @@ def test_the_page_shows_the_committed_run(tool: ModuleType) -> None:
 @pytest.mark.slow
 def test_a_run(tool: ModuleType, tmp_path: Path) -> None:
     words = (
-        "--vocabulary 256 512 --vocabulary-tokens 8 --ranks 1 2 --tokens 16 --columns 512"
-        " --repeat 1"
+        "--vocabulary 256 512 --vocabulary-tokens 8 --ranks 1 2 --tokens 16 --columns 512 --repeat"
+        " 1"
     )
     command = [sys.executable, str(TOOL), "--output", str(tmp_path / "out"), *words.split()]
     done = subprocess.run(command, capture_output=True, text=True)

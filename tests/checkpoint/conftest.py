@@ -17,8 +17,8 @@ LLAMA3_ROPE = {
 }
 CHAT_TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
 
-# 8 heads over 2 groups and a head_dim that is not hidden / heads; 1003 is prime, so the vocabulary
-# needs padding
+# 8 heads over 2 groups and a head_dim that is not hidden /
+# heads; 1003 is prime, so the vocabulary needs padding
 TINY = {
     "vocab_size": 1003,
     "hidden_size": 64,

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # one line
 FULL = r"error: \w+ stopped: \[Errno 28\] No space left on device.*; nothing is left half-written\n"
 
-# mounts a tmpfs of $1 bytes on $2, which only this process and its children see, and becomes the
-# rest
+# mounts a tmpfs of $1 bytes on $2, which only this process
+# and its children see, and becomes the rest
 MOUNTED = 'mount -t tmpfs -o size="$1" tmpfs "$2" && shift 2 && exec "$@"'
 
 # Runs one command (import or export of a source) on the disk again and again, each time with

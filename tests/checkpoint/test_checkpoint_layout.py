@@ -136,8 +136,8 @@ def test_keys_and_shapes_are_those_that_megatron_saves(
     objects = {key for key, value in ours.items() if isinstance(value, BytesStorageMetadata)}
     own_objects = {key for key, value in theirs.items() if isinstance(value, BytesStorageMetadata)}
     assert own_objects <= objects  # Megatron raises on load where one is missing
-    # what Transformer Engine's modules add, listed from a model of its layers (2.20.2, built on
-    # CPU)
+    # what Transformer Engine's modules add, listed from a
+    # model of its layers (2.20.2, built on CPU)
     engine = {"decoder.final_layernorm._extra_state/shard_0_1"}
     names = (
         ["self_attention.q_layernorm", "self_attention.k_layernorm"]

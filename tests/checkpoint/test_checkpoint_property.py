@@ -18,8 +18,8 @@ from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.verify import verify
 
-# architecture -> (an expert's names for gate, up and down, or the dense layer's; fields of its own
-# that are fixed)
+# architecture -> (an expert's names for gate, up and down,
+# or the dense layer's; fields of its own that are fixed)
 DENSE = "mlp.{}_proj.weight"
 ARCHITECTURES: dict[str, tuple[str, tuple[str, str, str], dict[str, Any]]] = {
     "LlamaForCausalLM": (DENSE, ("gate", "up", "down"), {}),

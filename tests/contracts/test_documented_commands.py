@@ -84,9 +84,8 @@ SLOW = (
 
 # a run to which a page's flags are added
 ENTRY = (
-    "python -m megatron_tsft.training.pretrain_gpt --tsft-device cpu --tsft-model base"
-    " --tsft-data data/train --seq-length 64 --micro-batch-size 1 --train-iters 10 --lr 1e-5"
-    " --tsft-check"
+    "python -m megatron_tsft.training.pretrain_gpt --tsft-device cpu --tsft-model base --tsft-data"
+    " data/train --seq-length 64 --micro-batch-size 1 --train-iters 10 --lr 1e-5 --tsft-check"
 )
 LAUNCHER = {
     "MODEL": "base",

@@ -12,8 +12,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_tsft"
 
-# a room may import rooms of a smaller number, and itself; training and bridge share one, so neither
-# sees the other
+# a room may import rooms of a smaller number, and itself;
+# training and bridge share one, so neither sees the other
 ORDER = {
     "commands": 9,
     "training": 8,

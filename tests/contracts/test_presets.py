@@ -212,11 +212,9 @@ def facts(args: Namespace, layers: Any, container: Any) -> dict[str, Any]:
     """What Megatron's configurations say of precision and layout."""
     names = (
         "bf16 fp16 fp8 fp8_recipe fp8_param fp8_amax_history_len fp8_amax_compute_algo"
-        " first_last_layers_bf16"
-        " num_layers_at_start_in_bf16 sequence_parallel tensor_model_parallel_size"
-        " pipeline_model_parallel_size"
-        " context_parallel_size calculate_per_token_loss fp8_output_proj transformer_impl"
-        " num_moe_experts"
+        " first_last_layers_bf16 num_layers_at_start_in_bf16 sequence_parallel"
+        " tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size"
+        " calculate_per_token_loss fp8_output_proj transformer_impl num_moe_experts"
     ).split()
     values = {name: getattr(layers, name) for name in names}
     values |= {

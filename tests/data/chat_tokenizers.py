@@ -76,8 +76,8 @@ PHI3 = """{%- for m in messages -%}
 {{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>\n' }}{%- else -%}{{ eos_token }}{%- endif -%}"""
 
-# an empty thought before the last answer only, and thoughts of earlier turns are dropped, as
-# Qwen3's
+# an empty thought before the last answer only, and thoughts
+# of earlier turns are dropped, as Qwen3's
 QWEN3 = """{%- for m in messages -%}
 {%- set content = m.content.split('</think>')[-1].lstrip('\n') -%}
 {{ '<|im_start|>' + m.role + '\n' }}

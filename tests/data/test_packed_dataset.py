@@ -62,8 +62,8 @@ def test_an_epoch_is_every_conversation_once_with_its_own_labels(
             assert document["position_ids"].tolist() == list(range(len(tokens)))
             assert len(tokens) % multiple == 0
             known = labels != -100
-            # every row ends with a supervised token: what follows is padding, less than one
-            # multiple
+            # every row ends with a supervised token: what
+            # follows is padding, less than one multiple
             if known.any():
                 end = int(torch.nonzero(known)[-1]) + 1
                 assert len(tokens) - end < multiple and not tokens[end:].any()

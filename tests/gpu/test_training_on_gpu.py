@@ -33,8 +33,8 @@ SHAPE: dict[str, Any] = {
     "head_dim": 64,
 }  # halves are whole blocks of every FP8 recipe
 BATCH = (
-    "--seq-length 128 --micro-batch-size 2 --global-batch-size 4 --lr 1e-5"
-    " --lr-decay-style constant"
+    "--seq-length 128 --micro-batch-size 2 --global-batch-size 4 --lr 1e-5 --lr-decay-style"
+    " constant"
 ).split()
 SFT = ("--tsft-objective", "sft")
 GUIDED = ("--tsft-objective", "target-sft", "--tsft-args", "eta=0.5", "--tsft-teacher", "reference")

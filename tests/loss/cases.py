@@ -284,9 +284,8 @@ def run_fused(
     out = q_target_linear_cross_entropy(hidden, weight, case.labels, case.objective, **keywords)
     out.loss.backward(case.upstream.to(out.loss.dtype))
     assert hidden.grad is not None and weight.grad is not None
-    whole = (
-        weight.grad.double().T @ weight.detach().double()
-    )  # this rank's part of hidden's gradient
+    # this rank's part of hidden's gradient
+    whole = weight.grad.double().T @ weight.detach().double()
     if group is not None:
         dist.all_reduce(whole, group=group)
     error = (hidden.grad.double().reshape(n, n) - whole).abs()
@@ -537,7 +536,6 @@ def close(got: Tensor, want: Tensor, allowed: Tensor, what: str) -> None:
     if excess.numel() and excess.max() > 0:
         i = int(excess.argmax())
         raise AssertionError(
-            f"{what}: element {i} is {got.flatten()[i]:.17g}, not {want.flatten()[i]:.17g} "
-            f"(allowed {allowed.flatten()[i]:.3g}); {int((excess > 0).sum())} of {excess.numel()}"
-            " are off"
+            f"{what}: element {i} is {got.flatten()[i]:.17g}, not {want.flatten()[i]:.17g} (allowed"
+            f" {allowed.flatten()[i]:.3g}); {int((excess > 0).sum())} of {excess.numel()} are off"
         )

@@ -32,9 +32,8 @@ from tests.loss.published import NAMES
 from tests.ranks import run_ranks
 
 WIDTH, VOCABULARY = 24, 21
-GATHER = (
-    "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-)  # collectives.py
+# collectives.py
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 COLLECTIVES = [
     name
     for name in dir(dist)

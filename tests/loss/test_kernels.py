@@ -188,8 +188,8 @@ def test_offsets_beyond_32_bits(strides: tuple[int, int]) -> None:
 
 WIDE = ["sft", "deft", "eaft", "gem", "target-sft", "kd"]
 WIDTHS = [1, 7, 8, 9, 17]
-# with and without padding by turns along both: the interpreter is slow, and each objective and each
-# width meets both
+# with and without padding by turns along both: the interpreter
+# is slow, and each objective and each width meets both
 PADDED = [
     (name, width, min(3, width - 1) * ((i + j) % 2))
     for i, name in enumerate(WIDE)
@@ -260,9 +260,8 @@ def test_logits_that_are_no_numbers(name: str, path: str) -> None:
         torch.inf,
     )  # a block of 8 without any number
     logits[3] = -torch.inf
-    uniform = (
-        name == "label-smoothing"
-    )  # its target is on the excluded tokens too: the loss is as good as infinite
+    # its target is on the excluded tokens too: the loss is as good as infinite
+    uniform = name == "label-smoothing"
     with implementation(path):
         out = q_target_cross_entropy(logits, torch.ones(5, dtype=torch.int64), objectives.get(name))
     assert torch.equal(out.nll.isnan(), torch.tensor([False, True, True, True, False]))

@@ -37,8 +37,8 @@ from tests.loss.test_budget import COLLECTIVES, GATHER, Alone, counting, no_wait
 from tests.ranks import run_ranks
 
 S, B, H, TEACHER_H = 8, 2, 5, 3
-# 4 ranks: shards of 7 columns in chunks of 3, 3 and 1; the last shard's last chunk is padding, the
-# one before nearly
+# 4 ranks: shards of 7 columns in chunks of 3, 3 and 1; the
+# last shard's last chunk is padding, the one before nearly
 WIDTH, VOCABULARY = 28, 25
 SCATTER = (
     "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"

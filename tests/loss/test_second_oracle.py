@@ -991,8 +991,8 @@ def megatron() -> list[tuple[Batch, dict[str, tuple[float, Tensor]]]]:
 
 MEGATRON = {
     "sft": (plain("sft"), lambda batch: 0.0),
-    # Megatron spreads alpha over the other V - 1 tokens; over all V, its share is alpha * V / (V -
-    # 1)
+    # Megatron spreads alpha over the other V - 1 tokens;
+    # over all V, its share is alpha * V / (V - 1)
     "label-smoothing": (
         plain("label-smoothing", smoothing=SMOOTHING * VOCABULARY / (VOCABULARY - 1)),
         lambda batch: 0.0,

@@ -115,8 +115,8 @@ def test_logits_are_those_of_transformers(
     print(f"TP {tp}, PP {pp}: {result}")
     assert result.positions == PAGE
     assert result.argmax_agreement == 1.0
-    # measured: 0 at TP 1 and PP 2; 1.1e-4 at TP 3, where sums over three ranks round otherwise (see
-    # the next test)
+    # measured: 0 at TP 1 and PP 2; 1.1e-4 at TP 3, where sums
+    # over three ranks round otherwise (see the next test)
     assert result.max_difference < (1e-4 if tp == 1 else 1e-5 * result.max_logit)
 
 

@@ -129,8 +129,8 @@ def check(found: TeacherRecords[Tensor], case: Case, tolerance: float) -> None:
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_the_dense_top_k(name: str, world: int) -> None:
-    # log-probs down to -100 in fp32, of logits that are divided in fp32: 2^-24 * 100 for each of
-    # the two
+    # log-probs down to -100 in fp32, of logits that are
+    # divided in fp32: 2^-24 * 100 for each of the two
     check(on_ranks(world, CASES[name]), CASES[name], 1.2e-5)
 
 
@@ -163,8 +163,8 @@ def test_a_tiny_tail_is_exact_in_relative_terms(world: int) -> None:
     found = on_ranks(world, tiny)
     assert found.tail_logmass is not None and found.ids.tolist() == [[3, 16]] * 4
     rest = dense_logprobs(tiny).scatter(1, found.ids, -torch.inf)
-    # relative error of the mass: logits of -75 are rounded to 2^-18 when the largest is subtracted,
-    # and once again
+    # relative error of the mass: logits of -75 are rounded
+    # to 2^-18 when the largest is subtracted, and once again
     assert torch.allclose(
         found.tail_logmass.double().exp(), rest.exp().sum(-1), rtol=1.5e-5, atol=0
     )

@@ -77,9 +77,8 @@ def dense_step(
 def test_first_step_of_sft(train: Train, world: World, ranks: int, flags: tuple[str, ...]) -> None:
     expected = dense_step(model_of(world.hf), None, encoded(world, "train"), None)
     heldout = dense_step(model_of(world.hf), None, encoded(world, "held"), None)
-    whole = (
-        "--global-batch-size 20 --tsft-objective sft".split()
-    )  # 60 conversations fill fewer than 20 packs
+    # 60 conversations fill fewer than 20 packs
+    whole = "--global-batch-size 20 --tsft-objective sft".split()
     evaluate = [
         "--tsft-eval-data",
         str(world.held),

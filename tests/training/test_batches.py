@@ -173,8 +173,8 @@ def test_the_way_out_that_a_refusal_names_works(train: Train) -> None:
         run = train(save, *start, *wide, ranks=int(context), steps=2, keep=True)
         then = multiple if multiple != "0" else "1"
         words = (
-            f"are cut for --context-parallel-size {fits}: pass it and"
-            f" --tsft-document-multiple {then}, or start"
+            f"are cut for --context-parallel-size {fits}: pass it and --tsft-document-multiple"
+            f" {then}, or start"
         )
         assert 2 in run.codes and words in run.error, run.error
         size = fits.split()[-1]

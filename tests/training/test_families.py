@@ -47,8 +47,8 @@ TP2, PP2, EP2 = (f"--{kind}-model-parallel-size 2" for kind in ("tensor", "pipel
 SP = "--sequence-parallel"
 # attention is cut in two, experts are whole
 TP2_EP2 = f"{TP2} {SP} {EP2} --expert-tensor-parallel-size 1"
-# name -> architecture, what its config says, how two ranks share it, how two others do; "" is one
-# rank
+# name -> architecture, what its config says, how two ranks
+# share it, how two others do; "" is one rank
 FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "llama": ("LlamaForCausalLM", LLAMA, PP2, ""),
     "mistral": ("MistralForCausalLM", {"sliding_window": None}, PP2, ""),
@@ -62,9 +62,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, str]] = {
         EP2,
     ),
 }
-WHOLE = (
-    "--tsft-objective sft --seq-length 128 --global-batch-size 24".split()
-)  # 30 conversations fill fewer packs
+# 30 conversations fill fewer packs
+WHOLE = "--tsft-objective sft --seq-length 128 --global-batch-size 24".split()
 Worlds = Callable[[str], World]
 
 
@@ -132,8 +131,8 @@ def test_from_import_to_export(train: Train, worlds: Worlds, tmp_path: Path, fam
     original = dense_step(load(world.hf), None, encoded(world, "train"), None)
     agree(run.rows[0], original, "tokens", "loss", "nll", "grad_norm")
 
-    # the second step's checkpoint, its optimizer included, in another layout: the third step is the
-    # same
+    # the second step's checkpoint, its optimizer included,
+    # in another layout: the third step is the same
     resume = ("--load", str(run.save), "--ckpt-step", "2", *other.split())
     again = check_ran(train("again", *start, *resume, ranks=2 if other else 1, steps=3, keep=True))
     assert [row["step"] for row in again.rows] == [3]

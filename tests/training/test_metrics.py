@@ -110,8 +110,8 @@ def test_the_console_shows_what_megatron_leaves_out(
 ) -> None:
     step(writer(tmp_path / "metrics.jsonl"), 1, loss=-1.25)
     shown = (
-        "step 1 | loss -1.25 | nll 2 | gamma 0.5 | entropy 3 | tokens 8 | tokens_per_second 4"
-        " | lr 0.1 | grad_norm 0.25"
+        "step 1 | loss -1.25 | nll 2 | gamma 0.5 | entropy 3 | tokens 8 | tokens_per_second 4 | lr"
+        " 0.1 | grad_norm 0.25"
     )
     assert capsys.readouterr().out == shown + "\n"
 

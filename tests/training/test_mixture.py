@@ -134,8 +134,8 @@ def test_values_of_each_data_set_add_up_in_every_layout(
             check_ran(train(name, *flags, *layout.split(), ranks=ranks, steps=STEPS)), alone, name
         )
 
-    # the comparison would mean nothing if eta did not matter: the reference differs from the second
-    # step on
+    # the comparison would mean nothing if eta did not
+    # matter: the reference differs from the second step on
     still = check_ran(train("still", *mixture_flags(world, weighted, "constant:0"), steps=STEPS))
     assert still.rows[0]["grad_norm"] == alone.rows[0]["grad_norm"]  # both are at eta 0
     assert abs(still.rows[-1]["loss/train"] / alone.rows[-1]["loss/train"] - 1) > 1e-2

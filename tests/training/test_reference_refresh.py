@@ -50,8 +50,8 @@ def test_the_ratio_is_one_at_every_refresh_in_every_layout(train: Train) -> None
             for key in ("loss", "nll", "gamma", "grad_norm"):
                 assert ours[key] == pytest.approx(theirs[key], rel=5e-5), (name, ours["step"], key)
 
-    # how often matters: every step is plain maximum likelihood's gradient, never is another run
-    # from step 3 on
+    # how often matters: every step is plain maximum
+    # likelihood's gradient, never is another run from step 3 on
     assert_refreshed(check_ran(train("each", *MOVING, "--tsft-reference-refresh", "1")), 1)
     fixed = check_ran(train("fixed", *MOVING, "--tsft-reference-refresh", "0"))
     assert without_clock(fixed.rows[:2]) == without_clock(alone.rows[:2])

@@ -154,8 +154,8 @@ def test_kill_9_loses_nothing(train: Train, world: World, tmp_path: Path) -> Non
             ).read_text()[-3000:]
             time.sleep(0.05)
     finally:
-        # torchrun puts its ranks into sessions of their own: each is killed by its id, whatever it
-        # is doing
+        # torchrun puts its ranks into sessions of their own:
+        # each is killed by its id, whatever it is doing
         for victim in (*psutil.Process(process.pid).children(recursive=True), process):
             victim.kill()
         process.wait()

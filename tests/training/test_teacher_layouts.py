@@ -112,8 +112,8 @@ def test_one_cache_serves_every_length_order_and_layout(
     two = cache(teacher, "--shard-bytes", "4000", "--batch-tokens", "128", ranks=2)
     assert len(list(two.glob("*.arrow"))) > 4
     same_rows(check_ran(train("two", *start, *cached(two), steps=1)), first, 1e-4)
-    # made by transformers, one conversation after the other: fp16 rounds to either side of the same
-    # number
+    # made by transformers, one conversation after the
+    # other: fp16 rounds to either side of the same number
     same_rows(check_ran(train("one", *start, *cached(one), steps=1)), first, 1e-4)
 
 

@@ -36,8 +36,8 @@ def test_megatrons_wants_a_format_of_its_own() -> None:
 
     from megatron.training import arguments
 
-    # its validation needs a whole command line and an initialised world; the sentence is what a
-    # user would read
+    # its validation needs a whole command line and an
+    # initialised world; the sentence is what a user would read
     if "requires the `fsdp_dtensor` checkpointing format" not in inspect.getsource(
         arguments.validate_args
     ):

@@ -9,8 +9,7 @@ from tests.upstream.source import check_lines
 
 FLAGS = (
     "--num-layers 2 --hidden-size 16 --num-attention-heads 2 --vocab-size 128"
-    " --max-position-embeddings 4096"
-    " --position-embedding-type rope"
+    " --max-position-embeddings 4096 --position-embedding-type rope"
 ).split()
 
 

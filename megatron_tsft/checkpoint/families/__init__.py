@@ -43,14 +43,12 @@ def family_of(config: Any) -> Family:
     architectures = list(getattr(config, "architectures", None) or [])
     for family in known:
         if architectures and architectures[0] in family.architectures:
-            own = (
-                type(config).__name__.removesuffix("Config") + "ForCausalLM"
-            )  # the model that transformers would build
+            # the model that transformers would build
+            own = type(config).__name__.removesuffix("Config") + "ForCausalLM"
             if own not in family.architectures:
                 raise UserError(
                     f"transformers reads config.json as {type(config).__name__}, which does not go"
-                    " with"
-                    f" architectures={architectures}: correct one of them"
+                    f" with architectures={architectures}: correct one of them"
                 )
             return family
     reason = REFUSED.get(architectures[0] if architectures else "")

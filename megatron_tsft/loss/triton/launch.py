@@ -52,8 +52,8 @@ def write_gradient(shard: Shard, weights: GradientWeights, out: Tensor) -> None:
             grad_column_stride=out.stride(1),
             **_meta(shard.logits.shape[1]),
         )
-    # autograd does not see what a kernel writes; with it, logits written over are noticed by who
-    # has saved them
+    # autograd does not see what a kernel writes; with it,
+    # logits written over are noticed by who has saved them
     torch.autograd.graph.increment_version(out)
 
 

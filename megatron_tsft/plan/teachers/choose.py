@@ -54,8 +54,8 @@ def _default(run: RunObjectives) -> str:
         if _needs_teacher(objective) and _only_teaches(objective):
             raise UserError(
                 f"objective {objective.name!r} needs a teacher, learns from it alone, and none is"
-                " named: pass --tsft-teacher-load DIR, --tsft-teacher-cache DIR, or"
-                " --tsft-teacher reference"
+                " named: pass --tsft-teacher-load DIR, --tsft-teacher-cache DIR, or --tsft-teacher"
+                " reference"
             )
     return "reference" if any(map(_needs_teacher, run.members)) else "none"
 
