@@ -1,8 +1,9 @@
 """Defects of the installed Megatron-Core, one file each: the reason, the upstream line, when it
 applies, the repair.
 
-Nothing else in this package replaces Megatron's functions. `apply_all` applies what the
-installation needs, on any device, and says what it did.
+Two other places replace names of Megatron's: checkpoint/megatron_model.py, while it compares a
+conversion on a CPU, and cpu/, which makes a loop for GPUs run without one. `apply_all` applies what
+the installation needs, on any device, and says what it did.
 """
 
 from types import ModuleType
