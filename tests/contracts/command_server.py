@@ -3,7 +3,7 @@ and each command is a fork.
 
 Started with the path of a Unix socket. A client (`client`, below, which stands in for `python` and
 `torchrun` on the PATH of a documented command) sends its name, words, folder and environment with
-its three standard files, and gets the exit status. `torchrun` and `python -m torch.distributed.run`
+its three standard files, and gets the exit status. `torchrun` and `python -m` one of TORCHRUN
 have their words parsed by torch's own parser and their ranks forked, on one machine.
 """
 
@@ -24,6 +24,7 @@ from typing import Any
 # words that a test appends to every training command, and (by script) to benchmarks
 TRAINING, SCRIPTS = "DOCUMENTED_TRAINING", "DOCUMENTED_SCRIPTS"
 ENTRY = "megatron_tsft.training.pretrain_gpt"
+TORCHRUN = ("torch.distributed.run", "megatron_tsft.commands.torchrun")
 CLIENT = """#!/bin/sh
 exec {python} -IS {server} --client {socket} "$(basename "$0")" "$@"
 """
@@ -62,7 +63,7 @@ def ended(work: Callable[[], Any]) -> int:
 def run_words(words: list[str]) -> None:
     """`python words...`, in this process."""
     if words[:1] == ["-m"]:
-        if words[1] == "torch.distributed.run":
+        if words[1] in TORCHRUN:
             run_ranks(words[2:])
         if words[1] == "pytest":  # rewrites what it imports, so it imports for itself
             sys.exit(subprocess.run([sys.executable, *words]).returncode)
@@ -79,6 +80,8 @@ def run_ranks(words: list[str]) -> None:
     """What torchrun does on this node; of a training run that only checks, rank 0 alone. Exits."""
     from torch.distributed.run import get_args_parser
 
+    from tests.ports import free_port
+
     options = get_args_parser().parse_args(words)
     node = int(options.nproc_per_node)
     world = node * int(str(options.nnodes).split(":")[-1])
@@ -86,10 +89,8 @@ def run_ranks(words: list[str]) -> None:
     program += options.training_script_args
     if options.training_script == ENTRY:
         program += os.environ.get(TRAINING, "").split()
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ |= {"WORLD_SIZE": str(world)}
     alive = set()
     for rank in range(1 if "--tsft-check" in program else node):
         pid = os.fork()

@@ -4,7 +4,6 @@ nothing is done twice."""
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from megatron_tsft.teacher.reader import TeacherCache
 from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.transformers_teacher import TransformersTeacher
 from megatron_tsft.teacher.writer import CacheWriter
+from tests.ports import free_port
 from tests.ranks import run_ranks
 from tests.teacher.caches import contents, identity, load_tool, prepared, shard_records, write_cache
 from tests.teacher.conftest import Home
@@ -211,9 +211,7 @@ def test_ranks_share_the_shards_and_make_the_same_cache(
     ]
     flags += ["--device", "cpu", "--no-progress", "--shard-bytes", "4000", "--batch-tokens", "64"]
     for world in (1, 2, 3):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         output = ["--output", str(tmp_path / str(world))]
         assert run_ranks(world, cache_on_rank, port, [*flags, *output], group=False) == [0] * world
     one = contents(tmp_path / "1")

@@ -11,18 +11,12 @@ import multiprocessing.util
 import os
 import runpy
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+from tests.ports import free_port
 
 
 def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path, tool: str) -> int:

@@ -13,8 +13,20 @@ from tests.training.runs import REPOSITORY, Train, World, make_hf, write_rows
 CASES = {
     "objective needs a teacher": (
         1,
-        "--tsft-objective asft",
+        "--tsft-objective asft --tsft-teacher none",
         ["asft", "needs a teacher", "--tsft-teacher reference"],
+    ),
+    "objective learns from its teacher alone": (
+        1,
+        "--tsft-objective kd",
+        ["kd", "learns from it alone", "--tsft-teacher-load"],
+    ),
+    "objective almost known": (1, "--tsft-objective targt-sft", ["did you mean 'target-sft'?"]),
+    "parameter almost known": (1, "--tsft-objective gem --tsft-args betta=1", ["'beta'?"]),
+    "flag almost known": (
+        1,
+        "--tsft-objectve sft",
+        ["--tsft-objectve", "did you mean '--tsft-objective'?"],
     ),
     "target-sft with eta needs one": (
         1,

@@ -199,7 +199,7 @@ def test_weights_of_the_only_data_set(train: Train, weighted: Path) -> None:
 
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused(train: Train, world: World, weighted: Path) -> None:
-    plain, heavy = str(world.train), str(weighted)
+    plain, heavy, none = str(world.train), str(weighted), ("--tsft-teacher", "none")
     cases: dict[str, tuple[list[str], list[str]]] = {
         "critical-without-weights": (
             ["--tsft-data", f"{heavy}:0.5:sft", f"{plain}:0.5:critical"],
@@ -224,15 +224,15 @@ def test_what_does_not_fit_is_refused(train: Train, world: World, weighted: Path
             ["every --tsft-data has its own objective", "--tsft-objective"],
         ),
         "one-member-needs-a-teacher": (
-            ["--tsft-data", f"{plain}:0.5:sft", f"{heavy}:0.5:asft"],
+            ["--tsft-data", f"{plain}:0.5:sft", f"{heavy}:0.5:asft", *none],
             ["asft", "needs a teacher", "--tsft-teacher reference"],
         ),
         "a-schedule-that-ends-with-a-teacher": (
-            ["--tsft-args", "eta=linear:0:0.5:100"],
+            ["--tsft-args", "eta=linear:0:0.5:100", *none],
             ["target-sft", "needs a teacher", "--tsft-teacher reference"],
         ),
         "a-schedule-that-begins-with-a-teacher": (
-            ["--tsft-args", "eta=cosine:0.5:0:100"],
+            ["--tsft-args", "eta=cosine:0.5:0:100", *none],
             ["target-sft", "needs a teacher", "--tsft-teacher reference"],
         ),
         "a-schedule-that-leaves-the-range": (
