@@ -14,6 +14,13 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 TEST_ENV := OMP_NUM_THREADS=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
+# a folder under tests/ alone: make test ROOM=loss
+ROOM :=
+TESTS := tests/$(ROOM)
+# one process a core, up to two: a file's tests stay together, with what they share, and many of them
+# start processes of their own; WORKERS=0 is one process, as plain pytest is
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 2 ? 0 : 2)))
+SPREAD := -n $(WORKERS) --dist loadfile
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/make \1	\2/' | expand -t 20
@@ -38,14 +45,14 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)  ## fine-tune a real model on this computer's CPU and compare before and after
 	examples/quickstart/run.sh
 
-test: $(STAMP)  ## the fast tests
-	$(PYTEST) -m "not slow and not gpu"
+test: $(STAMP)  ## the fast tests; ROOM=loss: those of tests/loss
+	$(PYTEST) $(SPREAD) -m "not slow and not gpu" $(TESTS)
 
 test-all: $(STAMP)  ## every test that needs no GPU, the slow ones of several processes included
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) $(SPREAD) -m "not gpu" $(TESTS)
 
 test-gpu: $(STAMP)  ## the tests that need a GPU
-	$(PYTEST) -m gpu
+	$(PYTEST) -m gpu $(TESTS)
 
 lint: $(STAMP)  ## style, formatting and types
 	$(BIN)/ruff check .
@@ -58,4 +65,4 @@ format: $(STAMP)  ## put the code into the one format
 
 clean:  ## remove caches and built files; .venv/ and runs/ stay
 	rm -rf build dist ./*.egg-info .pytest_cache .ruff_cache .hypothesis
-	find megatron_tsft tools examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find megatron_tsft tools examples dev tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -49,7 +49,7 @@ def test_values(text: str, values: dict[int, float]) -> None:
     assert schedule.value(-1) == schedule.start  # no step before the first
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(list(KINDS)),
     st.floats(0, 1),

@@ -192,7 +192,7 @@ def test_chunks_that_cannot_be_mapped_are_read(
 ) -> None:
     """A transposed tensor, as a run may save one, and a torch that does not tell where in the file
     a tensor lies."""
-    from torch.distributed.checkpoint import FileSystemWriter
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors = {

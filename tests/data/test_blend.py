@@ -28,7 +28,7 @@ SHARES = [
     [1, 2, 4, 8, 16],
     [0.31, 0.05, 0.003, 0.6, 0.037],
 ]
-examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=60)
 some_shares = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6)
 
 

@@ -237,7 +237,7 @@ CONTENT = st.text(
 ANSWER = CONTENT.filter(lambda text: text.strip())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pairs=st.lists(st.tuples(CONTENT, ANSWER), min_size=1, max_size=3),
     template=st.sampled_from(

@@ -22,7 +22,7 @@ def textbook(lengths: list[int], capacity: int) -> list[int]:
     return bins
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 40), st.data())
 def test_it_is_first_fit_decreasing(capacity: int, data: st.DataObject) -> None:
     lengths = sorted(data.draw(st.lists(st.integers(1, capacity), max_size=60)), reverse=True)

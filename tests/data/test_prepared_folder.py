@@ -124,7 +124,8 @@ def test_many_batches_and_files(
         sample, row = data.row(i), encoder.encode(rows[i])
         assert np.array_equal(sample.input_ids, row.input_ids)
         expected = row.loss_mask.astype(np.float32) if i == 13 else row.token_weights
-        assert sample.token_weights is not None and sample.token_weights.dtype == np.float32
+        assert expected is not None and sample.token_weights is not None
+        assert sample.token_weights.dtype == np.float32
         assert np.array_equal(sample.token_weights, expected)
         assert again.row(i).sample_id == sample.sample_id
 

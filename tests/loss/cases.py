@@ -347,6 +347,15 @@ def implementations(*worlds: int, quick: bool = False) -> list[Any]:
     return out
 
 
+def shift_of(name: str) -> int:
+    """A number of an implementation that is odd for every other one: what a covering design starts
+    from, so that what one implementation leaves out another one has."""
+    if name == "reference":
+        return 0
+    path, world = name.split("-tp")
+    return PATHS.index(path) + int(world)
+
+
 def results_of(name: str, cases: Sequence[Case]) -> list[dict[str, Any] | None]:
     """The results of an implementation; None for fp64 logits under Triton, whose kernels compute in
     fp32."""

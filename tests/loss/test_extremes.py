@@ -1,6 +1,7 @@
 """Where floating point bites: huge or equal logits, certain tokens, empty shards, no support, no
 tokens, no NaN."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_tsft import TeacherTopK
+from tests.covering import met
 from tests.loss.cases import (
     NEEDS_REFERENCE,
     NEEDS_TEACHER,
+    PATHS,
     Case,
     check,
     computed,
@@ -22,6 +25,7 @@ from tests.loss.cases import (
     results_of,
     run,
     run_reference,
+    shift_of,
     truth,
 )
 from tests.loss.published import NAMES
@@ -83,12 +87,33 @@ def logits_case(name: str, logits: str, dtype: torch.dtype) -> Case:
     return with_logits(case, LOGITS[logits](case))
 
 
-LOGITS_GRID = [(name, logits, dtype) for name in NAMES for logits in LOGITS for dtype in DTYPES]
+LOGITS_GRID = list(itertools.product(NAMES, LOGITS))
+WORLDS = (1, 2, 3)
 
 
-@pytest.fixture(scope="module", params=[it for it in implementations(1, 3) if it != "reference"])
+def dtype_of(name: str, logits: str, implementation: str) -> torch.dtype:
+    """The type that an objective and logits are tried in. It goes round along both, so that one
+    implementation meets every objective and all logits in every type, and a path on its three
+    numbers of ranks meets all triples. The kernels' own types go round."""
+    types = DTYPES[1:] if implementation.startswith("triton") else DTYPES
+    places = NAMES.index(name) + list(LOGITS).index(logits) + shift_of(implementation)
+    return types[places % len(types)]
+
+
+def test_every_pair_is_met() -> None:
+    for path in PATHS:
+        types = DTYPES[1:] if path == "triton" else DTYPES
+        grids = [
+            [(*key, dtype_of(*key, f"{path}-tp{world}")) for key in LOGITS_GRID] for world in WORLDS
+        ]
+        product = list(itertools.product(NAMES, LOGITS, types))
+        assert all(met(grid, 2) == met(product, 2) for grid in grids)
+        assert met(itertools.chain(*grids), 3) == met(product, 3)
+
+
+@pytest.fixture(scope="module", params=[it for it in implementations(*WORLDS) if it != "reference"])
 def logits_results(request: pytest.FixtureRequest) -> dict[Any, tuple[Case, dict[str, Any] | None]]:
-    cases = [logits_case(*key) for key in LOGITS_GRID]
+    cases = [logits_case(*key, dtype_of(*key, request.param)) for key in LOGITS_GRID]
     return dict(
         zip(LOGITS_GRID, zip(cases, results_of(request.param, cases), strict=True), strict=True)
     )
@@ -102,13 +127,10 @@ def finite(case: Case, result: dict[str, Any]) -> None:
             )
 
 
-@pytest.mark.parametrize(
-    ("name", "logits", "dtype"), LOGITS_GRID, ids=lambda it: str(it).removeprefix("torch.")
-)
-def test_logits(logits_results: dict[Any, Any], name: str, logits: str, dtype: torch.dtype) -> None:
-    case, result = logits_results[name, logits, dtype]
-    if result is None:
-        pytest.skip("the kernels compute in fp32")
+@pytest.mark.parametrize(("name", "logits"), LOGITS_GRID)
+def test_logits(logits_results: dict[Any, Any], name: str, logits: str) -> None:
+    case, result = logits_results[name, logits]
+    dtype = case.logits.dtype
     finite(case, result)
     # two log-probs of -2e4 in fp32 are each off by an ulp, 2e-3, and the exponential of their
     # difference is as well
@@ -141,12 +163,18 @@ SHARDS = {
 
 @pytest.mark.parametrize("path", ["torch", "fused", pytest.param("triton", marks=pytest.mark.slow)])
 def test_tiny_and_empty_shards(path: str) -> None:
-    """TP 4: one column a rank, the last of it padding, and two ranks with nothing but padding."""
+    """TP 4: one column a rank, the last of it padding, and two ranks with nothing but padding. The
+    two types by turns along both, so that each objective and each shape meets them."""
+    types = [torch.float32] if path == "triton" else [torch.float64, torch.float32]
+    grid = [
+        (name, shape, types[(i + j + PATHS.index(path)) % len(types)])
+        for i, name in enumerate(NAMES)
+        for j, shape in enumerate(SHARDS)
+    ]
+    assert met(grid, 2) == met(itertools.product(NAMES, SHARDS, types), 2)
     cases = [
-        replace(base(name, dtype, seed, width, vocabulary), diagnostics=("entropy", "kl"))
-        for seed, name in enumerate(NAMES)
-        for width, vocabulary in SHARDS.values()
-        for dtype in (torch.float64, torch.float32)
+        replace(base(name, dtype, NAMES.index(name), *SHARDS[shape]), diagnostics=("entropy", "kl"))
+        for name, shape, dtype in grid
     ]
     # a top-k teacher too, whose ids leave most ranks without any
     for name in NEEDS_TEACHER:

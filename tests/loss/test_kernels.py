@@ -1,6 +1,7 @@
 """The Triton kernels: compiled for GPUs that are not here, at the edges of shapes and numbers, and
 on a GPU if any."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_tsft import TeacherTopK, objectives, q_target_cross_entropy
 from megatron_tsft.loss.reference import q_target_reference
+from tests.covering import met
 from tests.fresh import fresh
 from tests.loss.cases import PATHS, Case, check, implementation, random_case, run
 from tests.loss.published import NAMES
@@ -184,14 +186,28 @@ def test_offsets_beyond_32_bits(strides: tuple[int, int]) -> None:
     run_ranks(1, solve_far_apart, strides, group=False)
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 9, 17])
-@pytest.mark.parametrize("name", ["sft", "deft", "eaft", "gem", "target-sft", "kd"])
-def test_widths_around_a_block(name: str, width: int) -> None:
-    for padding in {0, min(3, width - 1)}:
-        case = random_case(
-            name, 7, width=width, vocab_size=width - padding, dtype=torch.float32, variant="rich"
-        )
-        check(case, run(case, path="triton"))
+WIDE = ["sft", "deft", "eaft", "gem", "target-sft", "kd"]
+WIDTHS = [1, 7, 8, 9, 17]
+# with and without padding by turns along both: the interpreter is slow, and each objective and each
+# width meets both
+PADDED = [
+    (name, width, min(3, width - 1) * ((i + j) % 2))
+    for i, name in enumerate(WIDE)
+    for j, width in enumerate(WIDTHS)
+]
+
+
+@pytest.mark.parametrize(("name", "width", "padding"), PADDED)
+def test_widths_around_a_block(name: str, width: int, padding: int) -> None:
+    case = random_case(
+        name, 7, width=width, vocab_size=width - padding, dtype=torch.float32, variant="rich"
+    )
+    check(case, run(case, path="triton"))
+
+
+def test_every_width_is_padded_and_not() -> None:
+    rows = [(name, width, padding > 0) for name, width, padding in PADDED if width > 1]
+    assert met(rows, 2) == met(itertools.product(WIDE, WIDTHS[1:], (False, True)), 2)
 
 
 @numpy_may_warn

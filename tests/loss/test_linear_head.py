@@ -395,7 +395,8 @@ def test_columns_that_the_teacher_has_no_token_for() -> None:
     logits = (teacher.hidden @ teacher.weight.T).masked_fill(absent, -torch.inf)
     results = []
     for other in (TeacherHidden(teacher.hidden, teacher.weight, absent), logits):
-        loss = q_target_linear_cross_entropy(**(given | {"teacher": other})).loss
+        given["teacher"] = other
+        loss = q_target_linear_cross_entropy(**given).loss
         leaves = (given["hidden"], given["weight"])
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves, p.case.upstream)])
     for ours, theirs in zip(*results, strict=True):
@@ -403,8 +404,8 @@ def test_columns_that_the_teacher_has_no_token_for() -> None:
     plain = q_target_linear_cross_entropy(**given).loss.detach()
     assert (results[0][0] - plain).abs().max() > 1e-3
     with pytest.raises(ValueError, match="TeacherHidden.absent is torch.bool"):
-        short = TeacherHidden(teacher.hidden, teacher.weight, absent[1:])
-        q_target_linear_cross_entropy(**(given | {"teacher": short}))
+        given["teacher"] = TeacherHidden(teacher.hidden, teacher.weight, absent[1:])
+        q_target_linear_cross_entropy(**given)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -483,8 +484,9 @@ def test_main_grad(dtype: torch.dtype, zero_out: bool | None) -> None:
             weight.grad, weight.grad_added_to_main_grad = None, False
             q_target_linear_cross_entropy(**given).loss.backward(p.case.upstream.float())
             assert weight.grad_added_to_main_grad is True
-            assert weight.grad.shape == weight.shape and weight.grad.dtype == dtype
-            assert not (zero_out and weight.grad.any())
+            placeholder: Any = weight.grad
+            assert placeholder.shape == weight.shape and placeholder.dtype == dtype
+            assert not (zero_out and placeholder.any())
     assert weight.main_grad.dtype == torch.float32
     torch.testing.assert_close(
         weight.main_grad - start, 2 * once["weight.grad"].float(), rtol=1e-5, atol=1e-5

@@ -12,7 +12,7 @@ from megatron_tsft import QTargetOutput, TeacherTopK, objectives, q_target_cross
 from tests.loss.cases import NEEDS_REFERENCE, NEEDS_TEACHER
 from tests.loss.published import NAMES
 
-examples = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+examples = settings(max_examples=40)
 finite = st.floats(0, 1)
 
 

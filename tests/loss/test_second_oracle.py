@@ -165,7 +165,8 @@ def reduce_kept(per_token: Tensor, num_items: int | None) -> Tensor:
 
 def sft_transformers(z: Tensor, batch: Batch, num_items: int | None = None) -> Tensor:
     """transformers/loss/loss_utils.py, real: works in fp32."""
-    return ForCausalLMLoss(z, batch.labels, VOCABULARY, num_items_in_batch=num_items)
+    count: Any = num_items  # it says a tensor and takes a number as well
+    return ForCausalLMLoss(z, batch.labels, VOCABULARY, num_items_in_batch=count)
 
 
 def sft_torch(z: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
@@ -953,6 +954,8 @@ def megatron_results(rank: int, batches: list[Batch]) -> list[dict[str, tuple[fl
         )
         return (per_token.transpose(0, 1) * batch.kept).sum()
 
+    assert group is not None
+
     def divergence(z: Tensor, batch: Batch, k: int, ghost: bool = False) -> Tensor:
         ids, logprobs = (sequence_first(x) for x in teacher_topk(batch, k))
         return (
@@ -973,7 +976,7 @@ def megatron_results(rank: int, batches: list[Batch]) -> list[dict[str, tuple[fl
     }
     return [
         {
-            name: value_and_gradient(partial(f, batch=batch), batch.logits)
+            name: value_and_gradient(lambda z, f=f, batch=batch: f(z, batch), batch.logits)
             for name, f in functions.items()
         }
         for batch in batches

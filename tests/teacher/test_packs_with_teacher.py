@@ -31,7 +31,8 @@ def teacher(home: Home, tmp_path_factory: pytest.TempPathFactory) -> CachedTeach
 
 
 def packs_of(data: PreparedData, teacher: CachedTeacher | None, **options: Any) -> PackedDataset:
-    packs = PackedDataset(data, **({"seq_length": 64, "global_batch_size": 4, "seed": 1} | options))
+    given: dict[str, Any] = {"seq_length": 64, "global_batch_size": 4, "seed": 1}
+    packs = PackedDataset(data, **(given | options))
     return packs.with_teacher(teacher, weighted=False)
 
 

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,7 +124,8 @@ def teacher(world: World) -> Path:
     Face folder is beside it, teacher_hf."""
     from megatron_tsft.checkpoint.convert import import_hf
 
-    shape = {"num_hidden_layers": 8, "hidden_size": 96, "intermediate_size": 128, "head_dim": 12}
-    hf = make_hf(world.root / "teacher_hf", num_attention_heads=8, num_key_value_heads=4, **shape)
+    shape: dict[str, Any] = {"num_hidden_layers": 8, "hidden_size": 96, "head_dim": 12}
+    shape |= {"intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4}
+    hf = make_hf(world.root / "teacher_hf", **shape)
     import_hf(hf, world.root / "teacher", progress=False)
     return world.root / "teacher"

@@ -54,7 +54,7 @@ def start_rank(rank: int, world: int, port: int, argv: list[str], log: Path, too
         traceback.print_exc()
     finally:
         # what Python does at exit: ends the processes that the rank started
-        multiprocessing.util._exit_function()
+        multiprocessing.util._exit_function()  # pyright: ignore[reportAttributeAccessIssue]
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tsft.checkpoint.convert import export_hf
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
@@ -32,7 +34,7 @@ def weights(save: Path, step: int) -> dict[str, bytes]:
     reader = CheckpointReader(save / f"iter_{step:07d}")
     found = {}
     for key, value in reader.metadata.state_dict_metadata.items():
-        if hasattr(value, "size"):
+        if isinstance(value, TensorStorageMetadata):
             whole = reader.read(key, (0,) * len(value.size), tuple(value.size))
             found[key] = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
     return found
@@ -171,7 +173,7 @@ def test_kill_9_loses_nothing(train: Train, world: World, tmp_path: Path) -> Non
     import transformers
 
     export_hf(save, tmp_path / "hf", progress=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "hf"))
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "hf"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "hf"))
     prompt = tokenizer("w1 w2 w3 plus is", return_tensors="pt", add_special_tokens=False)
     out = model.generate(prompt["input_ids"], max_new_tokens=3, do_sample=False, pad_token_id=2)

@@ -68,6 +68,7 @@ class Dense:
                 log_t = topk_teacher(*stored, tail_logmass=torch.tensor(rows.tail_logmass))
                 log_ref = torch.tensor(rows.label_logprobs).double()
             else:
+                assert other is not None
                 with torch.no_grad():
                     logits = other(input_ids=ids[None, :-1]).logits[0][wanted]
                 if columns:

@@ -20,8 +20,9 @@ def save_twice() -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
+    from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
 
     def save_and_load() -> tuple[int, list[float]]:
         before = len(multiprocessing.active_children())
@@ -29,7 +30,7 @@ def save_twice() -> dict[str, Any]:
             weights = torch.arange(6.0)
             dist_checkpointing.save({"w": ShardedTensor.from_rank_offsets("w", weights)}, folder)
             empty = ShardedTensor.from_rank_offsets("w", torch.zeros(6))
-            loaded = dist_checkpointing.load({"w": empty}, folder)
+            loaded: Any = dist_checkpointing.load({"w": empty}, folder)
         return len(multiprocessing.active_children()) - before, loaded["w"].tolist()
 
     result: dict[str, Any] = {"applies": [save_queue.applies()], "upstream": save_and_load()}
