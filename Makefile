@@ -19,7 +19,7 @@ ROOM :=
 TESTS := tests/$(ROOM)
 # one process a core, up to two: a file's tests stay together, with what they share, and many of them
 # start processes of their own; WORKERS=0 is one process, as plain pytest is
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 2 ? 0 : 2)))
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1); echo $$((n < 2 ? 0 : 2)))
 SPREAD := -n $(WORKERS) --dist loadfile
 
 help:  ## list the commands

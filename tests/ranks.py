@@ -23,7 +23,7 @@ INHERITED: dict[str, Any] = {}
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, group: bool = True
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 600, group: bool = True
 ) -> list:
     """`function(rank, *args)` in `world` forked processes; their results in rank order.
 

@@ -159,6 +159,7 @@ def check_layout(problem: dict[str, Any], tensors: dict[str, Tensor], checkpoint
         assert not padded[config["vocab_size"] :].contiguous().view(torch.uint8).any()
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(problems())
 def test_every_bit_comes_back_and_lies_where_it_should(problem: dict[str, Any]) -> None:

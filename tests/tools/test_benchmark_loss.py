@@ -50,6 +50,7 @@ def start(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_run_writes_three_files_that_agree(tmp_path: Path) -> None:
     names = [
         "ours-torch",

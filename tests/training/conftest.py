@@ -66,7 +66,7 @@ def run_in(
     ranks: int = 1,
     steps: int = 3,
     keep: bool = False,
-    timeout: float = 120,
+    timeout: float = 600,
 ) -> Run:
     """One training command whose files are in `folder`."""
     save = folder / save
@@ -106,7 +106,7 @@ def cache(server: Server, world: World, tmp_path_factory: pytest.TempPathFactory
                 str(folder),
             ]
             argv += ["--top-k", str(top_k), "--device", "cpu", *flags]
-            codes = server.run(ranks, argv, folder.with_suffix(".log"), 120, str(CACHE_TOOL))
+            codes = server.run(ranks, argv, folder.with_suffix(".log"), 600, str(CACHE_TOOL))
             logs = [
                 Path(f"{folder.with_suffix('.log')}.{rank}").read_text(errors="replace")
                 for rank in range(ranks)

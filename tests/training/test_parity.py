@@ -50,7 +50,7 @@ def starts(server: Server, world: World, tmp_path_factory: pytest.TempPathFactor
         argv += ["--tsft-objective", "sft", "--seq-length", "64"]
         argv += "--micro-batch-size 2 --global-batch-size 4".split()
         argv += "--lr 3e-3 --lr-decay-style constant --train-iters 20".split()
-        codes = server.run(1, [*argv, "--save", str(root / "save")], root / "log", 120)
+        codes = server.run(1, [*argv, "--save", str(root / "save")], root / "log", 600)
         check_ran(Run(codes, [Path(f"{root / 'log'}.0").read_text()], root / "save"))
         evaluate = ("--tsft-eval-data", str(world.held), "--eval-interval", str(STEPS))
         return (

@@ -144,7 +144,7 @@ def test_kill_9_loses_nothing(train: Train, world: World, tmp_path: Path) -> Non
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         metrics = save / "metrics.jsonl"
         while (
             not metrics.exists() or metrics.read_text().count("\n") < 8

@@ -191,7 +191,7 @@ def student(server: Any, world: World, tmp_path_factory: pytest.TempPathFactory)
         *BATCH.split(),
     ]
     argv += ["--save", str(save), "--train-iters", "20", "--lr", "3e-3", "--tsft-objective", "sft"]
-    assert server.run(1, argv, save.with_suffix(".log"), 120) == [0]
+    assert server.run(1, argv, save.with_suffix(".log"), 600) == [0]
     export_hf(save, save.parent / "hf", progress=False)
     return save
 
