@@ -395,8 +395,8 @@ def test_columns_that_the_teacher_has_no_token_for() -> None:
     logits = (teacher.hidden @ teacher.weight.T).masked_fill(absent, -torch.inf)
     results = []
     for other in (TeacherHidden(teacher.hidden, teacher.weight, absent), logits):
-        given["teacher"] = other
-        loss = q_target_linear_cross_entropy(**given).loss
+        changed: dict[str, Any] = given | {"teacher": other}
+        loss = q_target_linear_cross_entropy(**changed).loss
         leaves = (given["hidden"], given["weight"])
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves, p.case.upstream)])
     for ours, theirs in zip(*results, strict=True):
@@ -404,8 +404,9 @@ def test_columns_that_the_teacher_has_no_token_for() -> None:
     plain = q_target_linear_cross_entropy(**given).loss.detach()
     assert (results[0][0] - plain).abs().max() > 1e-3
     with pytest.raises(ValueError, match="TeacherHidden.absent is torch.bool"):
-        given["teacher"] = TeacherHidden(teacher.hidden, teacher.weight, absent[1:])
-        q_target_linear_cross_entropy(**given)
+        short = TeacherHidden(teacher.hidden, teacher.weight, absent[1:])
+        refused: dict[str, Any] = given | {"teacher": short}
+        q_target_linear_cross_entropy(**refused)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
