@@ -33,12 +33,18 @@ def variant_of(name: str, dtype: torch.dtype, shift: int) -> str:
     return VARIANTS[(NAMES.index(name) + DTYPES.index(dtype) + shift) % 2]
 
 
+# Triton's interpreter on one rank was the slowest of the fast tests: each objective in one type,
+# each type with a third of them; the slow tests have all of them on two, three and four ranks
+QUICK = [(name, DTYPES[1 + i % len(DTYPES[1:])]) for i, name in enumerate(NAMES)]
+
+
 def test_every_pair_is_met() -> None:
     axes = NAMES, DTYPES, VARIANTS
     rows = [[(n, d, variant_of(n, d, shift)) for n in NAMES for d in DTYPES] for shift in (0, 1)]
     for one in rows:
         assert met(one, 2) == met(itertools.product(*axes), 2)
     assert met(rows[0] + rows[1], 3) == met(itertools.product(*axes), 3)
+    assert met(QUICK, 1) == met(itertools.product(NAMES, DTYPES[1:]), 1)
     for path in ("torch", "fused"):  # of each path, every triple on few ranks and on many
         assert all(
             {shift_of(f"{path}-tp{n}") % 2 for n in two} == {0, 1} for two in ((1, 2), (3, 4))
@@ -50,7 +56,7 @@ def results(request: pytest.FixtureRequest) -> Results:
     """All cases of one implementation; the ranks start once for all of them."""
     world = 1 if request.param == "reference" else int(request.param[-1])
     width = ALONE if world == 1 else WIDTH * world
-    keys = list(itertools.product(NAMES, DTYPES))
+    keys = QUICK if request.param == "triton-tp1" else list(itertools.product(NAMES, DTYPES))
     variants = [variant_of(*key, shift_of(request.param)) for key in keys]
     cases = [
         random_case(
@@ -64,4 +70,6 @@ def results(request: pytest.FixtureRequest) -> Results:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient(results: Results, name: str, dtype: torch.dtype) -> None:
+    if (name, dtype) not in results:
+        pytest.skip("this type on more ranks")
     check_or_skip(*results[name, dtype])
