@@ -91,7 +91,7 @@ FAULTS = (
     Fault(
         "weights-not-in-gradient",
         "token_weights change the loss's value and not its gradient.",
-        "loss, c_y, c_r = (problem.token_weights * x for x in (loss, c_y, c_r))",
+        "loss, imitation, residual = (problem.token_weights * x for x in (loss, imitation, residual))",
         "loss = problem.token_weights * loss",
         (f"{LOSS} -k torch-tp1",),
     ),
@@ -114,22 +114,22 @@ FAULTS = (
     Fault(
         "label-not-shifted",
         "A position's label is its own token, not the next one.",
-        "np.where(mask, ids[1:], IGNORED)",
-        "np.where(mask, ids[:-1], IGNORED)",
+        "np.where(loss_mask[1:], input_ids[1:], IGNORED)",
+        "np.where(loss_mask[1:], input_ids[:-1], IGNORED)",
         (PACKS,),
     ),
     Fault(
         "mask-not-shifted",
         "A label is supervised where the token before it is.",
-        "sample.loss_mask[1 : n + 1]",
-        "sample.loss_mask[:n]",
+        "self._labels[place] = np.where(loss_mask[1:],",
+        "self._labels[place] = np.where(loss_mask[:-1],",
         (PACKS,),
     ),
     Fault(
         "positions-not-reset",
         "Positions count on across the border of two conversations of a pack.",
-        "positions[at : at + room] = np.arange(room)",
-        "positions[at : at + room] = np.arange(at, at + room)",
+        "self._positions[self._at : self._at + room] = np.arange(room)",
+        "self._positions[self._at : self._at + room] = np.arange(self._at, self._at + room)",
         (PACKS,),
     ),
     Fault(
@@ -157,8 +157,8 @@ FAULTS = (
     Fault(
         "record-of-another-conversation",
         "A data set's conversations read each other's cached records.",
-        "found = cache.find(data)",
-        "found = np.roll(cache.find(data), 1)",
+        "            found = cache.find(data)\n",
+        "            found = np.roll(cache.find(data), 1)\n",
         ("tests/teacher/test_packs_with_teacher.py", "tests/teacher/test_cache_round_trip.py"),
     ),
     # ---- model
@@ -172,8 +172,8 @@ FAULTS = (
     Fault(
         "gamma-of-the-residual",
         "gamma in metrics.jsonl is the residual's coefficient.",
-        '"gamma": out.imitation',
-        '"gamma": out.residual',
+        '"imitation" if name == "gamma" else name',
+        '"residual" if name == "gamma" else name',
         ("tests/training/test_against_transformers.py", "tests/training/test_mixture.py"),
     ),
     # ---- checkpoint
@@ -188,8 +188,8 @@ FAULTS = (
     Fault(
         "reference-taken-early",
         "The reference takes the student's weights a step before it should.",
-        "step % self.reference_refresh == 0",
-        "(step + 1) % self.reference_refresh == 0",
+        "step % self.refresh == 0",
+        "(step + 1) % self.refresh == 0",
         ("tests/training/test_reference_refresh.py",),
     ),
     Fault(
