@@ -91,7 +91,8 @@ FAULTS = (
     Fault(
         "weights-not-in-gradient",
         "token_weights change the loss's value and not its gradient.",
-        "loss, imitation, residual = (problem.token_weights * x for x in (loss, imitation, residual))",
+        "loss, imitation, residual = (problem.token_weights * x for x in (loss, imitation,"
+        " residual))",
         "loss = problem.token_weights * loss",
         (f"{LOSS} -k torch-tp1",),
     ),
