@@ -10,6 +10,7 @@ from megatron_tsft.data.blend import BlendedPacks
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.data.teacher_rows import TeacherSource, Untaught
+from megatron_tsft.plan.layout import Batch
 
 TrainingPacks = PackedDataset | BlendedPacks
 
@@ -72,9 +73,7 @@ class Packs:
         train: Sequence[DataSet],
         evaluation: DataSet | None,
         rules: PackRules,
-        *,
-        batch: int,
-        evaluation_batch: int,
+        batch: Batch,
         records: RecordBook | None = None,
     ):
         """
@@ -82,8 +81,7 @@ class Packs:
             train: the data sets to train on.
             evaluation: the held-out data, or None.
             rules: how packs are made.
-            batch: packs of a training step.
-            evaluation_batch: packs of an evaluation's step.
+            batch: packs of a step.
             records: of a teacher that has been asked before, or None.
 
         Raises:
@@ -107,17 +105,17 @@ class Packs:
 
         # an epoch of a mixture's member ends where it likes;
         # a single data set is filled up to whole steps
-        per_step = batch if len(train) == 1 else 1
+        per_step = batch.size if len(train) == 1 else 1
         planned = [pack(member.data, global_batch_size=per_step) for member in train]
         held = None
         if evaluation is not None:
-            held = pack(evaluation.data, global_batch_size=evaluation_batch, shuffle=False)
+            held = pack(evaluation.data, global_batch_size=batch.evaluation, shuffle=False)
         self._train = [taught(*pair) for pair in zip(train, planned, strict=True)]
         self._held = None
         self.eval_iters = 0  # steps of one exact pass over the held-out data
         if evaluation is not None and held is not None:
             self._held = taught(evaluation, held)
-            self.eval_iters = held.packs_per_epoch // evaluation_batch
+            self.eval_iters = held.packs_per_epoch // batch.evaluation
 
     @property
     def members(self) -> list[PackedDataset]:

@@ -203,22 +203,18 @@ def make_plan(line: CommandLine, device: str) -> Plan:
     start = find_start_weights(config.model, card, flags, engine=not local)
     teacher = kind.find(Request(config, flags, line.ranks, card, start, used))
 
-    packs = Packs(
-        [
-            DataSet(data, source.share, objective.reads_teacher)
-            for data, source, objective in zip(train, sources, objectives.members, strict=True)
-        ],
-        None if held is None else DataSet(held, 1.0, objectives.evaluation.reads_teacher),
-        PackRules(
-            flags.pack_length,
-            flags.seed,
-            document_multiple(flags, config.document_multiple),
-            truncate=config.long_samples == "truncate",
-        ),
-        batch=batch.size,
-        evaluation_batch=batch.evaluation,
-        records=teacher.records,
+    rules = PackRules(
+        flags.pack_length,
+        flags.seed,
+        document_multiple(flags, config.document_multiple),
+        truncate=config.long_samples == "truncate",
     )
+    members = [
+        DataSet(data, source.share, objective.reads_teacher)
+        for data, source, objective in zip(train, sources, objectives.members, strict=True)
+    ]
+    evaluation = None if held is None else DataSet(held, 1.0, objectives.evaluation.reads_teacher)
+    packs = Packs(members, evaluation, rules, batch, teacher.records)
     if start.resumed is not None:
         check_same_packs(start.resumed, packs, batch.size, flags.context_parallel_size)
     return Plan(

@@ -97,13 +97,7 @@ def plan_job(
         token_map=None if token_map is None else _hash_of(token_map),
     )
     plan = plan_cache(data, question.top_k, shard_bytes)
-    longest = int(plan.lengths.max())
-    # the last token is only a label
-    if folder.positions is not None and longest > folder.positions + 1:
-        raise UserError(
-            f"a conversation has {longest} tokens, the teacher knows {folder.positions} positions:"
-            f" prepare the data with --max-tokens {folder.positions}"
-        )
+    _check_positions(folder, int(plan.lengths.max()))
     return CacheJob(folder, question, identity, plan)
 
 
@@ -123,6 +117,16 @@ def _check_tokens(
         raise UserError(
             f"the data holds token id {largest - 1}, beyond a vocabulary of {size}: pass a larger"
             " one"
+        )
+
+
+def _check_positions(folder: TeacherFolder, longest: int) -> None:
+    """Raise UserError where a conversation is longer than the teacher's context; its last token is
+    only a label."""
+    if folder.positions is not None and longest > folder.positions + 1:
+        raise UserError(
+            f"a conversation has {longest} tokens, the teacher knows {folder.positions} positions:"
+            f" prepare the data with --max-tokens {folder.positions}"
         )
 
 

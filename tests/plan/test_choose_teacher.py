@@ -9,8 +9,8 @@ from megatron_tsft.errors import UserError
 from megatron_tsft.plan.config import TsftConfig, destination
 from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.run_objectives import RunObjectives
-from megatron_tsft.plan.teachers import NAMES, kinds
-from megatron_tsft.plan.teachers.choose import choose_kind
+from megatron_tsft.plan.teachers import NAMES
+from megatron_tsft.plan.teachers.choose import choose_kind, kinds
 
 
 def chosen(*texts: str, **given: Any) -> str:

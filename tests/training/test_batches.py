@@ -12,6 +12,7 @@ import pytest
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.layout import Batch
 from megatron_tsft.plan.packs import DataSet, PackRules, Packs
 from megatron_tsft.plan.same_packs import SAVED, Resumed, check_same_packs, facts_of_packs
 from tests.training.runs import Train, World, check_ran
@@ -187,7 +188,7 @@ def run_of(world: World, members: int = 1, seed: int = 1234, multiple: int = 1) 
     """The packs of a run with batches of 8."""
     data = PreparedData.load(world.train)
     rules = PackRules(seq_length=64, seed=seed, document_multiple=multiple, truncate=False)
-    return Packs([DataSet(data, 1.0, False)] * members, None, rules, batch=8, evaluation_batch=8)
+    return Packs([DataSet(data, 1.0, False)] * members, None, rules, Batch(8, 8))
 
 
 def test_a_batch_size_may_change_within_the_first_epoch(world: World) -> None:

@@ -1,6 +1,7 @@
 """Which kind of teacher a run has: the one that is named, else the one rule for all objectives."""
 
-from typing import TYPE_CHECKING
+import functools
+import importlib
 
 from torch import Tensor
 
@@ -8,15 +9,20 @@ from megatron_tsft.errors import UserError
 from megatron_tsft.objectives import SingleObjective
 from megatron_tsft.objectives.objective import ask_before_statistics
 from megatron_tsft.plan.config import TsftConfig, destination, option
+from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.run_objectives import LAST_STEP, RunObjectives
-from megatron_tsft.plan.teachers import kinds
+from megatron_tsft.plan.teachers import NAMES
 from megatron_tsft.plan.teachers.definition import Kind
 
-if TYPE_CHECKING:
-    from megatron_tsft.plan.flags import Flags
+
+@functools.cache
+def kinds() -> dict[str, Kind]:
+    """Every kind by its name."""
+    folder = "megatron_tsft.plan.teachers"
+    return {name: importlib.import_module(f"{folder}.{name}").KIND for name in NAMES}
 
 
-def choose_kind(config: TsftConfig, flags: "Flags", run: RunObjectives) -> Kind:
+def choose_kind(config: TsftConfig, flags: Flags, run: RunObjectives) -> Kind:
     """The kind that --tsft-teacher names. Where it names none: the kind that a flag belongs to,
     else `reference` where an objective needs a teacher, else `none`.
 
@@ -44,7 +50,7 @@ def choose_kind(config: TsftConfig, flags: "Flags", run: RunObjectives) -> Kind:
     return kind
 
 
-def _set(config: TsftConfig, field: str, flags: "Flags") -> bool:
+def _set(config: TsftConfig, field: str, flags: Flags) -> bool:
     return bool(getattr(config, field)) and destination(field) in flags.named
 
 

@@ -3,18 +3,15 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.loss.records import Tail
+from megatron_tsft.plan.command_line import Ranks
+from megatron_tsft.plan.config import TsftConfig
+from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.packs import RecordBook
-
-if TYPE_CHECKING:  # config.py takes the kinds' names from here
-    from megatron_tsft.plan.command_line import Ranks
-    from megatron_tsft.plan.config import TsftConfig
-    from megatron_tsft.plan.flags import Flags
-    from megatron_tsft.plan.start_weights import StartWeights
+from megatron_tsft.plan.start_weights import StartWeights
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,11 @@ class Request:
     """What a kind is asked with: the run's flags, its model and weights, and the data that is
     read."""
 
-    config: "TsftConfig"
-    flags: "Flags"
-    ranks: "Ranks"
+    config: TsftConfig
+    flags: Flags
+    ranks: Ranks
     student: ModelCard
-    start: "StartWeights"
+    start: StartWeights
     data: Sequence[PreparedData]
 
 
@@ -90,4 +87,4 @@ class Kind:
     fields: tuple[str, ...] = ()
     needed: str = ""
     top_k: bool = False
-    check: Callable[["TsftConfig", "Flags"], None] = lambda config, flags: None
+    check: Callable[[TsftConfig, Flags], None] = lambda config, flags: None

@@ -1,23 +1,19 @@
 """Another model of the same tokenizer, of any depth and width, frozen."""
 
-from typing import TYPE_CHECKING
-
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.units import expected_keys
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.config import TsftConfig
+from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.layout import heads_divide
 from megatron_tsft.plan.teachers.definition import Kind, Request, Riding, Teacher
 from megatron_tsft.plan.teachers.reference import check_shapes
 from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map
 
-if TYPE_CHECKING:
-    from megatron_tsft.plan.config import TsftConfig
-    from megatron_tsft.plan.flags import Flags
 
-
-def _check(config: "TsftConfig", flags: "Flags") -> None:
+def _check(config: TsftConfig, flags: Flags) -> None:
     check_shapes("model", flags)
 
 
@@ -48,7 +44,7 @@ def _check_tokens(request: Request, card: ModelCard, folder: str) -> None:
             )
 
 
-def _check_layout(flags: "Flags", card: ModelCard, folder: str) -> None:
+def _check_layout(flags: Flags, card: ModelCard, folder: str) -> None:
     """Raise UserError where the teacher's heads or experts do not divide over the student's ranks.
 
     Its layers are looked at where the number of virtual stages is known, after Megatron's parser.

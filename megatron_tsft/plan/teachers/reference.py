@@ -1,18 +1,15 @@
 """The reference: the student's own imported weights, frozen, or what it was some steps ago."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.config import TsftConfig
+from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.teachers.definition import Kind, Request, Riding, Teacher
 
-if TYPE_CHECKING:
-    from megatron_tsft.plan.config import TsftConfig
-    from megatron_tsft.plan.flags import Flags
 
-
-def check_shapes(kind: str, flags: "Flags") -> None:
+def check_shapes(kind: str, flags: Flags) -> None:
     """Raise UserError where experts' batches cannot have the shapes of a model that rides along."""
     name = "moe_token_dispatcher_type"
     if name in flags.named and flags.moe_token_dispatcher_type == "allgather":
@@ -22,7 +19,7 @@ def check_shapes(kind: str, flags: "Flags") -> None:
         )
 
 
-def _check(config: "TsftConfig", flags: "Flags") -> None:
+def _check(config: TsftConfig, flags: Flags) -> None:
     check_shapes("reference", flags)
     refresh = config.reference_refresh
     if refresh < 0:
