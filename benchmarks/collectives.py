@@ -63,7 +63,7 @@ def in_halves(problems: list[tuple[Problem, Tensor]], group: Any) -> list[Table]
     pending = []
     for problem, logits in problems:
         shard = problem.shard(logits)
-        local = implementation(logits).local_statistics(shard, problem.wanted)
+        local = implementation(logits).local_statistics(shard, problem.selection)
         gathered = local.data.new_empty(dist.get_world_size(), *local.data.shape)
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         handle = gather(gathered.flatten(0, 1), local.data, group=group, async_op=True)
@@ -112,13 +112,13 @@ def rank_main(rank: int, world: int, store: str, args: argparse.Namespace, resul
         for tokens in args.tokens:
             problem, logits = problem_of(name, tokens, args.columns, group, device)
             shard = problem.shard(logits)
-            local = implementation(logits).local_statistics(shard, problem.wanted)
+            local = implementation(logits).local_statistics(shard, problem.selection)
             halves = [problem_of(name, tokens // 2, args.columns, group, device) for _ in range(2)]
 
             def whole(problem: Problem = problem, logits: Tensor = logits) -> Table:
                 shard = problem.shard(logits)
                 return merge(
-                    implementation(logits).local_statistics(shard, problem.wanted),
+                    implementation(logits).local_statistics(shard, problem.selection),
                     shard.a,
                     shard.b,
                     group,

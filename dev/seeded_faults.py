@@ -158,8 +158,8 @@ FAULTS = (
     Fault(
         "record-of-another-conversation",
         "A data set's conversations read each other's cached records.",
-        "            found = cache.find(data)\n",
-        "            found = np.roll(cache.find(data), 1)\n",
+        "            places = cache.find(data)\n",
+        "            places = np.roll(cache.find(data), 1)\n",
         ("tests/teacher/test_packs_with_teacher.py", "tests/teacher/test_cache_round_trip.py"),
     ),
     # ---- model
@@ -341,9 +341,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for fault in chosen:
             if not results.get(fault.name, {}).get("test"):
                 results[fault.name] = dataclasses.asdict(try_fault(copy, fault, args.whole))
-            found = results[fault.name]
-            where = f"{found['command']}: {found['test']}" if found["test"] else "NOT CAUGHT"
-            print(f"{fault.name:32} {found['seconds']:6.1f} s  {where}", flush=True)
+            result = results[fault.name]
+            where = f"{result['command']}: {result['test']}" if result["test"] else "NOT CAUGHT"
+            print(f"{fault.name:32} {result['seconds']:6.1f} s  {where}", flush=True)
             if args.output:
                 args.output.write_text(json.dumps(results, indent=2) + "\n")
     missed = [fault.name for fault in chosen if not results[fault.name]["test"]]

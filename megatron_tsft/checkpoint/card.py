@@ -51,9 +51,9 @@ class ModelCard:
             UserError: there is none, or it was written by another version.
         """
         path = Path(directory) / CARD_FILE
-        found = f"has no {CARD_FILE}" if Path(directory).is_dir() else "does not exist"
+        state = f"has no {CARD_FILE}" if Path(directory).is_dir() else "does not exist"
         missing = (
-            f"{directory} {found}: name a Megatron checkpoint folder; `tools/convert_checkpoint.py"
+            f"{directory} {state}: name a Megatron checkpoint folder; `tools/convert_checkpoint.py"
             " import --hf DIR --megatron DIR` makes one"
         )
         return load_card(

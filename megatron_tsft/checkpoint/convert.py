@@ -236,11 +236,11 @@ def _dtype_name(dtype: str) -> str:
 def _dtypes(weights: HfWeights, names: list[str]) -> tuple[str, dict[str, str]]:
     """The dtype of most bytes, and the tensors that have another one."""
     count: Counter[str] = Counter()
-    found = {name: str(weights.tensors[name].dtype).removeprefix("torch.") for name in names}
-    for name, kind in found.items():
+    dtypes = {name: str(weights.tensors[name].dtype).removeprefix("torch.") for name in names}
+    for name, kind in dtypes.items():
         count[kind] += weights.tensors[name].bytes
     most = count.most_common(1)[0][0]
-    return most, {name: kind for name, kind in found.items() if kind != most}
+    return most, {name: kind for name, kind in dtypes.items() if kind != most}
 
 
 def _stored_dtypes(weights: HfWeights, steps: list[Unit]) -> dict[str, torch.dtype]:
@@ -284,9 +284,9 @@ def _check_space(target: Path, needed: int) -> None:
     files."""
     place = next(folder for folder in target.resolve().parents if folder.exists())
     free = shutil.disk_usage(place).free
-    wanted = needed * 1.01 + 2**26
-    if free < wanted:
+    space = needed * 1.01 + 2**26
+    if free < space:
         raise UserError(
-            f"{place} has {free / 1e9:.2f} GB free, {target.name} needs {wanted / 1e9:.2f} GB: free"
+            f"{place} has {free / 1e9:.2f} GB free, {target.name} needs {space / 1e9:.2f} GB: free"
             " some space or choose another disk"
         )

@@ -165,12 +165,12 @@ def check_tensors(weights: HfWeights, expected: dict[str, tuple[int, ...]], *, t
         UserError: names the missing tensors, those that the table does not know, one of another
             shape, or a head that is no copy of the embedding (transformers then ties nothing).
     """
-    found = {name for name in weights.tensors if not name.endswith(NO_WEIGHT)}
+    present = {name for name in weights.tensors if not name.endswith(NO_WEIGHT)}
     if tied:
-        found.discard(HEAD)
+        present.discard(HEAD)
     for what, names in (
-        ("missing", expected.keys() - found),
-        ("unexpected", found - expected.keys()),
+        ("missing", expected.keys() - present),
+        ("unexpected", present - expected.keys()),
     ):
         if names:
             some = ", ".join(sorted(names)[:5])

@@ -56,21 +56,21 @@ def compare_keys(expected: Mapping[str, tuple[int, ...]], checkpoint_dir: Path |
         UserError: one line with every missing and unexpected key (the first few) and every shape
             that differs.
     """
-    found = checkpoint_keys(checkpoint_dir)
+    actual = checkpoint_keys(checkpoint_dir)
     wrong = []
     for what, names in (
-        ("missing", expected.keys() - found.keys()),
-        ("unexpected", found.keys() - expected.keys()),
+        ("missing", expected.keys() - actual.keys()),
+        ("unexpected", actual.keys() - expected.keys()),
     ):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             wrong.append(f"{what}: {', '.join(sorted(names)[:5])}{more}")
-    for key in sorted(expected.keys() & found.keys()):
+    for key in sorted(expected.keys() & actual.keys()):
         skip = 1 if key in VOCABULARY_KEYS else 0
-        if tuple(expected[key])[skip:] != found[key][skip:] or len(expected[key]) != len(
-            found[key]
+        if tuple(expected[key])[skip:] != actual[key][skip:] or len(expected[key]) != len(
+            actual[key]
         ):
-            wrong.append(f"{key} is {list(found[key])}, the model's is {list(expected[key])}")
+            wrong.append(f"{key} is {list(actual[key])}, the model's is {list(expected[key])}")
     if wrong:
         raise UserError(
             f"{checkpoint_dir} does not fit the model ({'; '.join(wrong)}): use the model it was"

@@ -190,7 +190,7 @@ def check_table(family: Family) -> None:
         UserError: a key twice, a wrong number of tensors for a kind, or tensors of a row with
             different placeholders.
     """
-    wanted = {"plain": 1, "vocab": 1, "qkv": 3, "gate_up": 2}
+    tensors_of = {"plain": 1, "vocab": 1, "qkv": 3, "gate_up": 2}
     seen: set[str] = set()
     for row in family.rows:
         placeholders = {
@@ -200,7 +200,7 @@ def check_table(family: Family) -> None:
         unknown = {name for names in placeholders for name in names} - set(LEADING)
         if (
             row.megatron in seen
-            or len(row.sources) != wanted[row.kind]
+            or len(row.sources) != tensors_of[row.kind]
             or len(placeholders) != 1
             or unknown
         ):

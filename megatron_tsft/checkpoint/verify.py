@@ -118,10 +118,10 @@ def verify(
     hf_dir, megatron_dir = Path(hf_dir), Path(megatron_dir)
     card, checkpoint = ModelCard.load(megatron_dir), latest_checkpoint(megatron_dir, iteration)
     compare_keys(expected_keys(card), checkpoint)
-    found = load_config(hf_dir)
-    if (found.architectures or [None])[0] != card.architecture:
+    hf_config = load_config(hf_dir)
+    if (hf_config.architectures or [None])[0] != card.architecture:
         raise UserError(
-            f"{hf_dir} holds {found.architectures}, {megatron_dir} was made from"
+            f"{hf_dir} holds {hf_config.architectures}, {megatron_dir} was made from"
             f" {card.architecture}: name the two folders of one model"
         )
     weights, reader, steps = HfWeights(hf_dir), CheckpointReader(checkpoint), units(card)
@@ -129,7 +129,7 @@ def verify(
     check_tensors(weights, names, tied=card.tied)
     total = sum(weights.tensors[name].bytes for name in names)
     parameters = sum(torch.Size(shape).numel() for shape in names.values())
-    config, same_shapes = _compare_configs(found, card)
+    config, same_shapes = _compare_configs(hf_config, card)
     input_ids, why = None, "--weights-only"
     if not weights_only:
         input_ids = _tokens(hf_dir, None if text_file is None else Path(text_file), card)

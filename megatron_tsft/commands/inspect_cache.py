@@ -72,7 +72,7 @@ def inspect(cache: TeacherCache, data: list[PreparedData]) -> dict:
 
 def coverage(cache: TeacherCache, data: PreparedData) -> dict:
     """How much of a data set has a record."""
-    found = cache.find(data) >= 0
+    has_record = cache.find(data) >= 0
     return {
         "data": str(data.directory),
         "fingerprint": data.card.fingerprint,
@@ -80,10 +80,10 @@ def coverage(cache: TeacherCache, data: PreparedData) -> dict:
         "same_tokenizer": data.card.tokenizer_fingerprint
         == cache.card.identity.tokenizer_fingerprint,
         "conversations": len(data),
-        "found": int(found.sum()),
+        "found": int(has_record.sum()),
         "first_missing": None
-        if found.all()
-        else data.sample_ids[int(np.flatnonzero(~found)[0])].as_py(),
+        if has_record.all()
+        else data.sample_ids[int(np.flatnonzero(~has_record)[0])].as_py(),
     }
 
 

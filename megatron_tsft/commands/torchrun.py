@@ -38,9 +38,9 @@ def last_words(rank: int, failure: Any) -> str:
     """One line of a torch ProcessFailure: what the rank said, or how it ended."""
     message = failure.message  # what the rank wrote into its error file, or torch's own words
     text = message["message"] if isinstance(message, dict) else message
-    said = next((line for line in text.splitlines() if line.startswith("error")), "")
-    if said:
-        return said
+    error_line = next((line for line in text.splitlines() if line.startswith("error")), "")
+    if error_line:
+        return error_line
     how = f"exit status {failure.exitcode}"
     if failure.exitcode < 0:
         how = f"signal {failure.signal_name()}"

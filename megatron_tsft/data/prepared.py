@@ -223,9 +223,9 @@ def _read_table(directory: Path, card: DataCard) -> pa.Table:
     tables = []
     for name, size in card.files.items():
         path = directory / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+        on_disk = path.stat().st_size if path.is_file() else None
+        if on_disk != size:
+            state = "is missing" if on_disk is None else f"has {on_disk} bytes instead of {size}"
             raise UserError(f"{path} {state}: {REMEDY}")
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()

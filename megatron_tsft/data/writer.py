@@ -115,8 +115,8 @@ class PreparedWriter:
 
 
 @contextlib.contextmanager
-def _progress_bars(wanted: bool) -> Iterator[None]:
-    """`datasets` shows its bars only if they are wanted."""
+def _progress_bars(show: bool) -> Iterator[None]:
+    """Inside, `datasets` shows its progress bars only where `show` says so."""
     from datasets.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -124,10 +124,10 @@ def _progress_bars(wanted: bool) -> Iterator[None]:
     )
 
     before = are_progress_bars_disabled()
-    if not wanted:
+    if not show:
         disable_progress_bars()
     try:
         yield
     finally:
-        if not wanted and not before:
+        if not show and not before:
             enable_progress_bars()

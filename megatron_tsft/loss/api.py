@@ -31,14 +31,14 @@ def outside_graphs[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
-def shared_options(given: Mapping[str, Any]) -> LossOptions:
+def shared_options(arguments: Mapping[str, Any]) -> LossOptions:
     """The shared keywords among a public loss's arguments by name, which `locals()` gives in its
     first line.
 
     So they are written in `LossOptions` and in the two signatures, and nowhere a third time; a test
     holds the three to each other.
     """
-    return LossOptions(**{name: given[name] for name in LossOptions.__annotations__})
+    return LossOptions(**{name: arguments[name] for name in LossOptions.__annotations__})
 
 
 @outside_graphs

@@ -27,10 +27,10 @@ def debugging() -> bool:
 
 def check_label_values(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
     """Raise ValueError where a label is neither ignored nor in [0, vocab_size). Synchronises."""
-    bad = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
-    if bool(bad.any()):
-        found: Any = labels[bad]
-        values = sorted(set(found.tolist()))[:8]
+    outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bool(outside.any()):
+        strays: Any = labels[outside]
+        values = sorted(set(strays.tolist()))[:8]
         raise ValueError(
             f"labels {values} are outside [0, {vocab_size}) and are not ignore_index={ignore_index}"
         )

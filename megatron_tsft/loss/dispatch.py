@@ -37,16 +37,16 @@ def implementation(logits: Tensor) -> ModuleType:
     Raises:
         ValueError: TSFT_BACKEND names no implementation, or one that cannot serve these logits.
     """
-    wanted = os.environ.get(VARIABLE, "")
-    if wanted not in ("", *BACKENDS):
+    choice = os.environ.get(VARIABLE, "")
+    if choice not in ("", *BACKENDS):
         raise ValueError(
-            f"{VARIABLE}={wanted!r}; valid: {', '.join(BACKENDS)}, or unset for the fastest that"
+            f"{VARIABLE}={choice!r}; valid: {', '.join(BACKENDS)}, or unset for the fastest that"
             " fits"
         )
-    reason = why_not_triton(logits) if wanted == "triton" or logits.is_cuda else None
-    if wanted == "triton" and reason:
+    reason = why_not_triton(logits) if choice == "triton" or logits.is_cuda else None
+    if choice == "triton" and reason:
         raise ValueError(f"{VARIABLE}=triton cannot be used: {reason}")
-    if wanted == "triton" or (logits.is_cuda and wanted != "torch" and not reason):
+    if choice == "triton" or (logits.is_cuda and choice != "torch" and not reason):
         return _kernels()
     return token_chunks
 

@@ -65,9 +65,9 @@ class _LinearQTarget(torch.autograd.Function):
         box: list[Targets],
     ) -> Tensor:
         head = Head(problem, hidden, weight, sequence_parallel)
-        wanted = problem.wanted
+        selection = problem.selection
         tables = [
-            implementation(logits).local_statistics(shard, wanted)
+            implementation(logits).local_statistics(shard, selection)
             for logits, shard in head.chunks()
         ]
         local = combine(
@@ -79,17 +79,17 @@ class _LinearQTarget(torch.autograd.Function):
         # backward reads it for pi alone
         ctx.problem = problem if problem.has_pi else replace(problem, teacher=None)
         ctx.sequence_parallel = sequence_parallel
-        ctx.names, kept = keep_for_backward(problem, merged, targets)
-        ctx.save_for_backward(hidden, weight, *kept)
+        ctx.names, numbers = keep_for_backward(problem, merged, targets)
+        ctx.save_for_backward(hidden, weight, *numbers)
         return targets.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, *kept = ctx.saved_tensors
+        hidden, weight, *numbers = ctx.saved_tensors
         problem: Problem = ctx.problem
         weights = gradient_weights(
-            problem.scale, dict(zip(ctx.names, kept, strict=True)), grad_output
+            problem.scale, dict(zip(ctx.names, numbers, strict=True)), grad_output
         )
         head = Head(problem, hidden, weight, ctx.sequence_parallel)
         grad_hidden = grad_weight = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_tsft.loss import checks
 from megatron_tsft.loss.records import QTargetOutput, TeacherHidden, TeacherTopK
 from megatron_tsft.loss.shard import Shard
-from megatron_tsft.loss.statistics import Wanted
+from megatron_tsft.loss.statistics import Selection
 from megatron_tsft.loss.teacher import DenseTeacher, HiddenTeacher, SparseTeacher, sparse_teacher
 from megatron_tsft.objectives import Objective, Residual, Scalar, as_like
 from megatron_tsft.objectives.definition import READ_A_REFERENCE
@@ -109,14 +109,14 @@ class Problem:
         return self.residual.exists and not self.residual_is_p
 
     @property
-    def wanted(self) -> Wanted:
+    def selection(self) -> Selection:
         """The statistics that this objective and these diagnostics need."""
         needs = set(self.objective.needs | self.diagnostics)
         if self.residual_is_p:
             needs.add("entropy")
         if self.reference_logprobs is None and needs & READ_A_REFERENCE:
             needs.add("teacher_logp_y")  # the reference is T
-        return Wanted.of(
+        return Selection.of(
             needs,
             has_pi=self.has_pi,
             kl="kl" in self.diagnostics,
@@ -240,8 +240,8 @@ def _flatten_teacher(
 def check_result(problem: Problem, out: QTargetOutput) -> QTargetOutput:
     """With TSFT_DEBUG=1, raise ValueError where teacher rows were not finite."""
     if checks.debugging() and int(out.bad_teacher_rows):
-        bad = problem.labelled & ~out.supervised.reshape(-1)
-        where = [int(i) for i in torch.nonzero(bad)[:8, 0]]
+        bad_teacher = problem.labelled & ~out.supervised.reshape(-1)
+        where = [int(i) for i in torch.nonzero(bad_teacher)[:8, 0]]
         raise ValueError(
             f"{int(out.bad_teacher_rows)} teacher rows are not finite, at flat token positions"
             f" {where}"

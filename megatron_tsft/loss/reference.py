@@ -21,13 +21,13 @@ def dense_teacher(teacher: TeacherTopK, vocab_size: int) -> Tensor:
     )
     log_t = torch.full((ids.shape[0], vocab_size), -torch.inf, dtype=torch.float64)
     for i in range(ids.shape[0]):
-        kept = ids[i] >= 0
+        present = ids[i] >= 0
         if teacher.tail == "uniform":
             known = teacher.tail_logmass
-            missing = (1 - logprobs[i, kept].exp().sum()).clamp(min=0)
+            missing = (1 - logprobs[i, present].exp().sum()).clamp(min=0)
             mass = missing if known is None else known.reshape(-1)[i].double().exp()
-            log_t[i] = torch.log(mass / (vocab_size - int(kept.sum())))
-        log_t[i, ids[i, kept]] = logprobs[i, kept]
+            log_t[i] = torch.log(mass / (vocab_size - int(present.sum())))
+        log_t[i, ids[i, present]] = logprobs[i, present]
     return torch.log_softmax(log_t, -1).reshape(*lead, vocab_size)
 
 

@@ -18,7 +18,7 @@ from megatron_tsft.objectives import Scalar, Statistics
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Selection:
     """Which statistics this call needs: what is not asked for is not computed."""
 
     entropy: bool = False
@@ -33,7 +33,7 @@ class Wanted:
     @staticmethod
     def of(
         needs: Collection[str], *, has_pi: bool, kl: bool, dense_teacher: bool, top_k: int
-    ) -> "Wanted":
+    ) -> "Selection":
         """What the table must hold.
 
         Args:
@@ -44,7 +44,7 @@ class Wanted:
             top_k: the largest k of a top-k entropy.
         """
         teacher_logp = dense_teacher and "teacher_logp_y" in needs
-        return Wanted(
+        return Selection(
             entropy="entropy" in needs,
             collision="collision" in needs,
             residual=has_pi,
@@ -79,17 +79,17 @@ class Table:
         self.names, self.data = names, data
 
     @staticmethod
-    def empty(wanted: Wanted, n: int, dtype: torch.dtype, device: torch.device) -> "Table":
+    def empty(selection: Selection, n: int, dtype: torch.dtype, device: torch.device) -> "Table":
         """The statistics of no column at all: what a shard of padding has, and an inactive
         token."""
 
         def needed(table: dict[str, str]) -> tuple[str, ...]:
             return tuple(
-                name for name, need in table.items() if need == "always" or getattr(wanted, need)
+                name for name, need in table.items() if need == "always" or getattr(selection, need)
             )
 
         maxima, sums = needed(MAXIMA), needed(SUMS)
-        data = torch.zeros(len(maxima) + len(sums) + wanted.top_k, n, dtype=dtype, device=device)
+        data = torch.zeros(len(maxima) + len(sums) + selection.top_k, n, dtype=dtype, device=device)
         data[: len(maxima)] = FLOOR
         data[len(maxima) + len(sums) :] = FLOOR
         return Table(maxima + sums, data)

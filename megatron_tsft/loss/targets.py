@@ -41,27 +41,28 @@ def decide_targets(problem: Problem, merged: Table) -> Targets:
     log_s = log_sum(merged)
     stats = student_statistics(merged, log_s, problem.objective.top_ks, problem.vocab_size)
     logp_y = stats.logp_y
-    bad = _teacher_statistics(problem, merged, stats)
-    supervised = problem.labelled & ~bad
+    bad_teacher = _teacher_statistics(problem, merged, stats)
+    supervised = problem.labelled & ~bad_teacher
     if "sequence_log_ratio" in problem.objective.needs:
         stats["sequence_log_ratio"] = _sequence_mean(problem, stats, supervised)
 
     coefficients = problem.objective.coefficients(stats)
     zero = torch.zeros_like(logp_y)
 
-    def kept(x: Scalar) -> Tensor:
+    def on_supervised(x: Scalar) -> Tensor:
         return torch.where(supervised, as_like(x, zero), zero)
 
-    imitation, residual = kept(coefficients.imitation), kept(coefficients.residual)
+    imitation = on_supervised(coefficients.imitation)
+    residual = on_supervised(coefficients.residual)
     reported = {
         "imitation": imitation,
         "residual": residual,
-        "nll": kept(stats.nll),
+        "nll": on_supervised(stats.nll),
         "supervised": supervised,
     }
-    reported["bad_teacher_rows"] = (bad & problem.labelled).sum()
+    reported["bad_teacher_rows"] = (bad_teacher & problem.labelled).sum()
     for name in problem.diagnostics & stats.keys():
-        reported[name] = kept(stats[name])
+        reported[name] = on_supervised(stats[name])
 
     cross_entropy = pi_logp_y = pi_entropy = None  # of pi
     if problem.residual_is_p:
@@ -72,7 +73,7 @@ def decide_targets(problem: Problem, merged: Table) -> Targets:
         pi_entropy = log_s_pi - merged["k_pi"] / merged["s_pi"] if "k_pi" in merged else None
     if "kl" in problem.diagnostics:
         at_label = logp_y if problem.residual_is_p else pi_logp_y
-        reported["kl"] = kept(
+        reported["kl"] = on_supervised(
             target_kl(imitation, residual, logp_y, cross_entropy, pi_entropy, at_label)
         )
 
@@ -81,7 +82,9 @@ def decide_targets(problem: Problem, merged: Table) -> Targets:
         loss = loss + torch.where(residual == 0, zero, residual * cross_entropy)
     if problem.token_weights is not None:
         loss, imitation, residual = (problem.token_weights * x for x in (loss, imitation, residual))
-    return Targets(kept(loss), reported, imitation, residual, logp_y, pi_logp_y, supervised)
+    return Targets(
+        on_supervised(loss), reported, imitation, residual, logp_y, pi_logp_y, supervised
+    )
 
 
 def _exponent_at_label(problem: Problem, merged: Table) -> Tensor:
@@ -103,17 +106,18 @@ def _teacher_statistics(problem: Problem, merged: Table, stats: Statistics) -> T
     """Fill in log T(y) and log p_ref(y); return where a teacher that is used is not finite, [N]
     bool."""
     teacher = problem.teacher
-    bad = torch.zeros_like(problem.labelled)
+    bad_teacher = torch.zeros_like(problem.labelled)
     if isinstance(teacher, SparseTeacher):
-        bad, stats["teacher_logp_y"] = teacher.bad, teacher.label_logp
+        bad_teacher, stats["teacher_logp_y"] = teacher.not_finite, teacher.label_logp
     elif "bad" in merged:
-        bad = (merged["bad"] > 0) | (merged["m_t"] <= FLOOR)
+        bad_teacher = (merged["bad"] > 0) | (merged["m_t"] <= FLOOR)
         if "s_t" in merged:
             stats["teacher_logp_y"] = (merged["t_y"] - merged["m_t"]) - torch.log(merged["s_t"])
     reads = problem.objective.where_needs(
         "teacher_logp_y", "reference_logp_y", "sequence_log_ratio"
     )
-    bad = bad & ((problem.b != 0) | reads)  # a teacher that a token does not use may be anything
+    # a teacher that a token does not use may be anything
+    bad_teacher = bad_teacher & ((problem.b != 0) | reads)
     if problem.reference_logprobs is not None:
         stats["reference_logp_y"] = problem.reference_logprobs
     elif "s_t" in merged:
@@ -121,11 +125,10 @@ def _teacher_statistics(problem: Problem, merged: Table, stats: Statistics) -> T
     if "reference_logp_y" in stats:
         reference = stats["reference_logp_y"]
         reads = problem.objective.where_needs("reference_logp_y", "sequence_log_ratio")
-        bad = bad | ((torch.isnan(reference) | (reference == torch.inf)) & reads)
-        stats["reference_logp_y"] = reference.clamp(
-            min=FLOOR
-        )  # at -inf a weight of 0 could not remove the ratio
-    return bad
+        bad_teacher = bad_teacher | ((torch.isnan(reference) | (reference == torch.inf)) & reads)
+        # at -inf a weight of 0 could not remove the ratio
+        stats["reference_logp_y"] = reference.clamp(min=FLOOR)
+    return bad_teacher
 
 
 def _sequence_mean(problem: Problem, stats: Statistics, supervised: Tensor) -> Tensor:
@@ -135,9 +138,8 @@ def _sequence_mean(problem: Problem, stats: Statistics, supervised: Tensor) -> T
     run.
     """
     assert problem.sequence_ids is not None
-    counted = supervised & ~torch.isnan(
-        stats.reference_logp_y
-    )  # in a mixture other tokens may have no reference
+    # in a mixture other tokens may have no reference
+    counted = supervised & ~torch.isnan(stats.reference_logp_y)
     ratio = torch.where(
         counted, stats.logp_y - stats.reference_logp_y, torch.zeros_like(stats.logp_y)
     )
@@ -149,49 +151,48 @@ def _sequence_mean(problem: Problem, stats: Statistics, supervised: Tensor) -> T
     return (totals[0] / totals[1].clamp(min=1))[problem.sequence_ids]
 
 
-KEPT = ("m", "s", "m_pi", "s_pi", "m_t")  # the statistics that backward reads
+BACKWARD_STATISTICS = ("m", "s", "m_pi", "s_pi", "m_t")  # the statistics that backward reads
 
 
 def keep_for_backward(
     problem: Problem, merged: Table, targets: Targets
 ) -> tuple[list[str], list[Tensor]]:
     """Names and tensors [N] of what `gradient_weights` needs."""
-    kept: dict[str, Tensor] = {
+    numbers: dict[str, Tensor] = {
         key: getattr(targets, key) for key in ("supervised", "logp_y", "imitation", "residual")
     }
     if targets.pi_logp_y is not None:
-        kept["pi_logp_y"] = targets.pi_logp_y
+        numbers["pi_logp_y"] = targets.pi_logp_y
     # copies: views of the table would keep all of it, and autograd counts versions by storage
-    kept |= {
+    numbers |= {
         name: merged[name].clone()
-        for name in KEPT
+        for name in BACKWARD_STATISTICS
         if name in merged and (name != "m_t" or problem.has_pi)
     }
-    return list(kept), list(kept.values())
+    return list(numbers), list(numbers.values())
 
 
-def gradient_weights(scale: float, kept: dict[str, Tensor], grad_output: Tensor) -> GradientWeights:
+def gradient_weights(
+    scale: float, numbers: dict[str, Tensor], grad_output: Tensor
+) -> GradientWeights:
     """The numbers of dloss/dlogits for an upstream gradient [N]; a token whose upstream is 0 is
     idle."""
-    upstream = grad_output.to(kept["m"].dtype) * scale
-    imitation, residual, logp_y = (
-        kept["imitation"] * upstream,
-        kept["residual"] * upstream,
-        kept["logp_y"],
-    )
+    upstream = grad_output.to(numbers["m"].dtype) * scale
+    imitation, residual = numbers["imitation"] * upstream, numbers["residual"] * upstream
+    logp_y = numbers["logp_y"]
     # the label's column from expm1, where p_y - 1 would cancel
     label = imitation * torch.expm1(logp_y)
-    has_pi = "pi_logp_y" in kept
+    has_pi = "pi_logp_y" in numbers
     if has_pi:
-        label = label + residual * (logp_y.exp() - kept["pi_logp_y"].exp())
+        label = label + residual * (logp_y.exp() - numbers["pi_logp_y"].exp())
     return GradientWeights(
-        active=kept["supervised"] & (grad_output != 0),
-        m=kept["m"],
-        p=((imitation + residual) if has_pi else imitation) / kept["s"],
+        active=numbers["supervised"] & (grad_output != 0),
+        m=numbers["m"],
+        p=((imitation + residual) if has_pi else imitation) / numbers["s"],
         label=label,
-        m_pi=kept["m_pi"] if has_pi else None,
-        pi=residual / kept["s_pi"] if has_pi else None,
-        m_t=kept.get("m_t") if has_pi else None,
+        m_pi=numbers["m_pi"] if has_pi else None,
+        pi=residual / numbers["s_pi"] if has_pi else None,
+        m_t=numbers.get("m_t") if has_pi else None,
     )
 
 

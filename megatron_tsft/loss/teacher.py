@@ -35,7 +35,7 @@ class SparseTeacher:
     tail: Tensor  # [N] value of every token outside the top-k (-inf: none)
     at_label: Tensor  # [N] value at the label
     label_logp: Tensor  # [N] log T(y)
-    bad: Tensor  # [N] bool: not finite
+    not_finite: Tensor  # [N] bool: the row is no distribution
 
     def counted_from(self, first: int) -> "SparseTeacher":
         """The same with ids counted from column `first` of the vocabulary."""
@@ -71,11 +71,11 @@ def sparse_teacher(
     none = torch.full((), -torch.inf, dtype=dtype, device=ids.device)
     logprobs = torch.where(present, logprobs, none)
     top = logprobs.amax(-1) if ids.shape[1] else none.expand(ids.shape[0])
-    bad = torch.isnan(top) | (top == torch.inf)
+    not_finite = torch.isnan(top) | (top == torch.inf)
     mass = torch.logsumexp(logprobs, -1) if ids.shape[1] else top  # log of the top-k's mass
     if teacher.tail == "drop":
         tail, total = none.expand(ids.shape[0]), mass
-        bad = bad | (top == -torch.inf)
+        not_finite = not_finite | (top == -torch.inf)
     else:
         # 1 - sum p, from the log: expm1 keeps what a subtraction
         # would cancel; rounding may leave it a hair below 0
@@ -84,9 +84,11 @@ def sparse_teacher(
         others = vocab_size - present.sum(-1)
         tail = torch.where(others > 0, tail_mass - torch.log(others.clamp(min=1).to(dtype)), none)
         total = torch.logaddexp(mass, torch.where(others > 0, tail_mass, none))
-        bad = bad | torch.isnan(tail) | (tail == torch.inf) | (total == -torch.inf)
+        not_finite = not_finite | torch.isnan(tail) | (tail == torch.inf) | (total == -torch.inf)
     here = present & (ids == labels[:, None])
     own = torch.where(here, logprobs, none)
     at_label = torch.where(here.any(-1), own.amax(-1) if ids.shape[1] else none, tail)
     ids, order = torch.where(present, ids, torch.iinfo(torch.int64).max // 2).sort(-1)
-    return SparseTeacher(ids, logprobs.gather(-1, order), tail, at_label, at_label - total, bad)
+    return SparseTeacher(
+        ids, logprobs.gather(-1, order), tail, at_label, at_label - total, not_finite
+    )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_tsft.loss.shard import GradientWeights, Shard
-from megatron_tsft.loss.statistics import Table, Wanted
+from megatron_tsft.loss.statistics import Selection, Table
 from megatron_tsft.loss.teacher import FLOOR, DenseTeacher, SparseTeacher
 from megatron_tsft.objectives import Scalar
 
@@ -27,71 +27,71 @@ FEWEST_ELEMENTS = 1 << 16  # below, the overhead of a call outweighs its work
 HUGE = 32 << 20  # bytes; the C library maps memory of this size anew each time, page by page
 
 
-def local_statistics(shard: Shard, wanted: Wanted) -> Table:
+def local_statistics(shard: Shard, selection: Selection) -> Table:
     """One read of logits and teacher: this shard's statistics, [K, N] in fp32 (fp64 for fp64
     logits)."""
     chunks = Chunks(shard, shard.active)
-    table = Table.empty(wanted, len(shard.logits), chunks.dtype, shard.logits.device)
+    table = Table.empty(selection, len(shard.logits), chunks.dtype, shard.logits.device)
     if not shard.columns:
         return table
     z_y = (chunks.at_label(shard.logits) * shard.scale).clamp(min=FLOOR)
     table["z_y"].copy_(torch.where(shard.label >= 0, z_y, table["z_y"]))
-    if wanted.teacher_label:
+    if selection.teacher_label:
         assert isinstance(shard.teacher, DenseTeacher)
         t_y = chunks.at_label(shard.teacher.values).clamp(min=FLOOR)
         table["t_y"].copy_(torch.where(shard.label >= 0, t_y, table["t_y"]))
     # -inf has e^x = 0 and must not make 0 * inf of it in a
     # sum of x e^x; on the CPU we look whether it did
     clamp = shard.logits.device.type != "cpu" or isinstance(shard.teacher, SparseTeacher)
-    _fill(chunks, wanted, table, clamp)
+    _fill(chunks, selection, table, clamp)
     if not clamp and any(
         bool(table[name].isnan().any()) for name in ("e", "d_pi", "k_pi") if name in table
     ):
-        _fill(chunks, wanted, table, clamp=True)
+        _fill(chunks, selection, table, clamp=True)
     return table
 
 
-def _fill(chunks: "Chunks", wanted: Wanted, table: Table, clamp: bool) -> None:
+def _fill(chunks: "Chunks", selection: Selection, table: Table, clamp: bool) -> None:
     shard, columns = chunks.shard, {name: chunks.of(table[name][:, None]) for name in table.names}
     for i, z in chunks.load(shard.logits, shard.scale):
         to = {name: column[i] for name, column in columns.items()}  # [n, 1] each
         m = torch.amax(z, 1, keepdim=True, out=to["m"]).clamp_(min=FLOOR)
-        if wanted.top_k:
-            k = min(wanted.top_k, shard.columns)
+        if selection.top_k:
+            k = min(selection.top_k, shard.columns)
             table.top[:k, chunks.rows(i)] = z.topk(k, dim=1).values.clamp_(min=FLOOR).T
         bits = z.sub_(m).mul_(LOG2E)
         if clamp:
             bits.clamp_(min=FLOOR)
         e = torch.exp2(bits, out=chunks.scratch(i, E))
         torch.sum(e, 1, keepdim=True, out=to["s"])
-        if wanted.collision:
+        if selection.collision:
             torch.sum(torch.mul(e, e, out=chunks.scratch(i, T)), 1, keepdim=True, out=to["c"])
-        if wanted.entropy:
+        if selection.entropy:
             torch.sum(e.mul_(bits), 1, keepdim=True, out=to["e"])
-        log_t = _read_teacher(chunks, wanted, to, i) if wanted.teacher_rows else None
-        if wanted.residual:
-            _residual(chunks, wanted, to, i, bits, log_t, clamp)
+        log_t = _read_teacher(chunks, selection, to, i) if selection.teacher_rows else None
+        if selection.residual:
+            _residual(chunks, selection, to, i, bits, log_t, clamp)
     for name in ("e", "d_pi", "k_pi"):
         if name in table:
             table[name].mul_(LN2)
 
 
-def _read_teacher(chunks: "Chunks", wanted: Wanted, to: dict[str, Tensor], i: int) -> Tensor:
+def _read_teacher(chunks: "Chunks", selection: Selection, to: dict[str, Tensor], i: int) -> Tensor:
     """A dense teacher's own statistics; returns log T - m_t in bits, [n, columns] in scratch T."""
     t = chunks.teacher(i)
     m_t = torch.amax(t, 1, keepdim=True)
-    bad = torch.isnan(m_t) | (m_t == torch.inf)
-    to["bad"].copy_(bad)
-    to["m_t"].copy_(torch.where(bad, 0.0, m_t).clamp_(min=FLOOR))
+    bad_teacher = torch.isnan(m_t) | (m_t == torch.inf)
+    to["bad"].copy_(bad_teacher)
+    to["m_t"].copy_(torch.where(bad_teacher, 0.0, m_t).clamp_(min=FLOOR))
     log_t = t.sub_(to["m_t"]).mul_(LOG2E)
-    if wanted.teacher_logp:
+    if selection.teacher_logp:
         torch.sum(torch.exp2(log_t, out=chunks.scratch(i, E)), 1, keepdim=True, out=to["s_t"])
     return log_t
 
 
 def _residual(
     chunks: "Chunks",
-    wanted: Wanted,
+    selection: Selection,
     to: dict[str, Tensor],
     i: int,
     bits: Tensor,
@@ -111,7 +111,7 @@ def _residual(
         to["m_pi"].zero_()
         torch.sum(w, 1, keepdim=True, out=to["s_pi"])
         torch.sum(w.mul_(u), 1, keepdim=True, out=to["d_pi"])
-        if wanted.kl:
+        if selection.kl:
             to["k_pi"].copy_(to["d_pi"])
         to["d_pi"].div_(chunks.shard.a)
         return
@@ -121,7 +121,7 @@ def _residual(
     m_pi = torch.amax(u, 1, keepdim=True, out=to["m_pi"]).clamp_(min=FLOOR).mul_(LN2)
     torch.exp2(u.sub_(m_pi * LOG2E), out=w)  # m_pi rounded as in backward
     torch.sum(w, 1, keepdim=True, out=to["s_pi"])
-    if wanted.kl:
+    if selection.kl:
         torch.sum(u.mul_(w), 1, keepdim=True, out=to["k_pi"])
     torch.sum(w.mul_(bits), 1, keepdim=True, out=to["d_pi"])
 
@@ -146,9 +146,8 @@ def write_gradient(shard: Shard, weights: GradientWeights, out: Tensor) -> None:
         else:
             g = torch.exp2(bits, out=chunks.scratch(i, G)).mul_(at["p"])
             g.sub_(_pi(chunks, at, i, bits))
-        if (
-            i in chunks.mixed
-        ):  # masked, not multiplied: an idle token's numbers, or a bad teacher row's, may be NaN
+        # masked, not multiplied: an idle token's numbers, or a bad teacher row's, may be NaN
+        if i in chunks.mixed:
             g.masked_fill_(~at["active"], 0)
         destinations[i].copy_(g)
     # indexed, not scattered: torch's scatter_ copies all of a bf16 tensor on the CPU
@@ -189,9 +188,8 @@ def gradient_buffer(logits: Tensor) -> Tensor:
     return torch.frombuffer(memory, dtype=logits.dtype).view(logits.shape)
 
 
-Z, E, T, G, TOP_K = range(
-    5
-)  # scratch: logits and their exponents, exponentials, the teacher and u, the gradient
+# scratch: logits and their exponents, exponentials, the teacher and u, the gradient, top-k ids
+Z, E, T, G, TOP_K = range(5)
 
 
 class Chunks:

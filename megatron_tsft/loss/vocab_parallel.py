@@ -34,7 +34,7 @@ class _QTarget(torch.autograd.Function):
         ctx: Any, logits: Tensor, problem: Problem, inplace: bool, box: list[Targets]
     ) -> Tensor:
         shard = problem.shard(logits)
-        local = implementation(logits).local_statistics(shard, problem.wanted)
+        local = implementation(logits).local_statistics(shard, problem.selection)
         merged = merge(local, shard.a, shard.b, problem.tp_group)
         targets = decide_targets(problem, merged)
         box.append(targets)
@@ -44,17 +44,17 @@ class _QTarget(torch.autograd.Function):
         # backward reads it for pi alone
         ctx.problem = problem if problem.has_pi else replace(problem, teacher=None)
         ctx.inplace = inplace
-        ctx.names, kept = keep_for_backward(problem, merged, targets)
-        ctx.save_for_backward(logits, *kept)
+        ctx.names, numbers = keep_for_backward(problem, merged, targets)
+        ctx.save_for_backward(logits, *numbers)
         return targets.loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        logits, *kept = ctx.saved_tensors
+        logits, *numbers = ctx.saved_tensors
         problem: Problem = ctx.problem
         weights = gradient_weights(
-            problem.scale, dict(zip(ctx.names, kept, strict=True)), grad_output
+            problem.scale, dict(zip(ctx.names, numbers, strict=True)), grad_output
         )
         grad = logits.detach() if ctx.inplace else gradient_buffer(logits)
         implementation(logits).write_gradient(problem.shard(logits), weights, grad)

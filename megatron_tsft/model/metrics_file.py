@@ -63,7 +63,7 @@ class MetricsFile:
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return
-        kept = []
+        earlier_lines = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 row = json.loads(line)
@@ -71,8 +71,8 @@ class MetricsFile:
                 continue
             same = row["step"] == step and heldout and row.get("split") != "heldout"
             if row["step"] < step or same:
-                kept.append(line)
-        write_text(self.path, "".join(line + "\n" for line in kept))
+                earlier_lines.append(line)
+        write_text(self.path, "".join(line + "\n" for line in earlier_lines))
 
 
 def line(row: dict[str, Any]) -> str:

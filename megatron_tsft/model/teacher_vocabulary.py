@@ -50,12 +50,12 @@ def load_mapped_rows(
     where it has none."""
     reader = CheckpointReader(checkpoint)
     tied = HEAD not in reader.metadata.state_dict_metadata
-    wanted = []
+    matrices = []
     if teacher.pre_process:
-        wanted.append((EMBEDDING, teacher.embedding.word_embeddings.weight))
+        matrices.append((EMBEDDING, teacher.embedding.word_embeddings.weight))
     if teacher.post_process and not (tied and teacher.pre_process):
-        wanted.append((EMBEDDING if tied else HEAD, teacher.output_layer.weight))
-    for key, weight in wanted:
+        matrices.append((EMBEDDING if tied else HEAD, teacher.output_layer.weight))
+    for key, weight in matrices:
         rows = vocabulary.rows(tp_rank * len(weight), len(weight))
         values = torch.zeros(weight.shape, dtype=weight.dtype)
         for start in range(0, vocabulary.size, ROWS):

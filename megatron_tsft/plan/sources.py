@@ -54,8 +54,8 @@ def parse_sources(texts: Sequence[str]) -> list[Source]:
     short = [Path(directory).resolve().name for directory, _, _ in parts]
     names: list[str] = []
     for (directory, _, _), name in zip(parts, short, strict=True):
-        wanted = name if short.count(name) == 1 else directory
-        names.append(wanted if wanted not in names else f"{wanted}-{len(names) + 1}")
+        candidate = name if short.count(name) == 1 else directory
+        names.append(candidate if candidate not in names else f"{candidate}-{len(names) + 1}")
     return [
         Source(directory, share, objective, name)
         for (directory, share, objective), name in zip(parts, names, strict=True)

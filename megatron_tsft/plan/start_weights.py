@@ -102,8 +102,8 @@ def _check_states(
     """Raise UserError where a checkpoint lacks what Transformer Engine's layers or the optimizer
     will ask it for."""
     keys = read_metadata(checkpoint).state_dict_metadata
-    asked = [key for key in extra_states(card) if "layernorm._extra_state" in key]
-    lacking = [key for key in asked if key not in keys] if engine else []
+    norm_states = [key for key in extra_states(card) if "layernorm._extra_state" in key]
+    lacking = [key for key in norm_states if key not in keys] if engine else []
     if lacking:  # Megatron would stop at the first of them; the other way round it loads
         raise UserError(
             f"{checkpoint} was saved by Megatron's local layers and lacks what Transformer Engine's"

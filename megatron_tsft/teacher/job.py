@@ -83,13 +83,13 @@ def fill_cache(
         file=sys.stderr,
         disable=not progress,
     ) as bar:
-        said = Progress(bar, ranks)
+        counter = Progress(bar, ranks)
         for number in mine:
             members = range(plan.starts[number], plan.starts[number + 1])
             samples = [plan.data[plan.of[i]].row(int(plan.row[i])) for i in members]
-            records = predictor.predict(samples, said)
+            records = predictor.predict(samples, counter)
             size = expected_bytes(len(samples), int(tokens[number]), writer.identity.top_k)
-            said.wrote(writer.write_shard(number, records) if predictor.writes else size)
+            counter.wrote(writer.write_shard(number, records) if predictor.writes else size)
             done += int(tokens[number])
     return done
 
@@ -100,14 +100,14 @@ def as_rows(records: TeacherRecords[Tensor], counts: Sequence[int]) -> list[Teac
 
     records: of all of them, as `teacher_topk` gives them.
     """
-    found = records.map(lambda x: x.cpu().numpy())
-    ids = found.ids.astype(np.int32)
+    arrays = records.map(lambda x: x.cpu().numpy())
+    ids = arrays.ids.astype(np.int32)
     # a log-prob is at most 0, and one that fp16 cannot hold is
     # as good as its smallest number; -inf is no token at all
-    logprobs = np.clip(found.logprobs, FLOAT16_MIN, 0).astype(np.float16)
+    logprobs = np.clip(arrays.logprobs, FLOAT16_MIN, 0).astype(np.float16)
     logprobs[ids < 0] = -np.inf
-    label = np.clip(found.label_logp, FLOAT16_MIN, 0).astype(np.float16)
-    tail = np.minimum(found.tail_logmass, 0).astype(np.float32)
+    label = np.clip(arrays.label_logp, FLOAT16_MIN, 0).astype(np.float16)
+    tail = np.minimum(arrays.tail_logmass, 0).astype(np.float32)
     rounded = TeacherRecords(ids, logprobs, label, tail)
     ends = np.cumsum(counts).tolist()
     return [rounded.map(lambda x, a=a, b=b: x[a:b]) for a, b in zip([0, *ends], ends, strict=False)]

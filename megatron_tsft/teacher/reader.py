@@ -146,9 +146,9 @@ class CachedTeacher:
                     f" {identity.tokenizer_fingerprint}) than {data.directory}"
                     f" ({data.card.tokenizer_fingerprint}): make a cache of this data"
                 )
-            found = cache.find(data)
-            new = (found >= 0) & (self._cache < 0)
-            self._cache[new], self._place[new] = i, found[new]
+            places = cache.find(data)
+            new = (places >= 0) & (self._cache < 0)
+            self._cache[new], self._place[new] = i, places[new]
         lost = np.flatnonzero(self._cache < 0)
         if len(lost):
             names = ", ".join(str(cache.directory) for cache in caches)
@@ -186,9 +186,11 @@ def _open_again(directories: list[Path], data: PreparedData) -> CachedTeacher:
 
 def _open_shard(path: Path, facts: dict[str, Any], top_k: int) -> pa.RecordBatch:
     """A shard's one batch, memory-mapped."""
-    found = path.stat().st_size if path.is_file() else None
-    if found != facts["bytes"]:
-        state = "is missing" if found is None else f"has {found} bytes instead of {facts['bytes']}"
+    on_disk = path.stat().st_size if path.is_file() else None
+    if on_disk != facts["bytes"]:
+        state = (
+            "is missing" if on_disk is None else f"has {on_disk} bytes instead of {facts['bytes']}"
+        )
         raise UserError(f"{path} {state}: {REMEDY}")
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))

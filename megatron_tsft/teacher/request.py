@@ -83,7 +83,7 @@ def plan_job(
             raise UserError("--token-map needs --vocab-size N, the student's vocabulary")
         token_map = read_token_map(token_map_file, vocab_size, folder.vocab_size, data)
     else:
-        _check_tokens(folder, data, size, vocab_size)
+        _check_tokens(folder, data, size)
     question = Question(min(top_k, size), temperature, size, token_map, batch_tokens)
     identity = CacheIdentity(
         teacher=folder.path.resolve().name,
@@ -101,15 +101,13 @@ def plan_job(
     return CacheJob(folder, question, identity, plan)
 
 
-def _check_tokens(
-    folder: TeacherFolder, data: Sequence[PreparedData], size: int, asked: int | None
-) -> None:
+def _check_tokens(folder: TeacherFolder, data: Sequence[PreparedData], size: int) -> None:
     """Raise UserError where the data's tokens are not the teacher's."""
     remedy = "pass a --token-map"
     check_same_tokenizer(str(folder.path), folder.tokenizer, data, remedy)
     if size > folder.vocab_size:
         raise UserError(
-            f"--vocab-size {asked}: the teacher's vocabulary is {folder.vocab_size}, pass at most"
+            f"--vocab-size {size}: the teacher's vocabulary is {folder.vocab_size}, pass at most"
             " that"
         )
     largest = max(part.card.vocab_size for part in data)

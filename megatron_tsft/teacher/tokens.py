@@ -18,11 +18,11 @@ def check_same_tokenizer(
     message."""
     for part in data:
         if theirs is None or theirs != part.card.tokenizer_fingerprint:
-            found = (
+            tokenizer = (
                 "no tokenizer" if theirs is None else f"another tokenizer (fingerprint {theirs})"
             )
             raise UserError(
-                f"the teacher {teacher} has {found}, {part.directory} was prepared with"
+                f"the teacher {teacher} has {tokenizer}, {part.directory} was prepared with"
                 f" {part.card.tokenizer_fingerprint}, so its predictions are about other tokens:"
                 f" use a teacher of the student's family, or {remedy}"
             )

@@ -43,21 +43,23 @@ class CacheWriter:
         Raises:
             UserError: the folder holds something else.
         """
-        wanted = dataclasses.asdict(self.identity) | {
+        job = dataclasses.asdict(self.identity) | {
             "shards": self.plan.shards,
             "borders": self.plan.borders,
         }
         path = self.directory / PLAN_FILE
         if path.is_file():
             try:
-                found = dict(json.loads(path.read_text(encoding="utf-8")))
+                earlier_job = dict(json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
                 raise UserError(
                     f"{path} is damaged ({error}): delete {self.directory} and start again"
                 ) from error
-            different = [key for key in wanted if found.get(key) != wanted[key]]
+            different = [key for key in job if earlier_job.get(key) != job[key]]
             if different:
-                what = "; ".join(f"{key} {found.get(key)}, now {wanted[key]}" for key in different)
+                what = "; ".join(
+                    f"{key} {earlier_job.get(key)}, now {job[key]}" for key in different
+                )
                 raise UserError(
                     f"{self.directory} holds a teacher cache of another job ({what}): name another"
                     " --output"
@@ -68,7 +70,7 @@ class CacheWriter:
             )
         else:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(wanted, indent=2) + "\n")
+            write_text(path, json.dumps(job, indent=2) + "\n")
         self._sweep()
 
     def missing(self) -> list[int]:
@@ -171,8 +173,8 @@ def wrong_rows(rows: TeacherRows, vocab_size: int) -> str | None:
             f" {rows.tail_logmass.shape}"
         )
     if rows.ids.size and not -1 <= int(rows.ids.min()) <= int(rows.ids.max()) < vocab_size:
-        bad = rows.ids[(rows.ids < -1) | (rows.ids >= vocab_size)]
-        return f"it has token id {int(bad[0])}, outside the vocabulary of {vocab_size}"
+        outside = rows.ids[(rows.ids < -1) | (rows.ids >= vocab_size)]
+        return f"it has token id {int(outside[0])}, outside the vocabulary of {vocab_size}"
     ordered = np.sort(rows.ids, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():

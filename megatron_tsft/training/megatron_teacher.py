@@ -42,7 +42,7 @@ HEAD_TOKENS = 1024  # whose logits are held at once
 
 
 @dataclass
-class Asked:
+class RecordContext:
     """What one micro-batch's output hook needs, and where its answer goes
     (`output_processor_context=`)."""
 
@@ -96,14 +96,14 @@ class MegatronTeacher:
     def predict(self, conversations: Sequence[Sample], progress: Progress) -> list[TeacherRows]:
         """The records of some conversations, in their order; [] on a rank that does not write."""
         packs = self._packs(conversations)
-        asked: list[Asked] = []
+        contexts: list[RecordContext] = []
         batches = iter([self._batch([conversations[i] for i in pack]) for pack in packs])
         counts = [
             sum(int(np.count_nonzero(conversations[i].loss_mask)) for i in pack) for pack in packs
         ]
         with torch.no_grad():
             get_forward_backward_func()(
-                forward_step_func=partial(self._forward, asked, iter(counts), progress),
+                forward_step_func=partial(self._forward, contexts, iter(counts), progress),
                 data_iterator=batches,
                 model=self.chunks,
                 num_microbatches=len(packs),
@@ -115,9 +115,9 @@ class MegatronTeacher:
         if not self.writes:
             return []
         records: dict[int, TeacherRows] = {}
-        for pack, answer in zip(packs, asked, strict=True):
+        for pack, context in zip(packs, contexts, strict=True):
             own = [int(np.count_nonzero(conversations[i].loss_mask)) for i in pack]
-            records |= dict(zip(pack, as_rows(answer.records[0], own), strict=True))
+            records |= dict(zip(pack, as_rows(context.records[0], own), strict=True))
         return [records[i] for i in range(len(conversations))]
 
     def _packs(self, conversations: Sequence[Sample]) -> list[list[int]]:
@@ -142,17 +142,16 @@ class MegatronTeacher:
 
     def _forward(
         self,
-        asked: list[Asked],
+        contexts: list[RecordContext],
         counts: Iterator[int],
         progress: Progress,
         batches: Iterator[MicroBatch],
         model: Any,
     ) -> tuple[Tensor, Any]:
         """Megatron's forward step: one pack through this stage."""
-        question = Asked(self, next(batches))
-        asked.append(question)
-        batch = question.batch
-        output = run_packed(model, batch, record_output, question, self.device)
+        context = RecordContext(self, next(batches))
+        contexts.append(context)
+        output = run_packed(model, context.batch, record_output, context, self.device)
         progress.tokens(next(counts))
         return output, lambda output, non_loss_data: None
 
@@ -182,7 +181,7 @@ def record_output(
     output_layer: Any,
     output_weight: Tensor | None,
     labels: Tensor,  # [1, s]
-    context: Asked,
+    context: RecordContext,
     scale_logits: Any,
     **unused: Any,
 ) -> Tensor:

@@ -23,7 +23,7 @@ def both_ways(rank: int) -> None:
     for name in collectives.OBJECTIVES:
         problem, logits = collectives.problem_of(name, 13, 7, group, torch.device("cpu"))
         shard = problem.shard(logits)
-        local = implementation(logits).local_statistics(shard, problem.wanted)
+        local = implementation(logits).local_statistics(shard, problem.selection)
         other = collectives.max_and_sum(
             Table(local.names, local.data.clone()), float(shard.a), float(shard.b), group
         )

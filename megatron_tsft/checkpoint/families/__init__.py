@@ -12,12 +12,12 @@ from megatron_tsft.errors import UserError
 
 def families() -> dict[str, Family]:
     """Name -> family, of every module in this folder."""
-    found: dict[str, Family] = {}
+    by_name: dict[str, Family] = {}
     for module in pkgutil.iter_modules(__path__):
         family: Family = importlib.import_module(f"{__name__}.{module.name}").FAMILY
         check_table(family)
-        found[family.name] = family
-    return found
+        by_name[family.name] = family
+    return by_name
 
 
 def get_family(name: str) -> Family:

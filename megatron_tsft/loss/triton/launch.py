@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 
 from megatron_tsft.loss.shard import GradientWeights, Shard
-from megatron_tsft.loss.statistics import MAXIMA, SUMS, Table, Wanted
+from megatron_tsft.loss.statistics import MAXIMA, SUMS, Selection, Table
 from megatron_tsft.loss.teacher import FLOOR, DenseTeacher, SparseTeacher
 from megatron_tsft.loss.triton.backward import backward_kernel
 from megatron_tsft.loss.triton.forward import forward_kernel
@@ -16,22 +16,22 @@ BLOCK = 4096  # columns a step: 16 a thread
 TOP_K_ROWS = 1024  # torch.topk's own scratch stays small
 
 
-def local_statistics(shard: Shard, wanted: Wanted) -> Table:
+def local_statistics(shard: Shard, selection: Selection) -> Table:
     """One read of logits and teacher: this shard's statistics, [K, N] fp32."""
-    table = Table.empty(wanted, len(shard.logits), torch.float32, shard.logits.device)
+    table = Table.empty(selection, len(shard.logits), torch.float32, shard.logits.device)
     if not shard.columns or not len(shard.logits):
         return table
-    dense = shard.teacher if wanted.teacher_rows else None
+    dense = shard.teacher if selection.teacher_rows else None
     outputs = {f"{name}_out": table.get(name) for name in OUTPUTS}
     with _device(shard.logits):
         forward_kernel[(len(shard.logits),)](
             **_logits(shard),
             active=shard.active.contiguous(),
-            **_pi(shard, dense, used=wanted.residual),
+            **_pi(shard, dense, used=selection.residual),
             **outputs,
             **_meta(shard.columns),
         )
-    if wanted.top_k:
+    if selection.top_k:
         _largest(shard, table.top)
     return table
 
