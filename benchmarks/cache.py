@@ -24,9 +24,10 @@ import torch
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData, Sample
 from megatron_tsft.teacher.format import CacheIdentity, expected_bytes
-from megatron_tsft.teacher.job import fill_cache
+from megatron_tsft.teacher.job import Share, fill_cache
 from megatron_tsft.teacher.plan import plan_cache
 from megatron_tsft.teacher.reader import CachedTeacher, TeacherCache
+from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.transformers_teacher import TransformersTeacher
 from megatron_tsft.teacher.writer import CacheWriter
 from shared import command
@@ -91,18 +92,11 @@ def writing(args: argparse.Namespace, data: PreparedData, top_k: int, folder: Pa
     identity = CacheIdentity(
         "teacher", "", data.card.tokenizer_fingerprint, vocab_size, top_k, 1.0, "fp32", []
     )
-    kind = torch.bfloat16 if args.device == "cuda" else torch.float32
-    options = dict(
-        dtype=kind,
-        device=args.device,
-        top_k=top_k,
-        temperature=1.0,
-        vocab_size=vocab_size,
-        token_map=None,
-    )
-    options |= dict(batch_tokens=8192 if args.device == "cuda" else 1024, share=(0, 1))
-    whole = TransformersTeacher(Path(args.teacher), **options)  # type: ignore[arg-type]
-    alone = Alone(Path(args.teacher), **options)  # type: ignore[arg-type]
+    kind = "bf16" if args.device == "cuda" else "fp32"
+    batch_tokens = 8192 if args.device == "cuda" else 1024
+    question = Question(top_k, 1.0, vocab_size, None, batch_tokens)
+    arguments = Path(args.teacher), question, kind, args.device, Share(0, 1)
+    whole, alone = TransformersTeacher(*arguments), Alone(*arguments)
     plan = plan_cache([data], top_k)
 
     def write(number: int) -> None:

@@ -46,7 +46,7 @@ def write_model(folder: Path, gigabytes: float) -> tuple[int, int]:
 
     from megatron_tsft.checkpoint.families.llama import FAMILY
     from megatron_tsft.checkpoint.mapping import Shape, sizes
-    from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream
+    from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream, TensorSpec
 
     hidden = max(64, int(gigabytes * 1e9 / 8 / 2 / VOCABULARY) // 64 * 64)
     layer = hidden * hidden * 2 * (2.5 + 3 * 3.5)  # bytes of one layer with the sizes below
@@ -78,7 +78,7 @@ def write_model(folder: Path, gigabytes: float) -> tuple[int, int]:
     for number, names in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         with SafetensorsStream(
-            folder / file, {name: (shapes[name], torch.bfloat16) for name in names}
+            folder / file, {name: TensorSpec(shapes[name], torch.bfloat16) for name in names}
         ) as stream:
             for name in names:
                 where[name] = file

@@ -1,5 +1,4 @@
-"""megatron-tsft: supervised fine-tuning by target-distribution design (arXiv 2606.11189) for
-Megatron-Core."""
+"""megatron-tsft: fine-tuning by target-distribution design (arXiv 2606.11189) for Megatron-Core."""
 
 from megatron_tsft import objectives
 from megatron_tsft.loss import (

@@ -1,5 +1,4 @@
-"""Nothing is half-written: files and folders appear under their final name only when complete and
-on disk."""
+"""Nothing is half-written: a file or folder gets its final name when it is whole and on disk."""
 
 import contextlib
 import os

@@ -1,5 +1,4 @@
-"""The one exception that means "the user can fix this": entry points print it as one line, exit
-2."""
+"""The one exception that means "the user can fix this": a line on the screen, exit status 2."""
 
 
 class UserError(ValueError):

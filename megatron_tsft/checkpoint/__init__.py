@@ -1,2 +1,1 @@
-"""Hugging Face <-> Megatron: one mapping table per family, a streaming converter, the model
-card."""
+"""Hugging Face <-> Megatron: a mapping table per family, a streaming converter, the model card."""

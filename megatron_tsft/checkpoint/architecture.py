@@ -1,5 +1,4 @@
-"""Hugging Face config -> Megatron arguments for what dense decoders share; refuses what Megatron
-cannot express."""
+"""Hugging Face config -> Megatron arguments that dense decoders share; refuses what has none."""
 
 from typing import Any
 
@@ -41,13 +40,13 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
         config,
         "mlp_bias",
         (None, False),
-        "Megatron has no flag for a bias in the MLP alone: not supported",
+        "Megatron has no flag for a bias in the MLP alone, so it is not supported",
     )
     refuse(
         config,
         "quantization_config",
         (None,),
-        "save the model without quantization first, as bf16 safetensors",
+        "first save the model without quantization, as bf16 safetensors",
     )
     refuse(config, "sliding_window", (None,), "sliding-window attention is not supported")
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -63,8 +62,8 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         raise UserError(
-            f"config.json says {heads} attention heads and {groups} key-value heads: they must"
-            " divide"
+            f"config.json says {heads} attention heads and {groups} key-value heads: the first must"
+            " be a multiple of the second"
         )
     channels = getattr(config, "head_dim", None) or config.hidden_size // heads
     if channels % 2:
@@ -151,8 +150,8 @@ def rope_arguments(config: Any) -> dict[str, Any]:
         for name, fixed in LLAMA3_ROPE.items():
             if float(rope[name]) != fixed:
                 raise UserError(
-                    f"config.json says {name}={rope[name]}: Megatron hard-codes {fixed}, use a"
-                    " model with it"
+                    f"config.json says {name}={rope[name]}: Megatron hard-codes {fixed}, so use a"
+                    " model that has it"
                 )
         scaling = {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
     return {

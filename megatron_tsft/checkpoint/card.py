@@ -19,12 +19,16 @@ FORMAT_VERSION = 2
 class ModelCard:
     """One model: its family, its architecture and where it came from.
 
-    family: name of the mapping table. architecture: Hugging Face class name. megatron_arguments:
-    argparse destination -> value, for Megatron's own flags. vocab_size: of the Hugging Face config,
-    which may exceed len(tokenizer). padded_vocab_size: rows of the imported checkpoint. dtype: of
-    the Hugging Face weights ("bfloat16"); other_dtypes: tensor name -> dtype of those that differ.
-    source_hash: 16 hex digits over the weights. tokenizer_fingerprint: None where the Hugging Face
-        folder had no tokenizer.
+    Attributes:
+        family: name of the mapping table.
+        architecture: Hugging Face class name.
+        megatron_arguments: argparse destination -> value, for Megatron's own flags.
+        vocab_size: of the Hugging Face config, which may exceed len(tokenizer).
+        padded_vocab_size: rows of the imported checkpoint.
+        dtype: of the Hugging Face weights ("bfloat16").
+        source_hash: 16 hex digits over the weights.
+        tokenizer_fingerprint: None where the Hugging Face folder had no tokenizer.
+        other_dtypes: tensor name -> dtype of those that differ.
     """
 
     family: str

@@ -1,5 +1,4 @@
-"""Hugging Face folder -> Megatron folder and back, in a stream: a few buffers of 32 MB in memory,
-whatever the size."""
+"""Hugging Face folder -> Megatron folder and back, in a stream: a few buffers of 32 MB."""
 
 import dataclasses
 import json
@@ -25,12 +24,12 @@ from megatron_tsft.checkpoint.hf_folder import (
 )
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.mapping import padded_vocab_size
-from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream
+from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream, TensorSpec
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist import COMMON_STATE_KEY, common_state, write_checkpoint
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.units import (
-    Unit,
+    ConversionUnit,
     boxes_of,
     expected_keys,
     extra_states,
@@ -112,8 +111,7 @@ def import_hf(
 
 @dataclass(frozen=True)
 class Export:
-    """What `export_hf` wrote: from which checkpoint, how many tensors, bytes and files, in which
-    dtype."""
+    """What `export_hf` wrote: from which checkpoint, how much, and in which dtype."""
 
     checkpoint: Path
     tensors: int
@@ -156,14 +154,14 @@ def export_hf(
     compare_keys(expected_keys(card), checkpoint)
     reader, steps = CheckpointReader(checkpoint), units(card)
     tensors = {
-        name: (shape, getattr(torch, one_dtype or card.other_dtypes.get(name, card.dtype)))
+        name: TensorSpec(
+            shape, getattr(torch, one_dtype or card.other_dtypes.get(name, card.dtype))
+        )
         for name, shape in hf_shapes(steps).items()
     }
-    nbytes = {
-        name: torch.Size(shape).numel() * kind.itemsize for name, (shape, kind) in tensors.items()
-    }
+    nbytes = {name: tensor.bytes for name, tensor in tensors.items()}
     _check_space(hf_dir, sum(nbytes.values()))
-    dtypes = {name: kind for name, (_, kind) in tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     files = _shard_files(steps, nbytes, max_shard_bytes)
     with (
         new_directory(hf_dir, overwrite=overwrite) as folder,
@@ -195,11 +193,10 @@ def export_hf(
 
 
 def _shard_files(
-    steps: list[Unit], nbytes: dict[str, int], max_shard_bytes: float
-) -> dict[str, list[Unit]]:
-    """File name -> its units, in order; a file is full before `max_shard_bytes` unless one unit
-    alone is larger."""
-    shards: list[list[Unit]] = [[]]
+    steps: list[ConversionUnit], nbytes: dict[str, int], max_shard_bytes: float
+) -> dict[str, list[ConversionUnit]]:
+    """File name -> its units, in order; a file exceeds `max_shard_bytes` only by a unit alone."""
+    shards: list[list[ConversionUnit]] = [[]]
     used = 0
     for unit in steps:
         size = sum(nbytes[name] for name in unit.names)
@@ -243,9 +240,8 @@ def _dtypes(weights: HfWeights, names: list[str]) -> tuple[str, dict[str, str]]:
     return most, {name: kind for name, kind in dtypes.items() if kind != most}
 
 
-def _stored_dtypes(weights: HfWeights, steps: list[Unit]) -> dict[str, torch.dtype]:
-    """Megatron key -> the dtype that holds all its Hugging Face tensors exactly (all layers of a
-    key share one)."""
+def _stored_dtypes(weights: HfWeights, steps: list[ConversionUnit]) -> dict[str, torch.dtype]:
+    """Megatron key -> the dtype that holds all its Hugging Face tensors (of all layers) exactly."""
     result: dict[str, torch.dtype] = {}
     for unit in steps:
         for name in unit.names:
@@ -265,7 +261,9 @@ def _check_target(target: Path, source: Path, overwrite: bool, markers: tuple[st
     has all of."""
     new, old = target.resolve(), source.resolve()
     if new == old or new in old.parents or old in new.parents:
-        raise UserError(f"{target} and {source} lie in one another: write to a folder of its own")
+        raise UserError(
+            f"one of {target} and {source} lies in the other: write to a folder of its own"
+        )
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: name a folder")
     if target.is_dir() and any(target.iterdir()):
@@ -280,8 +278,7 @@ def _check_target(target: Path, source: Path, overwrite: bool, markers: tuple[st
 
 
 def _check_space(target: Path, needed: int) -> None:
-    """Refuse to start what cannot end: `needed` bytes of weights and a margin for headers and side
-    files."""
+    """Refuse to start without room for `needed` bytes of weights, with a margin for other files."""
     place = next(folder for folder in target.resolve().parents if folder.exists())
     free = shutil.disk_usage(place).free
     space = needed * 1.01 + 2**26

@@ -1,5 +1,4 @@
-"""Whether two folders hold the same weights, without reading all of them: names, sizes and samples
-of every file."""
+"""Whether two folders hold the same weights, by names, sizes and samples of every file."""
 
 import hashlib
 from pathlib import Path

@@ -1,5 +1,4 @@
-"""Megatron's checkpoint folder: the tracker file, `release/` or `iter_0000123/`, and whether one of
-them is whole."""
+"""Megatron's checkpoint folder: its tracker file, its checkpoints, and whether one is whole."""
 
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,4 @@
-"""A Hugging Face folder on disk: its config, its memory-mapped safetensors and the other files that
-belong to it."""
+"""A Hugging Face folder on disk: its config, its memory-mapped safetensors, its other files."""
 
 import hashlib
 import json
@@ -99,8 +98,7 @@ class HfWeights:
                 )
 
     def _index(self) -> dict[str, str]:
-        """Tensor name -> file name; empty for a single `model.safetensors`, which wins as in
-        transformers."""
+        """Tensor name -> file name; empty where `model.safetensors` is there, which wins."""
         if (self.directory / "model.safetensors").is_file():
             return {}
         index = self.directory / "model.safetensors.index.json"
@@ -138,15 +136,13 @@ class HfWeights:
 
 
 class ContentHash:
-    """A hash of tensors' names and contents that does not depend on how they are sharded into
-    files."""
+    """A hash of tensors' names and contents, however they are sharded into files."""
 
     def __init__(self) -> None:
         self._hashers: dict[str, Any] = {}
 
     def update(self, name: str, rows: torch.Tensor) -> None:
-        """Add the next rows of one tensor; a tensor's rows must come in order, the tensors need
-        not."""
+        """Add the next rows of one tensor: its rows come in order, the tensors in any."""
         hasher = self._hashers.setdefault(name, hashlib.sha256())
         hasher.update(rows.contiguous().view(torch.uint8).numpy())
 
@@ -182,7 +178,7 @@ def check_tensors(weights: HfWeights, expected: dict[str, tuple[int, ...]], *, t
         if weights.tensors[name].shape != shape:
             raise UserError(
                 f"{weights.directory}: {name} is {weights.tensors[name].shape}, config.json says"
-                f" {shape}: correct one"
+                f" {shape}: correct one of them"
             )
     if tied and HEAD in weights.tensors and not _same(weights, HEAD, EMBEDDING):
         raise UserError(
@@ -235,8 +231,7 @@ def load_config(directory: Path) -> Any:
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy what is not weights (config, tokenizer, chat template, generation config, licence); the
-    files' names."""
+    """Copy what is not weights (config, tokenizer, templates, licence, ...); returns the names."""
     target.mkdir(parents=True, exist_ok=True)
     copied = []
     for path in sorted(source.iterdir()):
@@ -251,8 +246,7 @@ def copy_side_files(source: Path, target: Path) -> list[str]:
 
 
 def is_weight_file(path: Path) -> bool:
-    """Whether a file of a model folder holds weights, their index, or nothing of the model (hidden
-    files)."""
+    """Whether a file holds weights or their index, or is hidden and so nothing of the model."""
     index = path.name.endswith(".index.json")
     return (
         index

@@ -1,5 +1,4 @@
-"""Which weights a checkpoint holds, compared with what a model expects: Megatron itself loads a
-mismatch silently."""
+"""The weights of a checkpoint against a model's: Megatron itself loads a mismatch silently."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,8 +23,7 @@ NOT_MODEL = (
 
 
 def model_keys(metadata: Metadata) -> dict[str, tuple[int, ...]]:
-    """Key -> global shape of the model's tensors in a checkpoint's metadata (no optimizer, RNG or
-    extra state)."""
+    """Key -> global shape of the model's own tensors: no optimizer, no RNG, no extra state."""
     return {
         key: tuple(value.size)
         for key, value in metadata.state_dict_metadata.items()
@@ -73,6 +71,6 @@ def compare_keys(expected: Mapping[str, tuple[int, ...]], checkpoint_dir: Path |
             wrong.append(f"{key} is {list(actual[key])}, the model's is {list(expected[key])}")
     if wrong:
         raise UserError(
-            f"{checkpoint_dir} does not fit the model ({'; '.join(wrong)}): use the model it was"
-            " made from"
+            f"{checkpoint_dir} does not fit the model ({'; '.join(wrong)}): use the model that it"
+            " was made from"
         )

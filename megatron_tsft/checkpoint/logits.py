@@ -26,10 +26,16 @@ Observe = Callable[[int, torch.Tensor], None]  # (layer from 0, its output [b, s
 
 @dataclass(frozen=True)
 class LogitDifference:
-    """max_difference: largest |Megatron - Hugging Face|. max_logit: largest |logit|, for scale.
-    argmax_agreement: share of positions with the same most probable token. positions: how many were
-    compared. layers: the largest difference of each layer's output, divided by max(1, its largest
-    number); empty where only logits were compared."""
+    """How far two models' outputs are apart.
+
+    Attributes:
+        max_difference: largest |Megatron - Hugging Face|.
+        max_logit: largest |logit|, for scale.
+        argmax_agreement: share of positions with the same most probable token.
+        positions: how many were compared.
+        layers: the largest difference of each layer's output, divided by max(1, its largest
+            number); empty where only logits were compared.
+    """
 
     max_difference: float
     max_logit: float
@@ -81,8 +87,7 @@ def difference(
 def hf_logits(
     hf_dir: Path | str, input_ids: torch.Tensor, *, observe: Observe | None = None
 ) -> torch.Tensor:
-    """Logits [b, s, vocab_size] of transformers in fp32; `observe` sees the output of every
-    layer."""
+    """Logits [b, s, vocab_size] of transformers in fp32; `observe` sees each layer's output."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

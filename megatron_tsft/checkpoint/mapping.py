@@ -2,7 +2,7 @@
 tensor), never code.
 
 A Megatron `torch_dist` checkpoint stacks layers: `decoder.layers.mlp.linear_fc2.weight` is
-[num_layers, hidden, ffn]. One `Row` of a table is one such key with the Hugging Face tensors of ONE
+[num_layers, hidden, ffn]. One `TableRow` is one such key with the Hugging Face tensors of ONE
 layer, whose placeholders ({layer}, {expert}) become the leading dimensions in the order of their
 appearance. Below them every kind of row is a permutation of rows (dimension 0), so a layout is a
 list of `Segment`s that import and export read in opposite directions.
@@ -17,42 +17,40 @@ from typing import Any, Literal
 
 from megatron_tsft.errors import UserError
 
-Kind = Literal["plain", "vocab", "qkv", "gate_up"]
+RowKind = Literal["plain", "vocab", "qkv", "gate_up"]
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-LEADING = {
-    "layer": "num_layers",
-    "expert": "num_experts",
-}  # placeholder -> the Megatron argument that counts it
+# placeholder -> the Megatron argument that counts it
+LEADING = {"layer": "num_layers", "expert": "num_experts"}
 
 
 @dataclass(frozen=True)
-class Source:
-    """One Hugging Face tensor of a row: its name, with placeholders, and its dimensions by name
-    (see `sizes`)."""
+class TensorPattern:
+    """One Hugging Face tensor of a row: its name, with placeholders, and names of its `sizes`."""
 
     name: str
     dims: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One Megatron key and the Hugging Face tensors that fill it.
 
-    kind: plain (one tensor as it is), vocab (one tensor, rows padded with zeros), qkv (query, key,
-    value: per KV group its query heads, its key head, its value head), gate_up (gate above up).
-    when: the Megatron argument that must be true for the key to exist; None means always.
+    Attributes:
+        kind: plain (one tensor as it is), vocab (one tensor, rows padded with zeros), qkv (query,
+            key, value: per KV group its query heads, its key head, its value head), gate_up (gate
+            above up).
+        when: the Megatron argument that must be true for the key to exist; None means always.
     """
 
     megatron: str
-    kind: Kind
-    sources: tuple[Source, ...]
+    kind: RowKind
+    sources: tuple[TensorPattern, ...]
     when: str | None = None
 
     def indices(self, arguments: Mapping[str, Any]) -> Iterator[Index]:
-        """Every value of the leading dimensions, in order; one empty index for a key that is not
-        stacked."""
+        """Every value of the leading dimensions, in order; one empty index where there are none."""
         return itertools.product(*(range(count) for count in self.leading(arguments)))
 
     def leading(self, arguments: Mapping[str, Any]) -> Shape:
@@ -87,27 +85,30 @@ class Segment:
 class Family:
     """Everything that the converter knows about one family of models.
 
-    architectures: the names of `config.architectures` that it serves. models: which those are, for
-    the docs. arguments: Hugging Face config -> Megatron arguments by argparse destination; raises
-    UserError for what Megatron cannot express. rows: the table. extra_states: Megatron modules
-    whose `_extra_state` object a model asks for, each with its leading placeholders.
+    Attributes:
+        architectures: the names of `config.architectures` that it serves.
+        models: which those are, for the docs.
+        arguments: Hugging Face config -> Megatron arguments by argparse destination; raises
+            UserError for what Megatron cannot express.
+        rows: the table.
+        extra_states: Megatron modules whose `_extra_state` object a model asks for, each with its
+            leading placeholders.
     """
 
     name: str
     architectures: tuple[str, ...]
     models: str
     arguments: Callable[[Any], dict[str, Any]]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     extra_states: tuple[tuple[str, tuple[str, ...]], ...]
 
-    def active_rows(self, arguments: Mapping[str, Any]) -> list[Row]:
+    def active_rows(self, arguments: Mapping[str, Any]) -> list[TableRow]:
         """The rows whose key exists in a model with these arguments."""
         return [row for row in self.rows if row.when is None or arguments[row.when]]
 
 
 def sizes(arguments: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
-    """Dimension name -> size: every integer Megatron argument by its own name, and the derived
-    ones."""
+    """Dimension name -> size: every integer Megatron argument by its name, and derived ones."""
     named = {name: value for name, value in arguments.items() if type(value) is int}
     heads, groups, channels = (
         arguments[n] for n in ("num_attention_heads", "num_query_groups", "kv_channels")
@@ -125,10 +126,9 @@ def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
 
 
 def segments(
-    row: Row, shapes: tuple[Shape, ...], arguments: Mapping[str, Any], padded_vocab: int
+    row: TableRow, shapes: tuple[Shape, ...], arguments: Mapping[str, Any], padded_vocab: int
 ) -> list[Segment]:
-    """Where the rows of the Hugging Face tensors lie in one layer of the Megatron tensor, in
-    Megatron's row order."""
+    """Where the rows of one layer's Hugging Face tensors lie in Megatron's, in Megatron's order."""
     counts = [shape[0] for shape in shapes]
     if row.kind == "plain":
         blocks: list[tuple[int | None, int, int]] = [(0, 0, counts[0])]
@@ -153,7 +153,7 @@ def segments(
 
 
 def megatron_shape(
-    row: Row, arguments: Mapping[str, Any], vocab_size: int, padded_vocab: int
+    row: TableRow, arguments: Mapping[str, Any], vocab_size: int, padded_vocab: int
 ) -> Shape:
     """The global shape of a row's Megatron tensor, e.g. [num_layers, rows, columns]."""
     shapes = row.shapes(sizes(arguments, vocab_size))
@@ -205,7 +205,7 @@ def check_table(family: Family) -> None:
             or unknown
         ):
             raise UserError(
-                f"family {family.name}: the table's row {row.megatron} is wrong ({row.kind}):"
-                " correct it"
+                f"family {family.name}: the table's row {row.megatron} is wrong for its kind,"
+                f" {row.kind}: correct it"
             )
         seen.add(row.megatron)

@@ -56,8 +56,7 @@ GIVEN_DIRECTLY = {  # to GPTModel, or implied by what build_model builds
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks share the tensors, the layers and the experts; the default process group has
-    all of them."""
+    """How many ranks share the tensors, the layers and the experts, out of the default group."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -148,8 +147,7 @@ def build_model(
 
 
 def load_weights(model: Any, checkpoint: Path) -> None:
-    """Fill a built model from one torch_dist checkpoint by Megatron's own
-    `dist_checkpointing.load`."""
+    """Fill a built model from a torch_dist checkpoint by Megatron's own loader."""
     from megatron.core import dist_checkpointing, parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -209,8 +207,7 @@ def cpu_ranks(layout: Layout = ONE_RANK) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings: Megatron's are about CUDA devices and fused kernels, which are missing here on
-    purpose."""
+    """No warnings: Megatron's are about CUDA and fused kernels, which are not here on purpose."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

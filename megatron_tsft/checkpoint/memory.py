@@ -1,5 +1,4 @@
-"""A few large buffers, used in turn: fresh memory for each box costs more than the copy, and malloc
-keeps it."""
+"""A few large buffers, used in turn: fresh memory for each box would cost more than the copy."""
 
 import itertools
 import math

@@ -1,5 +1,4 @@
-"""Architectures that users ask for and that are not served, each with the reason (Megatron-Core
-0.19.2)."""
+"""Architectures that users ask for and that are not served, with the reason (Megatron 0.19.2)."""
 
 _GEMMA_NORMS = "norms behind attention and MLP, for which Megatron's layer has no place"
 _GEMMA_SCALE = "embeddings scaled by sqrt(hidden size)"

@@ -1,7 +1,6 @@
-"""The rows that decoders share: a family's table is put together from these and from what is its
-own."""
+"""The rows that decoders share: a family's table is made of these and of its own."""
 
-from megatron_tsft.checkpoint.mapping import Row, Source
+from megatron_tsft.checkpoint.mapping import TableRow, TensorPattern
 
 HIDDEN, FFN, QUERY, KEY_VALUE, VOCAB = (
     "hidden_size",
@@ -16,31 +15,31 @@ ATTENTION = "decoder.layers.self_attention."
 MLP = "decoder.layers.mlp."
 
 
-def plain(megatron: str, name: str, *dims: str) -> Row:
+def plain(megatron: str, name: str, *dims: str) -> TableRow:
     """A row of one tensor that is the same on both sides."""
-    return Row(megatron, "plain", (Source(name, dims),))
+    return TableRow(megatron, "plain", (TensorPattern(name, dims),))
 
 
-def _qkv(suffix: str, *columns: str, when: str | None = None) -> Row:
+def _qkv(suffix: str, *columns: str, when: str | None = None) -> TableRow:
     """Query, key and value (weights or biases), which Megatron keeps in one tensor."""
     dims = {"q": QUERY, "k": KEY_VALUE, "v": KEY_VALUE}
     sources = tuple(
-        Source(f"{LAYER}self_attn.{x}_proj.{suffix}", (dims[x], *columns)) for x in "qkv"
+        TensorPattern(f"{LAYER}self_attn.{x}_proj.{suffix}", (dims[x], *columns)) for x in "qkv"
     )
-    return Row(f"{ATTENTION}linear_qkv.{suffix}", "qkv", sources, when=when)
+    return TableRow(f"{ATTENTION}linear_qkv.{suffix}", "qkv", sources, when=when)
 
 
-EMBEDDING = Row(
+EMBEDDING = TableRow(
     "embedding.word_embeddings.weight",
     "vocab",
-    (Source("model.embed_tokens.weight", (VOCAB, HIDDEN)),),
+    (TensorPattern("model.embed_tokens.weight", (VOCAB, HIDDEN)),),
 )
 HEAD = (
     plain("decoder.final_layernorm.weight", "model.norm.weight", HIDDEN),
-    Row(
+    TableRow(
         "output_layer.weight",
         "vocab",
-        (Source("lm_head.weight", (VOCAB, HIDDEN)),),
+        (TensorPattern("lm_head.weight", (VOCAB, HIDDEN)),),
         when="untie_embeddings_and_output_weights",
     ),
 )
@@ -56,16 +55,16 @@ QK_NORMS = tuple(
 )
 DENSE_MLP = (
     plain(f"{MLP}linear_fc1.layer_norm_weight", f"{LAYER}post_attention_layernorm.weight", HIDDEN),
-    Row(
+    TableRow(
         f"{MLP}linear_fc1.weight",
         "gate_up",
-        tuple(Source(f"{LAYER}mlp.{x}_proj.weight", (FFN, HIDDEN)) for x in ("gate", "up")),
+        tuple(TensorPattern(f"{LAYER}mlp.{x}_proj.weight", (FFN, HIDDEN)) for x in ("gate", "up")),
     ),
     plain(f"{MLP}linear_fc2.weight", f"{LAYER}mlp.down_proj.weight", HIDDEN, FFN),
 )
 
 
-def expert_mlp(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+def expert_mlp(block: str, gate: str, up: str, down: str) -> tuple[TableRow, ...]:
     """A router and experts in every layer; `block` is the module that holds both, the others are an
     expert's names."""
     router, expert = f"{LAYER}{block}.gate.weight", f"{LAYER}{block}.experts.{{expert}}."
@@ -77,16 +76,16 @@ def expert_mlp(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
             HIDDEN,
         ),
         plain(f"{MLP}router.weight", router, EXPERTS, HIDDEN),
-        Row(
+        TableRow(
             f"{experts}linear_fc1.weight",
             "gate_up",
-            tuple(Source(f"{expert}{x}.weight", (EXPERT_FFN, HIDDEN)) for x in (gate, up)),
+            tuple(TensorPattern(f"{expert}{x}.weight", (EXPERT_FFN, HIDDEN)) for x in (gate, up)),
         ),
         plain(f"{experts}linear_fc2.weight", f"{expert}{down}.weight", HIDDEN, EXPERT_FFN),
     )
 
 
-def decoder(*layer: tuple[Row, ...]) -> tuple[Row, ...]:
+def decoder(*layer: tuple[TableRow, ...]) -> tuple[TableRow, ...]:
     """A whole table: the embedding, the rows of a layer, and what follows the layers."""
     return (EMBEDDING, *(row for rows in layer for row in rows), *HEAD)
 

@@ -9,6 +9,7 @@ gaps).
 import json
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,25 +19,38 @@ from megatron_tsft.checkpoint.hf_folder import DTYPES
 NAMES = {kind: name for name, kind in DTYPES.items()}
 
 
-class SafetensorsStream:
-    """A context manager; `write` gets every announced tensor in the announced order, each whole or
-    row by row."""
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor will be that is written later."""
 
-    def __init__(
-        self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    ) -> None:
-        """tensors: name -> (shape, dtype), in the order of writing."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numbers(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes(self) -> int:
+        return self.numbers * self.dtype.itemsize
+
+
+class SafetensorsStream:
+    """A context manager; `write` gets the announced tensors in order, whole or row by row."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorSpec]) -> None:
+        """`tensors` are announced by name, in the order of writing."""
         self.path, self.tensors = path, dict(tensors)
-        self._left = {name: torch.Size(shape).numel() for name, (shape, _) in self.tensors.items()}
+        self._left = {name: tensor.numbers for name, tensor in self.tensors.items()}
 
     def __enter__(self) -> "SafetensorsStream":
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, (shape, dtype) in self.tensors.items():
-            start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        for name, tensor in self.tensors.items():
+            start, end = end, end + tensor.bytes
             header[name] = {
-                "dtype": NAMES[dtype],
-                "shape": list(shape),
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
                 "data_offsets": [start, end],
             }
         text = json.dumps(header).encode()
@@ -48,11 +62,10 @@ class SafetensorsStream:
     def write(self, name: str, rows: torch.Tensor) -> None:
         """Append the next rows of one tensor, which must have the announced columns and dtype."""
         expected = next(iter(self._left), None)
-        shape, dtype = self.tensors.get(name, ((), None))
         if (
             name != expected
-            or rows.dtype != dtype
-            or rows.shape[1:] != shape[1:]
+            or rows.dtype != self.tensors[name].dtype
+            or rows.shape[1:] != self.tensors[name].shape[1:]
             or rows.numel() > self._left[name]
         ):
             raise RuntimeError(

@@ -27,8 +27,7 @@ READ = {
 
 
 class StandIn:
-    """Takes the place of an object whose class is not in READ: Megatron's enumerations, functions,
-    random states."""
+    """Takes the place of an object whose class is not in READ, such as Megatron's enumerations."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "StandIn":
         return super().__new__(cls)

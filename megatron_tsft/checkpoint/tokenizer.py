@@ -1,5 +1,4 @@
-"""What makes two tokenizers the same: one fingerprint, shared by prepared data, model cards and
-teacher caches."""
+"""What makes two tokenizers the same: a fingerprint that data, cards and caches share."""
 
 import hashlib
 import json

@@ -49,8 +49,7 @@ BACKEND = {
 
 @dataclass(frozen=True)
 class Box:
-    """A part of one global tensor and how to make it: `fill` writes every number of a CPU tensor of
-    shape `sizes`."""
+    """A part of a global tensor; `fill` writes every number of a CPU tensor of shape `sizes`."""
 
     key: str
     global_shape: Shape
@@ -61,8 +60,7 @@ class Box:
 
 
 def common_state(card: ModelCard) -> dict[str, Any]:
-    """What Megatron's own load path reads next to the weights; as a release checkpoint it starts at
-    iteration 0."""
+    """What Megatron's load path reads next to the weights; a release starts at iteration 0."""
     parallel = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 1)
     arguments = card.megatron_arguments | parallel
     arguments |= {
@@ -88,8 +86,7 @@ def common_state(card: ModelCard) -> dict[str, Any]:
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """A save plan made of boxes and small objects; boxes are filled in a ring of buffers, one ahead
-    of the writing."""
+    """A save plan of boxes and small objects; a ring of buffers is filled one box ahead."""
 
     def __init__(self, boxes: list[Box], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -122,8 +119,7 @@ class _StreamingPlanner(DefaultSavePlanner):
         return self.plan
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Without torch's test for overlaps, which compares each pair of a thousand experts'
-        boxes."""
+        """Without torch's test for overlaps, which compares each pair of boxes."""
         self.global_plan, self.metadata = create_default_global_save_plan(all_plans)
         return self.global_plan, self.metadata
 
@@ -188,8 +184,7 @@ def _without_checksums() -> Iterator[None]:
 
 
 def _origin(error: BaseException) -> BaseException:
-    """The OSError or Ctrl-C behind an exception, if there is one, where torch.save says "unexpected
-    pos"."""
+    """The OSError or Ctrl-C behind an exception: torch.save itself says "unexpected pos"."""
     link: BaseException | None = error
     while link is not None and not isinstance(link, OSError | KeyboardInterrupt):
         link = link.__cause__ or link.__context__

@@ -1,10 +1,10 @@
-"""Reading Megatron's `torch_dist` format box by box, from any sharding, out of memory-mapped
-files."""
+"""Reading Megatron's `torch_dist` format box by box, of any sharding, from memory-mapped files."""
 
 import io
 import itertools
 import math
 import mmap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,20 @@ class _Window(io.RawIOBase):
         return count
 
 
+@dataclass(frozen=True)
+class ChunkIndex:
+    """The chunks of one key by their place: a model of many experts has thousands of them.
+
+    Attributes:
+        leading: the number of leading dimensions in which every chunk is one wide (layers,
+            experts).
+        chunks: index in these dimensions -> the chunks that lie there.
+    """
+
+    leading: int
+    chunks: dict[Shape, list[ChunkStorageMetadata]]
+
+
 class CheckpointReader:
     """Reads parts of a checkpoint that was saved with any tensor, pipeline or data parallel layout,
     in one process.
@@ -62,12 +76,11 @@ class CheckpointReader:
         """Raises UserError where the folder is no complete torch_dist checkpoint."""
         self.metadata: Metadata = read_metadata(checkpoint)
         self._checkpoint = checkpoint
-        self._places: dict[str, tuple[int, dict[Shape, list[ChunkStorageMetadata]]]] = {}
+        self._indices: dict[str, ChunkIndex] = {}
         self._files: dict[str, mmap.mmap] = {}
         self._mapped: dict[MetadataIndex, torch.Tensor] = {}
-        self._read: dict[
-            MetadataIndex, torch.Tensor
-        ] = {}  # where torch does not say where in a file a tensor lies
+        # for chunks of which torch does not say where in a file they lie
+        self._read: dict[MetadataIndex, torch.Tensor] = {}
 
     def tensor(self, key: str) -> TensorStorageMetadata:
         """Size, dtype and chunks of one tensor."""
@@ -84,13 +97,13 @@ class CheckpointReader:
         Reads only the chunks that the box touches. Raises UserError where the checkpoint lacks a
         part of it.
         """
-        leading, places = self._index(key)
+        places = self._index(key)
         target = torch.empty(sizes, dtype=self.tensor(key).properties.dtype) if out is None else out
         covered = 0
         for index in itertools.product(
-            *(range(o, o + n) for o, n in zip(offsets[:leading], sizes, strict=False))
+            *(range(o, o + n) for o, n in zip(offsets[: places.leading], sizes, strict=False))
         ):
-            for chunk in places.get(index, []):
+            for chunk in places.chunks.get(index, []):
                 low = [max(a, b) for a, b in zip(offsets, chunk.offsets, strict=True)]
                 high = [
                     min(a + n, b + m)
@@ -114,11 +127,9 @@ class CheckpointReader:
             )
         return target
 
-    def _index(self, key: str) -> tuple[int, dict[Shape, list[ChunkStorageMetadata]]]:
-        """The number of leading dimensions in which every chunk is one wide (layers, experts), and
-        the chunks by their index there: a model of many experts has thousands of chunks in one
-        key."""
-        if key not in self._places:
+    def _index(self, key: str) -> ChunkIndex:
+        """Made once for each key."""
+        if key not in self._indices:
             chunks, leading = self.tensor(key).chunks, 0
             while leading < len(self.tensor(key).size) - 1 and all(
                 chunk.sizes[leading] == 1 for chunk in chunks
@@ -127,12 +138,11 @@ class CheckpointReader:
             by_index: dict[Shape, list[ChunkStorageMetadata]] = {}
             for chunk in chunks:
                 by_index.setdefault(tuple(chunk.offsets[:leading]), []).append(chunk)
-            self._places[key] = leading, by_index
-        return self._places[key]
+            self._indices[key] = ChunkIndex(leading, by_index)
+        return self._indices[key]
 
     def _chunk(self, index: MetadataIndex, shape: Shape, itemsize: int) -> torch.Tensor:
-        """The bytes of one chunk, uint8 [..., columns * itemsize]: their place in the file need not
-        be aligned."""
+        """The bytes of one chunk, uint8 [..., columns * itemsize]; the file need not align them."""
         if index in self._read:
             return self._read[index]
         if index not in self._mapped:

@@ -1,5 +1,4 @@
-"""The steps of a conversion: one row of the table at one layer, as boxes to write or as Hugging
-Face tensors read."""
+"""The steps of a conversion: a table's row at one layer, as boxes or as Hugging Face tensors."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,9 +10,9 @@ from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.families import get_family
 from megatron_tsft.checkpoint.mapping import (
     Index,
-    Row,
     Segment,
     Shape,
+    TableRow,
     extra_state_keys,
     megatron_shape,
     model_shapes,
@@ -26,21 +25,21 @@ from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 
 # tensors are written in boxes of about this size: a bound on memory, not part of the format
 BOX_BYTES = 32 * 2**20
-ReadRows = Callable[
-    [str, int, int], torch.Tensor
-]  # (tensor name, first row, end row) -> those rows
+# (tensor name, first row, end row) -> those rows
+ReadRows = Callable[[str, int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Unit:
+class ConversionUnit:
     """One row of the table at one index of its leading dimensions.
 
-    names, shapes: of its Hugging Face tensors. segments: where their rows lie in the Megatron
-        tensor at this index.
-    global_shape: of the whole Megatron tensor.
+    Attributes:
+        names, shapes: of its Hugging Face tensors.
+        segments: where their rows lie in the Megatron tensor at this index.
+        global_shape: of the whole Megatron tensor.
     """
 
-    row: Row
+    row: TableRow
     index: Index
     names: tuple[str, ...]
     shapes: tuple[Shape, ...]
@@ -58,7 +57,7 @@ class Unit:
         return self.global_shape[len(self.index) + 1 :]
 
 
-def units(card: ModelCard) -> list[Unit]:
+def units(card: ModelCard) -> list[ConversionUnit]:
     """Everything that is converted, in the order embedding, layer by layer, rest."""
     arguments, family = card.megatron_arguments, get_family(card.family)
     before, layers, after = [], [], []
@@ -67,7 +66,7 @@ def units(card: ModelCard) -> list[Unit]:
         places = segments(row, shapes, arguments, card.padded_vocab_size)
         whole = megatron_shape(row, arguments, card.vocab_size, card.padded_vocab_size)
         own = [
-            Unit(row, index, row.names(index), shapes, places, whole)
+            ConversionUnit(row, index, row.names(index), shapes, places, whole)
             for index in row.indices(arguments)
         ]
         (layers if own[0].index else after if layers else before).extend(own)
@@ -75,29 +74,26 @@ def units(card: ModelCard) -> list[Unit]:
 
 
 def expected_keys(card: ModelCard) -> dict[str, Shape]:
-    """Megatron key -> global shape of every weight of the card's model (for
-    `keys.compare_keys`)."""
+    """Megatron key -> global shape of every weight of the card's model."""
     return model_shapes(
         get_family(card.family), card.megatron_arguments, card.vocab_size, card.padded_vocab_size
     )
 
 
 def extra_states(card: ModelCard) -> list[str]:
-    """The keys of the `_extra_state` objects that the card's model may ask for, with local or other
-    layers."""
+    """The keys of the `_extra_state` objects that the card's model may ask for, on any layers."""
     return extra_state_keys(get_family(card.family), card.megatron_arguments)
 
 
-def hf_shapes(steps: list[Unit]) -> dict[str, Shape]:
+def hf_shapes(steps: list[ConversionUnit]) -> dict[str, Shape]:
     """Name -> shape of every Hugging Face tensor, in the order of the units."""
     return {
         name: shape for unit in steps for name, shape in zip(unit.names, unit.shapes, strict=True)
     }
 
 
-def boxes_of(unit: Unit, dtype: torch.dtype, read: ReadRows) -> Iterator[Box]:
-    """The unit's part of the Megatron tensor, in boxes of at most BOX_BYTES (at least one row
-    each)."""
+def boxes_of(unit: ConversionUnit, dtype: torch.dtype, read: ReadRows) -> Iterator[Box]:
+    """The unit's part of the Megatron tensor, in boxes of a row or of at most BOX_BYTES."""
     per_box = max(1, BOX_BYTES // (torch.Size(unit.columns).numel() * dtype.itemsize))
     for start in range(0, unit.rows, per_box):
         stop = min(start + per_box, unit.rows)
@@ -111,9 +107,8 @@ def boxes_of(unit: Unit, dtype: torch.dtype, read: ReadRows) -> Iterator[Box]:
         )
 
 
-def _fill(unit: Unit, start: int, stop: int, read: ReadRows, box: torch.Tensor) -> None:
-    """Rows [start, stop) of the Megatron tensor at the unit's index, into a box with leading
-    dimensions of 1."""
+def _fill(unit: ConversionUnit, start: int, stop: int, read: ReadRows, box: torch.Tensor) -> None:
+    """Rows [start, stop) of the Megatron tensor at the unit's index, into a box of their size."""
     target = box.view(stop - start, *unit.columns)
     for segment in unit.segments:
         low, high = max(start, segment.target), min(stop, segment.target + segment.length)
@@ -139,7 +134,9 @@ class Piece:
 
 
 def pieces_of(
-    steps: Iterable[Unit], reader: CheckpointReader, dtypes: Mapping[str, torch.dtype] | None = None
+    steps: Iterable[ConversionUnit],
+    reader: CheckpointReader,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> Iterator[Piece]:
     """The units' Hugging Face tensors in the order of their names, in pieces of at most BOX_BYTES
     (at least one row).

@@ -1,5 +1,4 @@
-"""Is a Megatron folder the same model as a Hugging Face folder? Every tensor, logits on a text, and
-the tokenizer."""
+"""Is a Megatron folder the same model as a Hugging Face folder? Tensors, logits and tokenizer."""
 
 import math
 import operator
@@ -24,9 +23,8 @@ from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.units import Piece, expected_keys, hf_shapes, pieces_of, units
 from megatron_tsft.errors import UserError
 
-MAX_POSITIONS = (
-    1024  # tokens of the text that are compared: attention on CPU needs heads * positions^2 numbers
-)
+# tokens of the text that are compared: attention on CPU needs heads * positions^2 numbers
+MAX_POSITIONS = 1024
 LOGIT_TOLERANCE = 1e-4  # fp32 on both sides, relative to max(1, largest |logit|)
 TEXT = """The planet turns once in 24 hours, so the sun seems to rise at 06:12 and to set at 17:58.
 How far is 3.5 miles? It is 3.5 * 1.609 = 5.63 kilometres; a runner needs about 28 minutes.
@@ -43,10 +41,17 @@ L'été dernier, nous avons marché jusqu'à la mer. 今日は天気がいいで
 
 @dataclass(frozen=True)
 class Verification:
-    """tensors: how many were compared. different: those that differ. rounded: those that agree once
-    the checkpoint's numbers are rounded to the file's dtype. logits: None where they were not
-    compared, and why_no_logits says why. tokenizer: what is wrong with it ("" for nothing), None
-    where neither folder has one. config: what config.json says otherwise than the model card."""
+    """What a comparison of two folders gave.
+
+    Attributes:
+        tensors: how many were compared.
+        different: the tensors that differ.
+        logits: None where they were not compared.
+        rounded: tensors that agree once the checkpoint's numbers have the file's dtype.
+        why_no_logits: why they were not compared.
+        tokenizer: what is wrong with it, "" for nothing; None where neither folder has one.
+        config: what config.json says otherwise than the model card.
+    """
 
     tensors: int
     different: list[str]
@@ -58,8 +63,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Tensors, configs and tokenizers agree, and the logits, where compared, are within
-        LOGIT_TOLERANCE."""
+        """Tensors, configs and tokenizers agree; so do logits, if any, to LOGIT_TOLERANCE."""
         close = self.logits is None or self.logits.max_difference <= LOGIT_TOLERANCE * max(
             1.0, self.logits.max_logit
         )

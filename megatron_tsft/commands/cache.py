@@ -1,11 +1,11 @@
-"""Ask a teacher once and keep what it says: the most likely tokens of every supervised position,
-for any training run.
+"""Ask a teacher once and keep its answers, the most likely tokens at every supervised position, for
+any number of training runs.
 
-The teacher is a Megatron folder (under torchrun, with any tensor, pipeline and data parallelism;
-flags of Megatron's own are passed on) or a Hugging Face folder (transformers; under torchrun one
-copy a rank). The cache is keyed by conversation: it serves any sequence length, batch size, layout,
-order, number of epochs and objective. A killed job goes on where it stopped when it is started
-again.
+The teacher is a Megatron folder or a Hugging Face folder. Megatron computes the first, under
+torchrun with any tensor, pipeline and data parallelism; flags of Megatron's own are passed on.
+transformers computes the second, under torchrun with one copy of the model on each rank. The cache
+is keyed by conversation: it serves any sequence length, batch size, layout, order, number of epochs
+and objective. A killed job goes on where it stopped when it is started again.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from megatron_tsft.teacher.folder import (
     read_megatron_folder,
 )
 from megatron_tsft.teacher.format import expected_bytes
-from megatron_tsft.teacher.job import Predictor
+from megatron_tsft.teacher.job import Predictor, Share
 from megatron_tsft.teacher.reader import TeacherCache
 from megatron_tsft.teacher.request import CacheJob, plan_job
 from megatron_tsft.teacher.writer import CacheWriter
@@ -66,53 +66,75 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         "--teacher",
         required=True,
         metavar="DIR",
-        help="Megatron folder (imported or trained) or HF folder",
+        help="the teacher: a Megatron folder (imported or trained) or a Hugging Face folder",
     )
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="DIR", help="folders made by prepare_data.py"
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="DIR",
+        help="the conversations: folders that prepare_data.py made",
     )
     parser.add_argument(
-        "--output", required=True, metavar="DIR", help="the cache; an unfinished one is continued"
+        "--output",
+        required=True,
+        metavar="DIR",
+        help="the folder of the cache; an unfinished one is continued",
     )
     parser.add_argument(
-        "--top-k", required=True, type=int, metavar="K", help="tokens to keep a position"
+        "--top-k",
+        required=True,
+        type=int,
+        metavar="K",
+        help="how many tokens are kept at each position",
     )
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="of the teacher (default: 1)"
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="records are of the teacher's softmax(logits / T) (default: 1)",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="the teacher's (default: bf16, on CPU fp32)"
+        "--dtype",
+        choices=DTYPES,
+        help="the type that the teacher is computed in (default: bf16, on CPU fp32)",
     )
     parser.add_argument(
         "--vocab-size",
         type=int,
         metavar="N",
-        help="leave ids from N on out (default: the teacher's own)",
+        help="token ids from N on get no mass (default: the size of the teacher's vocabulary)",
     )
     parser.add_argument(
         "--token-map",
         metavar="FILE",
-        help="JSON list: the teacher's id of each token of the data's tokenizer, -1: none",
+        help="a JSON list: for each token of the data's tokenizer the teacher's id, or -1 where it"
+        " has none",
     )
     parser.add_argument(
         "--batch-tokens",
         type=int,
         metavar="N",
-        help="positions that go through the teacher at once (8192, on CPU 1024)",
+        help="positions that go through the teacher at once (default: 8192, on CPU 1024)",
     )
     parser.add_argument(
-        "--shard-bytes", type=int, metavar="N", help="of a file (default: by the size of the data)"
+        "--shard-bytes",
+        type=int,
+        metavar="N",
+        help="the size of a file of the cache (default: it follows from the size of the data)",
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), help="default: cuda where there is one"
+        "--device",
+        choices=("cuda", "cpu"),
+        help="where the teacher is computed (default: cuda where there is a GPU)",
     )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_known_args(argv)
 
 
 def check_arguments(args: argparse.Namespace, flags: list[str]) -> bool:
-    """Whether the teacher is a Megatron folder; refuses what can be refused by looking at the
-    command line alone."""
+    """Whether the teacher is a Megatron folder; refuses what the command line alone gives away."""
     for name in ("top_k", "batch_tokens", "shard_bytes", "vocab_size"):
         number = getattr(args, name)
         if number is not None and number < 1:
@@ -174,7 +196,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         teacher = load_teacher(job, flags, device, stack)
         tokens = fill(writer, teacher, progress=rank == 0 and not args.no_progress)
         if rank == 0:
-            finish(writer, tokens * teacher.share[1] / (time.monotonic() - started))
+            finish(writer, tokens * teacher.share.ranks / (time.monotonic() - started))
     return 0
 
 
@@ -192,7 +214,7 @@ def load_teacher(
         if world > 1:  # the ranks only wait for each other
             dist.init_process_group("gloo", timeout=PATIENCE)
             stack.callback(dist.destroy_process_group)
-        share = (rank, world)
+        share = Share(rank, world)
         return TransformersTeacher(job.folder.path, job.question, dtype, device, share)
     entry.be_a_rank()
     entry.megatron_environment()

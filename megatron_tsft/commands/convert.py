@@ -27,11 +27,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         sub = commands.add_parser(
             name, help=text, description=text, epilog=EXAMPLE, formatter_class=raw
         )
-        sub.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder")
+        sub.add_argument("--hf", required=True, metavar="DIR", help="the Hugging Face folder")
         sub.add_argument(
-            "--megatron", required=True, metavar="DIR", help="Megatron checkpoint folder"
+            "--megatron", required=True, metavar="DIR", help="the Megatron checkpoint folder"
         )
-        sub.add_argument("--no-progress", action="store_true", help="no progress bar")
+        sub.add_argument("--no-progress", action="store_true", help="show no progress bar")
         return sub
 
     importer = command(
@@ -41,39 +41,49 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--overwrite", action="store_true", help="replace a folder that an import made"
     )
     importer.add_argument(
-        "--verify", action="store_true", help="read it back and compare as `verify` does"
+        "--verify",
+        action="store_true",
+        help="then read the result back and compare it as `verify` does",
     )
     exporter = command(
         "export", "Megatron torch_dist (imported, or saved by a training run) -> Hugging Face"
     )
     exporter.add_argument(
-        "--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)"
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="the iteration of the checkpoint (default: the latest)",
     )
     exporter.add_argument(
-        "--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the original weights"
+        "--dtype",
+        choices=("bf16", "fp16", "fp32"),
+        help="the type of the weights that are written (default: that of the original weights)",
     )
     exporter.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a Hugging Face folder, with everything in it",
+        help="replace a Hugging Face folder and everything in it",
     )
     checker = command(
         "verify", "compare every tensor bit by bit, the logits of both models and their tokenizers"
     )
     checker.add_argument(
-        "--iteration", type=int, metavar="N", help="which checkpoint (default: the latest)"
+        "--iteration",
+        type=int,
+        metavar="N",
+        help="the iteration of the checkpoint (default: the latest)",
     )
     for sub, when in ((importer, "with --verify: "), (checker, "")):
         sub.add_argument(
             "--text",
             metavar="FILE",
-            help=f"{when}compare logits on its first 1024 tokens, fp32 on CPU (default: a short"
-            " text of our own)",
+            help=f"{when}compare logits on the first 1024 tokens of this file, in fp32 on the CPU"
+            " (default: a short text of our own)",
         )
         sub.add_argument(
             "--weights-only",
             action="store_true",
-            help=f"{when}compare no logits, only weights, config and tokenizer",
+            help=f"{when}compare weights, config and tokenizer, and no logits",
         )
     args = parser.parse_args(argv)
     text, only = getattr(args, "text", None), getattr(args, "weights_only", False)
@@ -140,8 +150,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 where a verification finds a difference, or 2 for a
-    user's error."""
+    """Run one command; returns 0, 1 where a verification finds a difference, 2 for user errors."""
     args = parse(argv)
     left = "" if args.command == "verify" else "; nothing is left half-written"
     return run_command(lambda: run(args), name=args.command, left=left)

@@ -1,7 +1,7 @@
-"""What is in a teacher cache: whose words, how many tokens, how much mass its top-k leaves out,
-which data it covers.
+"""Say what is in a teacher cache: which teacher was asked, how many tokens it holds, how much mass
+its top-k leaves out, and which data it covers.
 
-Reads all of it, so it also says whether a copy is whole.
+All of the cache is read, so this also tells whether a copy is whole.
 """
 
 import argparse
@@ -30,12 +30,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cache", metavar="CACHE_DIR", help="folder made by cache_teacher.py")
+    parser.add_argument("cache", metavar="CACHE_DIR", help="a folder that cache_teacher.py made")
     parser.add_argument(
-        "--data", nargs="+", default=[], metavar="DIR", help="prepared folders to look up in it"
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="prepared folders whose conversations are looked up in it",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the same as JSON")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--json", metavar="FILE", help="also write everything to a JSON file")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args(argv)
 
 
@@ -111,7 +115,11 @@ def show(facts: dict) -> None:
         print(f"  {low:7.0e} to {high:7.0e}  {100 * count / facts['tokens']:5.1f}%  {bar}")
     for part in facts["coverage"]:
         made = "made for it" if part["made_for_it"] else "not made for it"
-        missing = f"; the first without: {part['first_missing']}" if part["first_missing"] else ""
+        missing = (
+            f"; the first one without a record: {part['first_missing']}"
+            if part["first_missing"]
+            else ""
+        )
         other = "" if part["same_tokenizer"] else "; ANOTHER TOKENIZER"
         print(
             f"{part['data']}: {part['found']} of {part['conversations']} conversations"

@@ -1,13 +1,18 @@
 """Tokenise conversations into the folder that training reads: chat template, supervised tokens,
 weights.
 
-A line of the JSONL file (or row of a data set that `Dataset.save_to_disk` wrote) is an object with
-  messages              [{"role": ..., "content": ...}, ...]: the assistant's turns are supervised,
-  or prompt, completion    two strings (raw text, no template), or two lists of messages: the
-  completion is supervised
-and optionally tools, weight (a number >= 0), critical ([[start, end), ...] characters of a string
-completion, or inside an assistant message). Rows that cannot be used are counted and named at the
-end.
+A line of the JSONL file, or a row of a data set that `Dataset.save_to_disk` wrote, is an object
+with
+  messages            [{"role": ..., "content": ...}, ...], of which the assistant's turns are
+                      supervised,
+  or prompt and       two strings (raw text, without a template) or two lists of messages, of which
+  completion          the completion is supervised,
+and, where you like,
+  tools               a list of JSON schemas for the chat template,
+  weight              a number >= 0 that weighs the row's tokens,
+  critical            [[start, end], ...], spans of a string completion, in characters and without
+                      the end; spans of an assistant message stand in that message.
+Rows that cannot be used are left out; they are counted and named at the end.
 """
 
 import argparse
@@ -32,23 +37,39 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--input", required=True, metavar="FILE", help="JSONL, also .jsonl.gz, or a saved data set"
+        "--input",
+        required=True,
+        metavar="FILE",
+        help="a JSONL file (also .jsonl.gz), or the folder of a saved data set",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="Hugging Face folder")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the prepared folder")
     parser.add_argument(
-        "--max-tokens", type=int, metavar="N", help="longest conversation (default: any)"
+        "--tokenizer", required=True, metavar="DIR", help="the Hugging Face folder of the tokenizer"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="the prepared folder, which is made"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="the most tokens that a conversation may have (default: any number)",
     )
     parser.add_argument(
         "--too-long",
         choices=TOO_LONG,
         default="truncate",
-        help="what happens to longer ones (default: %(default)s)",
+        help="what happens to longer conversations (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes (default: %(default)s)"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many processes tokenise (default: %(default)s)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a prepared folder")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that was prepared before"
+    )
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first row that cannot be used"
     )
@@ -57,9 +78,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="print the first N conversations, [[supervised]] parts marked",
+        help="print the first N conversations with their [[supervised]] parts marked",
     )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args(argv)
 
 

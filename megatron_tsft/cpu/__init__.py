@@ -1,5 +1,4 @@
-"""The CPU device layer: Megatron's real loop under gloo on a machine without a GPU. `install()`
-before megatron."""
+"""The CPU device layer: Megatron's real loop under gloo without a GPU, installed before it."""
 
 from megatron_tsft.cpu.install import install
 

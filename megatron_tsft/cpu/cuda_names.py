@@ -1,5 +1,4 @@
-"""Inert stand-ins for the torch.cuda names that Megatron's loop touches; `is_available()` stays
-False."""
+"""Inert stand-ins for the torch.cuda names that Megatron's loop touches."""
 
 import collections
 import contextlib

@@ -9,8 +9,7 @@ CPU = torch.device("cpu")
 
 
 def is_cuda(device: object) -> bool:
-    """Whether a device argument means a GPU: "cuda...", torch.device("cuda", i), or a bare
-    index."""
+    """Whether a device argument means a GPU: "cuda...", torch.device("cuda", i), an index."""
     if isinstance(device, bool):
         return False
     if isinstance(device, torch.device):

@@ -1,5 +1,4 @@
-"""Install the layer, once, before the first `import megatron`. Only entry points and tests call
-this."""
+"""Install the layer, once, before the first `import megatron`: for entry points and tests alone."""
 
 import functools
 import logging

@@ -1,5 +1,4 @@
-"""One micro-batch of packs as the model and the loss want it: a single row of documents, one after
-the other."""
+"""One micro-batch of packs as the model and the loss want it: documents in a single row."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

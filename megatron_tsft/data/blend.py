@@ -1,5 +1,4 @@
-"""Several packed data sets in fixed shares, as one endless list: which pack is item i follows from
-i alone."""
+"""Several packed data sets in fixed shares, as one endless list: i alone decides pack i."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,8 +30,7 @@ def blend_place(index: int, shares: Sequence[float]) -> tuple[int, int]:
 
 
 class BlendedPacks(Dataset[dict[str, Tensor]]):
-    """Packs of several data sets; an item says which one it comes from (`dataset`, an int64
-    scalar)."""
+    """Packs of several data sets; an item says which one it comes from (`dataset`, a scalar)."""
 
     def __init__(
         self, members: Sequence[PackedDataset], shares: Sequence[float], split: Any = None

@@ -1,22 +1,20 @@
 """One row of the input -> its tokens, which of them are supervised, and their weights.
 
 `messages`: the chat template of the tokenizer writes the text, which is tokenised once and as a
-whole (the template
-    writes BOS itself). Supervised are the tokens that overlap an assistant turn, its end token
-    included: the last special token of the turn (<|im_end|>, <|eot_id|>, </s>), but not white space
-    behind it. A template that ends a turn without special token is refused: the model would never
-    learn to stop. `tools` of the row go to the template.
-`prompt`, `completion` as strings: raw text, without template. tokens(prompt) with the BOS that the
-tokenizer adds, then
-    tokens(completion), then EOS unless the completion ends with it; completion and EOS are
-    supervised.
-`prompt`, `completion` as lists of messages: one conversation; only assistant turns of the
-completion are supervised. `messages` wins where a row has both.
+    whole (the template writes BOS itself). Supervised are the tokens that overlap an assistant
+    turn, its end token included: the last special token of the turn (<|im_end|>, <|eot_id|>, </s>),
+    but not white space behind it. A template that ends a turn without special token is refused: the
+    model would never learn to stop. `tools` of the row go to the template.
+`prompt`, `completion` as strings: raw text, without template. The tokens are those of the prompt
+    with the BOS that the tokenizer adds, those of the completion, and EOS unless the completion
+    ends with it; completion and EOS are supervised.
+`prompt`, `completion` as lists of messages: one conversation, of which only the completion's
+    assistant turns are supervised. `messages` wins where a row has both.
 
-`weight` (a number >= 0, per row) and `critical` ([[start, end), ...] character offsets: of a string
-completion in the row, of an assistant message in that message) make token_weights = weight *
-critical: once a row names critical spans, tokens that overlap one have 1 and all others of the row
-    0.
+A row's `weight` is a number >= 0. `critical` is a list of [start, end) in characters; it stands in
+the row for a string completion, and in an assistant message for that message. Both make
+token_weights = weight * critical: once a row names critical spans, tokens that overlap one have 1
+and all others of the row 0.
 """
 
 import copy
@@ -36,9 +34,8 @@ class Encoded:
 
     input_ids: np.ndarray  # [n] int32
     loss_mask: np.ndarray  # [n] bool; never True at 0, which nothing predicts
-    token_weights: (
-        np.ndarray | None
-    )  # [n] float32, 0 outside the mask; None without `weight` and `critical`
+    # [n] float32, 0 outside the mask; None without `weight` and `critical`
+    token_weights: np.ndarray | None
 
     def cut(self, length: int | None) -> "Encoded":
         """The first `length` tokens."""
@@ -92,9 +89,8 @@ class ChatEncoder:
             Refusal: this row cannot be used.
             UserError: no row can: the tokenizer lacks what the format needs.
         """
-        row = {
-            key: value for key, value in row.items() if value is not None
-        }  # Arrow writes null for a missing key
+        # Arrow writes null for a missing key
+        row = {key: value for key, value in row.items() if value is not None}
         weight = read_weight(row)
         if "messages" in row:
             encoded = self._chat(read_messages(row["messages"]), 0, row, weight)
@@ -216,7 +212,7 @@ class ChatEncoder:
                     )
                 for begin, last in critical[turn.message] or []:
                     chosen |= tokens.overlap(
-                        max(place[0] + begin, turn.start), min(place[0] + last, body)
+                        max(place.start + begin, turn.start), min(place.start + last, body)
                     )
         named = any(spans is not None for spans in critical.values())
         return _encoded(tokens.ids, mask, weight, chosen if named else None)
@@ -246,8 +242,7 @@ def _encoded(
 
 
 def _end_token(text: str, tokens: _Tokens, turn: Turn) -> int | None:
-    """Which token ends a turn: a special one with nothing but white space between it and the turn's
-    stop."""
+    """Which special token ends a turn: nothing but white space lies between it and the stop."""
     special = np.flatnonzero(tokens.special & (tokens.starts >= turn.start))
     inside = special[tokens.starts[special] < turn.stop]
     if len(inside) and not text[tokens.ends[inside[-1]] : turn.stop].strip():

@@ -1,5 +1,4 @@
-"""Prepared conversations as an endless, resumable list of packs: item i is a pure function of the
-seed and i."""
+"""Prepared conversations as an endless list of packs: item i is a function of seed and i alone."""
 
 import copy
 import functools
@@ -88,8 +87,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return ENDLESS
 
     def _plan(self, epoch: int) -> EpochPlan:
-        """The plan of an epoch; the last two are kept, because loader workers prefetch across the
-        border."""
+        """The plan of an epoch; two are kept, because loader workers prefetch across the border."""
         if not self.shuffle:
             epoch = 0
         if epoch not in self._plans:
@@ -105,8 +103,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     @functools.cached_property
     def supervised(self) -> Ints:
-        """[rows] supervised tokens of each conversation, after truncation. Reads every mask,
-        once."""
+        """[rows] supervised tokens of each conversation, after truncation. Reads all masks once."""
         counts = self.data.supervised()
         for row in np.flatnonzero(self.data.lengths > self.seq_length + 1).tolist():
             counts[row] = self.data.row(row).loss_mask[1 : self.positions[row] + 1].sum()

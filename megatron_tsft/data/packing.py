@@ -1,5 +1,4 @@
-"""Which conversations share a pack: first-fit decreasing, planned from lengths, anew every
-epoch."""
+"""Which conversations share a pack: first-fit decreasing, by their lengths, anew every epoch."""
 
 from dataclasses import dataclass
 

@@ -1,5 +1,4 @@
-"""The preparation job: rows of the input -> tokens, in one or several processes -> a prepared
-folder (prepared.py)."""
+"""The preparation job: rows of the input -> tokens, in processes -> a prepared folder."""
 
 import contextlib
 import multiprocessing
@@ -39,8 +38,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row: `encoded`, or None, the reason and, where it is known, what exactly
-    was wrong."""
+    """What became of one row: `encoded`, or None, the reason and, where known, its detail."""
 
     number: int
     encoded: Encoded | None

@@ -3,15 +3,15 @@
 A folder that Hugging Face `datasets` opens (`load_from_disk`), with a card `tsft_data.json` beside
 the Arrow files. One row per conversation, in the order of the input:
 
-    sample_id      string         32 hex digits over input_ids and loss_mask (not over
-    token_weights: the teacher's
-                                  records are keyed by it, and weights do not change what a teacher
-                                  says)
+    sample_id      string         32 hex digits over input_ids and loss_mask; a teacher's records
+                                  are keyed by it, so token_weights do not count, which no
+                                  teacher sees
     length         int32          tokens, so that packs are planned without reading any
     input_ids      list<int32>    [length]
     loss_mask      list<bool>     [length] True where the token is a target; never at 0, which
-    nothing predicts token_weights  list<float32>  [length] only where a row of the input had
-    `weight` or `critical`; 0 outside the mask
+                                  nothing predicts
+    token_weights  list<float32>  [length] 0 outside the mask; the column is there only where a row
+                                  of the input had `weight` or `critical`
 """
 
 import bisect
@@ -48,13 +48,17 @@ REMEDY = (
 class DataCard:
     """What a prepared folder holds, and what was left out of it.
 
-    tokenizer_fingerprint: of checkpoint.tokenizer. vocab_size: largest id + 1, what a model must
-        have at least.
-    fingerprint: 32 hex digits over all sample_ids in order. longest: tokens of the longest
-    conversation. weighted: there is a column token_weights. duplicates: conversations whose
-    sample_id occurred before (they are kept). truncated: conversations cut to --max-tokens.
-    refused: reason -> count; refused_lines: reason -> its first line numbers. files: Arrow file ->
-        bytes.
+    Attributes:
+        tokenizer_fingerprint: of checkpoint.tokenizer.
+        vocab_size: the largest id + 1, which a model must have at least.
+        fingerprint: 32 hex digits over all sample_ids in order.
+        longest: tokens of the longest conversation.
+        weighted: there is a column token_weights.
+        duplicates: conversations whose sample_id occurred before; they are kept.
+        truncated: conversations that were cut to --max-tokens.
+        refused: reason -> count.
+        refused_lines: reason -> its first line numbers.
+        files: Arrow file -> bytes.
     """
 
     tokenizer_fingerprint: str
@@ -93,8 +97,7 @@ class DataCard:
         )
 
     def save(self, directory: Path | str) -> None:
-        """Write the card into a folder, atomically; last, because a folder with a card is
-        complete."""
+        """Write the card into a folder, atomically and last: a folder with a card is complete."""
         save_card(self, Path(directory) / CARD_FILE, FORMAT_VERSION)
 
 
@@ -109,8 +112,7 @@ class Sample:
 
 
 def sample_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
-    """32 hex digits over the tokens [n] and the mask [n]: the same on every machine, equal for
-    equal conversations."""
+    """32 hex digits over tokens [n] and mask [n]: on every machine the same for equal ones."""
     ids = np.ascontiguousarray(input_ids, "<i4")
     return hashlib.blake2b(
         ids.tobytes() + np.packbits(loss_mask).tobytes(), digest_size=16
@@ -207,9 +209,8 @@ class PreparedData:
         batch, place = self._batches[number], index - self._starts[number]
         name = batch.column("sample_id")[place].as_py()
         ids = batch.column("input_ids")[place].values.to_numpy()
-        mask = batch.column("loss_mask")[place].values.to_numpy(
-            zero_copy_only=False
-        )  # Arrow stores bits
+        # Arrow stores bits, which are copied
+        mask = batch.column("loss_mask")[place].values.to_numpy(zero_copy_only=False)
         if sample_id(ids, mask) != name:  # microseconds, and a flipped bit never trains anything
             raise UserError(f"conversation {index} of {self.directory} is damaged: {REMEDY}")
         weights = (

@@ -1,5 +1,4 @@
-"""The keys of a row of the input, checked: what is wrong is refused by name, never passed on to a
-template."""
+"""The keys of a row of the input, checked: what is wrong is refused by name."""
 
 from typing import Any
 

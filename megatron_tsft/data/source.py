@@ -1,5 +1,4 @@
-"""The input of the preparation: a JSONL file (also .jsonl.gz) or a Hugging Face data set on disk,
-read in blocks."""
+"""The input of the preparation, in blocks: a JSONL file or a saved Hugging Face data set."""
 
 import gzip
 import json

@@ -1,5 +1,4 @@
-"""What a teacher said about one conversation, as packs carry it; where it comes from is teacher/'s
-business."""
+"""What a teacher said about one conversation, as packs carry it."""
 
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, fields
@@ -26,8 +25,7 @@ def absent_rows(n: int, top_k: int) -> TeacherRows:
 
 
 def put_rows(into: TeacherRows, places: np.ndarray, rows: TeacherRows) -> None:
-    """Write the first records of `rows` to `places` [m] int of `into`, as many as there are
-    places."""
+    """Write the first records of `rows` to `places` [m] int of `into`, one to each place."""
     count = len(places)
     into.ids[places] = rows.ids[:count]
     into.logprobs[places] = rows.logprobs[:count]

@@ -49,12 +49,20 @@ class Turn:
     open: bool
 
 
-def content_place(text: str, start: int, stop: int, content: str) -> tuple[int, int] | None:
-    """Characters [first, last) of text[start:stop] that are `content`, which templates may strip;
-    None = not certain.
+@dataclass(frozen=True)
+class TextSpan:
+    """Characters [start, stop) of a text."""
 
-    Certain is the last thing before `stop`, or what occurs once. `first` belongs to content[0] also
-    where the template stripped leading space, so that offsets into `content` can be added to it.
+    start: int
+    stop: int
+
+
+def content_place(text: str, start: int, stop: int, content: str) -> TextSpan | None:
+    """Where `content`, which templates may strip, lies in text[start:stop]; None = not certain.
+
+    Certain is the last thing before `stop`, or what occurs once. The place's start belongs to
+    content[0] also where the template stripped leading space, so that offsets into `content` can be
+    added to it.
     """
     stripped = content.strip()
     at = text.rfind(stripped, start, stop)
@@ -63,7 +71,7 @@ def content_place(text: str, start: int, stop: int, content: str) -> tuple[int, 
     if text[at + len(stripped) : stop].strip() and text.count(stripped, start, stop) > 1:
         return None
     first = at - content.index(stripped)
-    return first, first + len(content)
+    return TextSpan(first, first + len(content))
 
 
 class ChatTemplate:
@@ -201,8 +209,7 @@ class ChatTemplate:
 
 
 def _opened_by_content(text: str, start: int, index: int, message: Message, template: str) -> Turn:
-    """The turn that begins with the message's content, which is all that the template could write
-    of it."""
+    """The turn that begins with the message's content, which must be all that it has."""
     content = message["content"].strip()
     start_of_content = start + len(text[start:]) - len(text[start:].lstrip())
     dropped = [key for key in message if key not in ("role", "content") and key in template]

@@ -1,5 +1,4 @@
-"""Q-target losses on vocabulary-sharded logits: the API, the dense definition, statistics, merge.
-Torch only."""
+"""Q-target losses on vocabulary-sharded logits, their dense definition, their statistics."""
 
 from megatron_tsft.loss.api import q_target_cross_entropy, q_target_linear_cross_entropy
 from megatron_tsft.loss.problem import LossOptions

@@ -18,8 +18,7 @@ from megatron_tsft.objectives import Objective
 
 
 def outside_graphs[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """torch.compile breaks its graph at this function and runs it as it is: kernels, collectives
-    and all."""
+    """torch.compile breaks its graph at this function and runs it as it is, kernels and all."""
     # the lazy form: torch.compiler.disable would import
     # torch._dynamo, seconds, for everyone who imports the package
     disabled = _disable_dynamo(function)

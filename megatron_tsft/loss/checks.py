@@ -1,5 +1,4 @@
-"""What the loss's arguments must be: every error says what was wrong, with the value, and what to
-pass instead."""
+"""What the loss's arguments must be: an error says what was wrong and what to pass instead."""
 
 import math
 import os
@@ -165,8 +164,7 @@ class Place:
     def check_teacher(
         self, teacher: Tensor | TeacherTopK | TeacherHidden | None, width: int
     ) -> None:
-        """Raise TypeError or ValueError where a teacher's tensors do not fit the labels and `width`
-        columns."""
+        """Raise TypeError or ValueError where a teacher does not fit the labels and the columns."""
         if isinstance(teacher, TeacherTopK):
             self._check_top_k(teacher)
         elif isinstance(teacher, TeacherHidden):
@@ -238,8 +236,7 @@ def check_teacher_use(
     teacher: Tensor | TeacherTopK | TeacherHidden | None,
     reference_logprobs: Tensor | None,
 ) -> None:
-    """Raise ValueError where an objective lacks the teacher or the reference that it needs, or
-    would ignore one."""
+    """Raise ValueError where an objective lacks a teacher or reference, or would ignore one."""
     name, reads_reference = objective.name, bool(objective.needs & READ_A_REFERENCE)
     if teacher is None:
         if objective.teacher == "required":

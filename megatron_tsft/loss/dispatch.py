@@ -1,5 +1,4 @@
-"""Which implementation reads the vocabulary: the torch path anywhere, the Triton kernels on a
-GPU."""
+"""Which implementation reads the vocabulary: torch anywhere, the Triton kernels on a GPU."""
 
 import functools
 import importlib.util

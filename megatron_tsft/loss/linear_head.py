@@ -52,8 +52,7 @@ def linear_q_target(
 
 
 class _LinearQTarget(torch.autograd.Function):
-    """loss [N] from hidden [..., H] and weight [V/tp, H]; the detached values leave through
-    `box`."""
+    """loss [N] from hidden [..., H] and weight [V/tp, H]; other values leave through `box`."""
 
     @staticmethod
     def forward(
@@ -145,8 +144,7 @@ class Head:
             yield logits, self.problem.shard(logits, start)
 
     def reduced(self, grad: Tensor) -> Tensor:
-        """hidden's gradient [N, H], a part of the sum on each rank, as autograd expects it: [...,
-        H] of hidden."""
+        """hidden's gradient [..., H] for autograd, from each rank's part of the sum [N, H]."""
         if self.group is None or self.group.size() == 1:
             return grad.view(self.shape)
         if not self.sequence_parallel:
@@ -156,8 +154,7 @@ class Head:
 
 
 class WeightGradient:
-    """Where the weight's gradient goes: Megatron's fp32 `main_grad` where the weight has one, else
-    a new tensor."""
+    """Where the weight's gradient goes: Megatron's fp32 `main_grad` if it has one, or a tensor."""
 
     def __init__(self, weight: Tensor):
         self.weight = weight

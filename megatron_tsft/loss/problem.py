@@ -1,5 +1,4 @@
-"""One call of a loss: its options, checked and flattened to N tokens, as everything below reads
-them."""
+"""One call of a loss: its options, checked and flattened to N tokens for everything below."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,8 +77,7 @@ class Problem:
         return self.residual.b
 
     def shard(self, logits: Tensor, start: int = 0) -> Shard:
-        """The columns of `logits` [N, w], which are [start, start + w) of this rank's, with the
-        teacher on them."""
+        """Columns [start, start + w) of this rank's, `logits` [N, w], with the teacher on them."""
         first, width = self.offset + start, logits.shape[1]
         if isinstance(self.teacher, SparseTeacher):
             teacher = self.teacher.counted_from(first)

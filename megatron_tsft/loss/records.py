@@ -1,5 +1,4 @@
-"""The records that cross the loss's border: a teacher's top-k or hidden states in, per-token values
-out."""
+"""The records that cross the loss's border: a teacher goes in, per-token values come out."""
 
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass

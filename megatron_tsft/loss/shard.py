@@ -1,5 +1,4 @@
-"""A shard: a range of the vocabulary for N tokens, with what the objective asks of it. A rank holds
-one or several."""
+"""A shard: some of the vocabulary's columns for N tokens; a rank holds one or several."""
 
 from dataclasses import dataclass
 

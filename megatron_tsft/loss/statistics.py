@@ -80,8 +80,7 @@ class Table:
 
     @staticmethod
     def empty(selection: Selection, n: int, dtype: torch.dtype, device: torch.device) -> "Table":
-        """The statistics of no column at all: what a shard of padding has, and an inactive
-        token."""
+        """The statistics of no column: of a shard of padding, and of an inactive token."""
 
         def needed(table: dict[str, str]) -> tuple[str, ...]:
             return tuple(
@@ -157,8 +156,7 @@ def combine(names: tuple[str, ...], shards: Tensor, a: Scalar, b: Scalar) -> Tab
 
 
 def merge(local: Table, a: Scalar, b: Scalar, group: "dist.ProcessGroup | None") -> Table:
-    """The same statistics over the whole vocabulary: one all-gather, merged in rank order, so equal
-    on every rank."""
+    """The same over the whole vocabulary: one all-gather, merged in rank order, equal on all."""
     if group is None or group.size() == 1 or local.data.shape[1] == 0:
         return local
     return combine(local.names, all_gather(local.data, group), a, b)

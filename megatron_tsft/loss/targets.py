@@ -36,8 +36,7 @@ class Targets:
 
 
 def decide_targets(problem: Problem, merged: Table) -> Targets:
-    """Merged statistics -> coefficients of the objective -> loss, reported values and what backward
-    needs."""
+    """Merged statistics -> coefficients -> loss, reported values and what backward needs."""
     log_s = log_sum(merged)
     stats = student_statistics(merged, log_s, problem.objective.top_ks, problem.vocab_size)
     logp_y = stats.logp_y
@@ -103,8 +102,7 @@ def _exponent_at_label(problem: Problem, merged: Table) -> Tensor:
 
 
 def _teacher_statistics(problem: Problem, merged: Table, stats: Statistics) -> Tensor:
-    """Fill in log T(y) and log p_ref(y); return where a teacher that is used is not finite, [N]
-    bool."""
+    """Fill in log T(y), log p_ref(y); [N] bool, where a teacher that is used is not finite."""
     teacher = problem.teacher
     bad_teacher = torch.zeros_like(problem.labelled)
     if isinstance(teacher, SparseTeacher):
@@ -175,8 +173,7 @@ def keep_for_backward(
 def gradient_weights(
     scale: float, numbers: dict[str, Tensor], grad_output: Tensor
 ) -> GradientWeights:
-    """The numbers of dloss/dlogits for an upstream gradient [N]; a token whose upstream is 0 is
-    idle."""
+    """The numbers of dloss/dlogits for an upstream gradient [N], where 0 means an idle token."""
     upstream = grad_output.to(numbers["m"].dtype) * scale
     imitation, residual = numbers["imitation"] * upstream, numbers["residual"] * upstream
     logp_y = numbers["logp_y"]

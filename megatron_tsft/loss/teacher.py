@@ -1,5 +1,4 @@
-"""A teacher as one rank sees it: dense, top-k or hidden states; its view on a range of columns, and
-log T(y)."""
+"""A teacher as one rank sees it: dense, top-k or hidden states, on a range of columns."""
 
 from dataclasses import dataclass, replace
 

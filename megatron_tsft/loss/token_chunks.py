@@ -28,8 +28,7 @@ HUGE = 32 << 20  # bytes; the C library maps memory of this size anew each time,
 
 
 def local_statistics(shard: Shard, selection: Selection) -> Table:
-    """One read of logits and teacher: this shard's statistics, [K, N] in fp32 (fp64 for fp64
-    logits)."""
+    """One read of logits and teacher: the shard's statistics, fp32 (fp64 for fp64 logits)."""
     chunks = Chunks(shard, shard.active)
     table = Table.empty(selection, len(shard.logits), chunks.dtype, shard.logits.device)
     if not shard.columns:
@@ -193,8 +192,7 @@ Z, E, T, G, TOP_K = range(5)
 
 
 class Chunks:
-    """A shard's rows, a few at a time, and scratch for one such chunk. Chunks without an active row
-    are left out."""
+    """A shard's rows, a few at a time, without idle chunks, and scratch for one such chunk."""
 
     def __init__(self, shard: Shard, active: Tensor):
         """`active` [N] bool: which rows matter."""
@@ -234,8 +232,7 @@ class Chunks:
         return full if self.sizes[i] == self.step else full[: self.sizes[i]]
 
     def load(self, logits: Tensor, scale: float) -> Iterator[tuple[int, Tensor]]:
-        """For each chunk with an active row: its number, and scale * logits [n, columns] in scratch
-        Z."""
+        """The number of each chunk with an active row, and scale * logits [n, columns] in Z."""
         skipped = set(self.idle)
         for i, rows in zip(
             range(len(self.sizes)), self.of(logits[:, : self.shard.columns]), strict=False
@@ -284,8 +281,7 @@ class Chunks:
         return u.add_(weighted(a, bits, self.scratch(i, E)))
 
     def _top_k(self, teacher: SparseTeacher, i: int) -> Tensor:
-        """log T of a chunk in bits, [n, columns]: the tail, with the top-k columns written over
-        it."""
+        """log T of a chunk in bits, [n, columns]: the tail, overwritten at the top-k columns."""
         rows, columns = self.rows(i), self.shard.columns
         ids, t = teacher.ids[rows], self.scratch(i, TOP_K)
         t.copy_((teacher.tail[rows, None] * LOG2E).expand_as(t))
@@ -294,16 +290,14 @@ class Chunks:
         return t[:, :columns]
 
     def _per_chunk(self, weight: Scalar) -> "tuple[Scalar, ...]":
-        """A number or 0-dim tensor for each chunk; a per-token [N] tensor as the chunk's column [n,
-        1]."""
+        """A number or 0-dim tensor for each chunk; of a per-token [N] tensor a column [n, 1]."""
         if isinstance(weight, Tensor) and weight.dim():
             return self.of(weight[:, None])
         return (weight,) * len(self.sizes)
 
 
 def weighted(weight: Scalar, values: Tensor, out: Tensor) -> Tensor:
-    """weight * values into `out` with 0 * anything = 0, so that a zero weight removes -inf and NaN
-    too."""
+    """weight * values into `out`; a zero weight gives 0, of -inf and NaN too."""
     torch.mul(values, weight, out=out)
     return out.masked_fill_(weight == 0, 0) if isinstance(weight, Tensor) else out
 

@@ -1,2 +1,1 @@
-"""What touches a GPTModel, whichever loop runs it: output hook, loss reduction, riding teacher,
-packed attention."""
+"""What touches a GPTModel, whichever loop runs it: loss hook, riding teacher, packed attention."""

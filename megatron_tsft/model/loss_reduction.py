@@ -1,5 +1,4 @@
-"""From per-token values to what Megatron's schedule wants: (summed loss, token count, metrics to
-reduce)."""
+"""From per-token values to what Megatron's schedule wants: loss sum, token count, metrics."""
 
 import torch
 from torch import Tensor

@@ -36,8 +36,7 @@ def extra_columns(plan: Plan) -> list[str]:
 
 
 class MetricsFile:
-    """Appends rows; at the first one of a process, rows that a resumed run computes again are
-    dropped."""
+    """Appends rows; its first row drops those that a resumed run computes again."""
 
     def __init__(self, path: Path):
         self.path = path

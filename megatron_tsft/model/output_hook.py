@@ -63,8 +63,7 @@ def q_target_output(
     scale_logits: Any,
     **unused: Any,
 ) -> Tensor:
-    """[len(context.metrics), b, s] fp32: the loss first (differentiable), detached metrics
-    after."""
+    """[len(context.metrics), b, s] fp32: the differentiable loss first, then the metrics."""
     batch, objective = context.batch, context.objective
     sequences = "sequence_log_ratio" in objective.needs
     teacher: Tensor | TeacherTopK | TeacherHidden | None = context.teacher

@@ -33,8 +33,7 @@ class PackedSequences(PackedSeqParams):
     )
 
     def natural_order(self, shards: Tensor, size: int) -> Tensor:
-        """[t, ...] in the documents' order, from `shards` [t, ...] of `size` context-parallel
-        ranks."""
+        """[t, ...] in the documents' order, from `shards` [t, ...] of `size` ranks."""
         if self.gathered is None:  # the first layer's; the others read the same packs
             self.gathered = gathered_order(self.lengths, size).to(shards.device, non_blocking=True)
         return shards.index_select(0, self.gathered)

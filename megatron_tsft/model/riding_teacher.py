@@ -107,8 +107,7 @@ class GuidedGPTModel(GPTModel):
         self.teacher.set_input_tensor(teacher)
 
     def forward(self, *args: Any, output_processor_context: Any = None, **kwargs: Any) -> Tensor:
-        """As GPTModel.forward; on the last stage the context gets its `teacher` before the
-        student's hook runs."""
+        """As GPTModel.forward; on the last stage the context first gets its `teacher`."""
         shared = {
             k: v for k, v in kwargs.items() if k not in ("labels", "loss_mask", "output_processor")
         }
@@ -148,12 +147,12 @@ class GuidedModelBuilder(GPTModelBuilder):
         assert isinstance(student, GuidedGPTModel) and isinstance(config, GuidedModelConfig)
         riding = config.riding
         tracker: Any = tensor_parallel.get_cuda_rng_tracker()
-        random_state = torch.get_rng_state(), tracker.get_states()
+        random_state, tracker_states = torch.get_rng_state(), tracker.get_states()
         teacher = GPTModelBuilder(frozen_config(riding.config)).build_model(
             pg_collection, student.pre_process, student.post_process, vp_stage
         )
-        torch.set_rng_state(random_state[0])
-        tracker.set_states(random_state[1])
+        torch.set_rng_state(random_state)
+        tracker.set_states(tracker_states)
         teacher = teacher.requires_grad_(False).eval()
         absent = None
         if student.post_process:
@@ -178,8 +177,7 @@ class GuidedModelConfig(GPTModelConfig):
         return self.__dict__["_riding"]
 
     def add_teacher(self, riding: RidingTeacher) -> None:
-        """Set which teacher rides along, and have it loaded when the model is built, also by a run
-        that resumes."""
+        """Set which teacher rides along; it is loaded when the model is built, also on resuming."""
         object.__setattr__(self, "_riding", riding)  # GPTModelConfig proxies plain assignment
         self.post_wrap_hooks.append(lambda model: load_teachers(model, riding))
 

@@ -1,5 +1,4 @@
-"""A teacher at the student's vocabulary: padded alike, other tokens mapped, columns that it has no
-token for."""
+"""A teacher at the student's vocabulary: its padding, its token map, the columns it lacks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +26,7 @@ class TeacherVocabulary:
     token_map: Sequence[int] | None = None
 
     def rows(self, first: int, count: int) -> Tensor:
-        """[count] int64: the teacher's row for the student's tokens from `first` on, -1 where there
-        is none."""
+        """[count] int64: the teacher's row for the student's tokens from `first` on, or -1."""
         if self.token_map is None:
             rows = torch.arange(first, first + count)
             return torch.where(rows < self.size, rows, -1)

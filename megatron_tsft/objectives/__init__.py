@@ -1,5 +1,4 @@
-"""Objectives: the catalogue, how a row is written and registered, parameters and their schedules.
-Torch only."""
+"""Objectives: the catalogue, how a row is written and registered, parameters, schedules."""
 
 from megatron_tsft.objectives import catalogue  # its rows register themselves
 from megatron_tsft.objectives.definition import (

@@ -90,8 +90,7 @@ class Residual:
 
 
 class Statistics(dict[str, Tensor]):
-    """Named per-token tensors [...] in fp32 (fp64 for fp64 logits), read as attributes:
-    stats.logp_y."""
+    """Named per-token tensors [...] in fp32 (fp64 for fp64 logits): stats.logp_y."""
 
     def __getattr__(self, name: str) -> Tensor:
         try:

@@ -1,5 +1,4 @@
-"""What the loss asks for targets: an `Objective`, which is one row with its parameters, or a
-mixture of several."""
+"""What the loss asks for targets: an `Objective`, one row with its parameters or a mixture."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -65,8 +64,7 @@ class Objective(Protocol):
         ...
 
     def where_needs(self, *needs: str) -> bool | Tensor:
-        """Which tokens read one of these statistics: a bool for all of them, or a flat bool
-        tensor."""
+        """Which tokens read one of these statistics: a bool for all of them, or a flat tensor."""
         ...
 
     def coefficients(self, stats: Statistics) -> Coefficients:
@@ -74,8 +72,7 @@ class Objective(Protocol):
         ...
 
     def residual(self, device: torch.device | str = "cpu") -> Residual:
-        """What is known before any statistic is; tensors are made on `device`, where the parameters
-        are."""
+        """What is known before any statistic is; `device` is where the parameters are."""
         ...
 
 
@@ -84,8 +81,7 @@ def ask_before_statistics(
     parameters: Mapping[str, Any],
     device: torch.device | str = "cpu",
 ) -> Coefficients:
-    """A row's answer to statistics that are all NaN: what comes back finite depends on parameters
-    alone."""
+    """A row's answer to NaN statistics: what comes back finite depends on parameters alone."""
     nan = torch.full((), math.nan, device=device)
     return function(Statistics({name: nan for name in ALWAYS + ON_DEMAND}), **parameters)
 

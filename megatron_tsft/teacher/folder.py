@@ -1,5 +1,4 @@
-"""What a teacher's folder says of it: a Megatron checkpoint with our card, or a Hugging Face
-folder."""
+"""What a teacher's folder says of it: a Megatron checkpoint and card, or a Hugging Face folder."""
 
 from dataclasses import dataclass
 from pathlib import Path

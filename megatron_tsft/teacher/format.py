@@ -12,8 +12,7 @@ A row of a shard is a conversation; its `tokens` are the supervised ones in thei
         ids                 int32[k]        token ids, the most likely first
         logprobs            halffloat[k]    log T at the ids
         label_logprob       halffloat       log T(y)
-        tail_logmass        float           log of the mass outside the k, summed over it, not 1
-        minus the rest
+        tail_logmass        float           log of the mass outside the k, as its own sum
 
 6 bytes an entry, 6 a token and 20 a conversation. Conversations that are equal share one record,
 whichever data set they come from.
@@ -31,15 +30,11 @@ from megatron_tsft.errors import UserError
 CARD_FILE = "tsft_teacher.json"
 PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
-ENTRY_BYTES, TOKEN_BYTES, CONVERSATION_BYTES = (
-    6,
-    6,
-    20,
-)  # id and log-prob; label and tail; sample_id and offset
+# of an id and its log-prob; of a label and a tail; of a sample_id and an offset
+ENTRY_BYTES, TOKEN_BYTES, CONVERSATION_BYTES = 6, 6, 20
 SHARD_FACTS = ("bytes", "sha256", "conversations")
-SHARDS = (
-    256  # at least so many where the data is large enough: what ranks share and a killed job keeps
-)
+# at least so many where the data is large enough: what ranks share and a killed job keeps
+SHARDS = 256
 SMALLEST_SHARD, LARGEST_SHARD = 256 << 10, 64 << 20
 
 
@@ -47,10 +42,15 @@ SMALLEST_SHARD, LARGEST_SHARD = 256 << 10, 64 << 20
 class CacheIdentity:
     """What makes two caches the same: who was asked what about which conversations.
 
-    teacher: its folder's name, for people. teacher_hash: 16 hex digits over its weights.
-    tokenizer_fingerprint: of the data. vocab_size: ids lie below it. top_k, temperature: records
-    are of softmax(z / temperature). dtype: the teacher's. data: fingerprint of each prepared data
-    set, in order. token_map: hash of a token map, or None.
+    Attributes:
+        teacher: its folder's name, for people.
+        teacher_hash: 16 hex digits over its weights.
+        tokenizer_fingerprint: of the data.
+        vocab_size: ids lie below it.
+        top_k, temperature: records are the top k of softmax(z / temperature).
+        dtype: the teacher's.
+        data: fingerprint of each prepared data set, in order.
+        token_map: hash of a token map, or None.
     """
 
     teacher: str

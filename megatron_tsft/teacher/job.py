@@ -1,5 +1,4 @@
-"""Fills a cache: this rank's shards, one after the other, from whatever computes a teacher's
-predictions."""
+"""Fills a cache: this rank's shards, one after the other, from a teacher that is loaded."""
 
 import sys
 from collections.abc import Sequence
@@ -19,12 +18,20 @@ from megatron_tsft.teacher.writer import CacheWriter
 FLOAT16_MIN = float(np.finfo(np.float16).min)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of the shards a data-parallel rank computes: every `ranks`-th from `rank` on."""
+
+    rank: int
+    ranks: int
+
+
 class Predictor(Protocol):
     """A teacher that is loaded, on all ranks that compute it together."""
 
     @property
-    def share(self) -> tuple[int, int]:
-        """(this data-parallel rank, how many there are): it computes every so-many-th shard."""
+    def share(self) -> Share:
+        """What this rank computes."""
         ...
 
     @property
@@ -68,11 +75,11 @@ def fill_cache(
 
     missing: the same on all ranks; None looks for them.
     """
-    plan, (rank, ranks) = writer.plan, predictor.share
+    plan, share = writer.plan, predictor.share
     missing = writer.missing() if missing is None else list(missing)
     # by number, not by place in the list: a rank that is
     # late finds shards of the others' there already
-    mine, done = [number for number in missing if number % ranks == rank], 0
+    mine, done = [number for number in missing if number % share.ranks == share.rank], 0
     tokens = np.add.reduceat(plan.supervised, plan.starts[:-1])
     total = int(tokens[missing].sum()) if missing else 0
     with tqdm(
@@ -83,7 +90,7 @@ def fill_cache(
         file=sys.stderr,
         disable=not progress,
     ) as bar:
-        counter = Progress(bar, ranks)
+        counter = Progress(bar, share.ranks)
         for number in mine:
             members = range(plan.starts[number], plan.starts[number + 1])
             samples = [plan.data[plan.of[i]].row(int(plan.row[i])) for i in members]

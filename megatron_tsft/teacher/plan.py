@@ -1,17 +1,14 @@
-"""Which conversations a cache holds and in which shard: a function of the data and k alone, whoever
-computes it."""
+"""Which conversations a cache holds, in which shard: a function of the data and k alone."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_tsft.data.packing import Ints
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.teacher.format import LARGEST_SHARD, SHARDS, SMALLEST_SHARD, expected_bytes
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,7 @@ class CachePlan:
 def plan_cache(
     data: Sequence[PreparedData], top_k: int, shard_bytes: int | None = None
 ) -> CachePlan:
-    """Plan a cache; a shard has a conversation or more, and is full at `shard_bytes` (default: by
-    the data's size)."""
+    """Plan a cache; a shard is full at `shard_bytes` (default: by the size of the data)."""
     ids = np.concatenate([part.sample_ids.to_numpy() for part in data])
     _, first = np.unique(ids, return_index=True)
     first.sort()

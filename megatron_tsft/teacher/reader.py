@@ -1,5 +1,4 @@
-"""Reads teacher caches: memory-mapped, looked up by the rows of a prepared data set, checked before
-anything trains."""
+"""Reads teacher caches: memory-mapped, looked up by a prepared data set's rows, checked first."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -25,8 +24,7 @@ REMEDY = (
 
 
 class TeacherCache:
-    """A cache folder. `load` checks its structure, `verify` every byte; `of(data)` gives a data
-    set's records."""
+    """A cache folder. `load` checks its structure, `verify` every byte."""
 
     def __init__(self, directory: Path, card: CacheCard, batches: list[pa.RecordBatch]) -> None:
         self.directory, self.card = directory, card
@@ -112,8 +110,7 @@ class TeacherCache:
         return int(facts["bytes"])
 
     def find(self, data: PreparedData) -> np.ndarray:
-        """[rows of data] int64: the place of each conversation in the cache, -1 where it has
-        none."""
+        """[rows of data] int64: each conversation's place in the cache, -1 where it has none."""
         places = pc.index_in(sample_keys(data.sample_ids), self.keys)  # pyright: ignore[reportAttributeAccessIssue]
         return pc.fill_null(places, -1).to_numpy().astype(np.int64)
 
@@ -129,12 +126,10 @@ class TeacherCache:
 
 
 class CachedTeacher:
-    """The records of one prepared data set, by its row numbers, from one cache or several. Pickling
-    sends paths."""
+    """One prepared data set's records, by its row numbers, from one cache or several."""
 
     def __init__(self, caches: Sequence[TeacherCache], data: PreparedData) -> None:
-        """Raises UserError where a conversation of `data` is in no cache, or the tokenizers
-        differ."""
+        """Raises UserError for a conversation that is in no cache, or another tokenizer."""
         self._caches, self._data = list(caches), data
         self._cache = np.full(len(data), -1)
         self._place = np.full(len(data), -1, np.int64)

@@ -1,5 +1,4 @@
-"""What a teacher is to be asked about some data, checked: which makes a cache's identity and
-plan."""
+"""What a teacher is to be asked about some data, checked: a cache's identity and plan."""
 
 import hashlib
 from collections.abc import Sequence
@@ -75,7 +74,7 @@ def plan_job(
         if part.card.tokenizer_fingerprint != fingerprint:
             raise UserError(
                 f"{part.directory} and {data[0].directory} were prepared with different tokenizers:"
-                " cache each"
+                " make a cache of each"
             )
     token_map, size = None, folder.vocab_size if vocab_size is None else vocab_size
     if token_map_file:
@@ -119,8 +118,7 @@ def _check_tokens(folder: TeacherFolder, data: Sequence[PreparedData], size: int
 
 
 def _check_positions(folder: TeacherFolder, longest: int) -> None:
-    """Raise UserError where a conversation is longer than the teacher's context; its last token is
-    only a label."""
+    """Raise UserError where a conversation without its last token exceeds the teacher's context."""
     if folder.positions is not None and longest > folder.positions + 1:
         raise UserError(
             f"a conversation has {longest} tokens, the teacher knows {folder.positions} positions:"

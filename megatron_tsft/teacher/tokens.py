@@ -1,5 +1,4 @@
-"""Does a teacher mean the same tokens? By the tokenizer's fingerprint, or by a map that the user
-vouches for."""
+"""Does a teacher mean the same tokens? By the tokenizer's fingerprint, or by the user's map."""
 
 import json
 from collections.abc import Sequence
@@ -14,16 +13,15 @@ from megatron_tsft.errors import UserError
 def check_same_tokenizer(
     teacher: str, theirs: str | None, data: Sequence[PreparedData], remedy: str
 ) -> None:
-    """Raise UserError where the teacher has another tokenizer than the data; `remedy` ends the
-    message."""
+    """Raise UserError, which ends in `remedy`, where the teacher has another tokenizer."""
     for part in data:
         if theirs is None or theirs != part.card.tokenizer_fingerprint:
             tokenizer = (
                 "no tokenizer" if theirs is None else f"another tokenizer (fingerprint {theirs})"
             )
             raise UserError(
-                f"the teacher {teacher} has {tokenizer}, {part.directory} was prepared with"
-                f" {part.card.tokenizer_fingerprint}, so its predictions are about other tokens:"
+                f"the teacher {teacher} has {tokenizer}, but {part.directory} was prepared with"
+                f" {part.card.tokenizer_fingerprint}; its predictions are about other tokens:"
                 f" use a teacher of the student's family, or {remedy}"
             )
 

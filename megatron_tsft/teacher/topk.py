@@ -1,5 +1,4 @@
-"""The k most likely tokens of a teacher whose vocabulary is sharded: the whole logits are never
-gathered."""
+"""The k most likely tokens of a teacher with a sharded vocabulary, without gathering its logits."""
 
 import math
 
@@ -86,8 +85,7 @@ def _local(z: Tensor, label: Tensor, k: int, first: int) -> Tensor:
 
 
 def _merge(shards: Tensor, k: int) -> TeacherRecords[Tensor]:
-    """The records from all shards' candidates, [ranks, n, 2 k' + 2]; each rank picks from the same
-    numbers."""
+    """The records from all shards' candidates, [ranks, n, 2 k' + 2]; equal on every rank."""
     candidates = (shards.shape[2] - 2) // 2
     values = shards[..., :candidates].permute(1, 0, 2).flatten(1)  # [n, ranks * k']
     ids = shards[..., candidates:-2].permute(1, 0, 2).flatten(1)

@@ -13,7 +13,7 @@ from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
 from megatron_tsft.loss.records import TeacherRecords
-from megatron_tsft.teacher.job import Progress, as_rows
+from megatron_tsft.teacher.job import Progress, Share, as_rows
 from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.topk import teacher_topk
 
@@ -25,9 +25,7 @@ class TransformersTeacher:
 
     writes = True
 
-    def __init__(
-        self, folder: Path, question: Question, dtype: str, device: str, share: tuple[int, int]
-    ):
+    def __init__(self, folder: Path, question: Question, dtype: str, device: str, share: Share):
         """Load the model.
 
         Args:
@@ -36,7 +34,7 @@ class TransformersTeacher:
                 batch of its own.
             dtype: a key of DTYPES.
             device: "cuda" or "cpu"; under torchrun each rank has a GPU of its own.
-            share: (this rank, ranks).
+            share: which shards this rank computes.
 
         Raises:
             UserError: transformers cannot load it.
@@ -58,7 +56,7 @@ class TransformersTeacher:
         self.columns = None if token_map is None else torch.tensor(token_map, device=device)
 
     @property
-    def share(self) -> tuple[int, int]:
+    def share(self) -> Share:
         return self._share
 
     def predict(self, conversations: Sequence[Sample], progress: Progress) -> list[TeacherRows]:

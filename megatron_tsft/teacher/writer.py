@@ -1,5 +1,4 @@
-"""Writes a cache shard by shard, so that a killed job goes on where it stopped: a shard is whole or
-not there."""
+"""Writes a cache shard by shard, each whole or not there: a killed job goes on where it stopped."""
 
 import dataclasses
 import hashlib
@@ -30,8 +29,7 @@ from megatron_tsft.teacher.plan import CachePlan
 
 
 class CacheWriter:
-    """One rank's view of a cache that is being written; several ranks write different shards of one
-    folder."""
+    """One rank's view of a cache that is being written; other ranks write other shards."""
 
     def __init__(self, directory: Path | str, identity: CacheIdentity, plan: CachePlan) -> None:
         self.directory, self.identity, self.plan = Path(directory), identity, plan

@@ -31,7 +31,7 @@ from megatron_tsft.model.target_step import run_packed
 from megatron_tsft.model.teacher_vocabulary import TeacherVocabulary
 from megatron_tsft.plan.asking import asking_argv, plan_asking
 from megatron_tsft.teacher.folder import MegatronFolder
-from megatron_tsft.teacher.job import Progress, as_rows
+from megatron_tsft.teacher.job import Progress, Share, as_rows
 from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.topk import teacher_topk
 from megatron_tsft.training.read_flags import read_flags
@@ -89,7 +89,7 @@ class MegatronTeacher:
         self.absent = vocabulary.absent(first, width, question.vocab_size)
         if self.absent is not None:
             self.absent = self.absent.to(device)
-        self.share = (mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
+        self.share = Share(mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size())
         first_tp_rank = mpu.get_tensor_model_parallel_rank() == 0
         self.writes = mpu.is_pipeline_last_stage() and first_tp_rank
 

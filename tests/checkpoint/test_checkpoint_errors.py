@@ -13,7 +13,7 @@ from megatron_tsft.checkpoint.card import ModelCard, copy_card
 from megatron_tsft.checkpoint.convert import export_hf, import_hf
 from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
 from megatron_tsft.checkpoint.keys import compare_keys
-from megatron_tsft.checkpoint.mapping import Row, Source, check_table
+from megatron_tsft.checkpoint.mapping import TableRow, TensorPattern, check_table
 from megatron_tsft.checkpoint.units import expected_keys
 from megatron_tsft.errors import UserError
 
@@ -292,8 +292,10 @@ def test_a_table_that_contradicts_itself() -> None:
 
     from megatron_tsft.checkpoint.families.llama import FAMILY
 
-    wrong = Row(
-        "decoder.layers.x.weight", "qkv", (Source("model.layers.{layer}.x", ("hidden_size",)),)
+    wrong = TableRow(
+        "decoder.layers.x.weight",
+        "qkv",
+        (TensorPattern("model.layers.{layer}.x", ("hidden_size",)),),
     )
     with pytest.raises(UserError, match="decoder.layers.x.weight is wrong"):
         check_table(dataclasses.replace(FAMILY, rows=(wrong,)))

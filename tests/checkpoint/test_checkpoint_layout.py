@@ -18,7 +18,7 @@ from megatron_tsft.checkpoint.keys import checkpoint_keys
 from megatron_tsft.checkpoint.mapping import segments
 from megatron_tsft.checkpoint.megatron_model import build_model, cpu_ranks
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
-from megatron_tsft.checkpoint.units import Unit, boxes_of, expected_keys
+from megatron_tsft.checkpoint.units import ConversionUnit, boxes_of, expected_keys
 from tests.checkpoint.conftest import FAMILIES
 
 Make = Callable[..., Path]
@@ -35,7 +35,7 @@ def lay_out(
     shapes = tuple((len(tensors[name]), 1) for name in names)
     places = segments(row, shapes, arguments, padded)
     rows = places[-1].target + places[-1].length
-    unit = Unit(row, index, names, shapes, places, (*(1 for _ in index), rows, 1))
+    unit = ConversionUnit(row, index, names, shapes, places, (*(1 for _ in index), rows, 1))
     read = {name: torch.tensor(values)[:, None] for name, values in tensors.items()}
     (box,) = boxes_of(unit, torch.float32, lambda name, start, stop: read[name][start:stop])
     assert box.sizes == unit.global_shape

@@ -262,7 +262,9 @@ def test_refusals_are_one_line_and_leave_no_folder(
         str(tmp_path / "cache"),
     ]
     assert TOOL.main([*two, "--device", "cpu"]) == 2
-    assert "were prepared with different tokenizers: cache each" in capsys.readouterr().err
+    assert (
+        "were prepared with different tokenizers: make a cache of each" in capsys.readouterr().err
+    )
 
 
 def test_it_says_what_it_writes(

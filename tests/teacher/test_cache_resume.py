@@ -13,7 +13,7 @@ import pytest
 
 from megatron_tsft.errors import UserError
 from megatron_tsft.teacher.format import CARD_FILE, PLAN_FILE, shard_name
-from megatron_tsft.teacher.job import fill_cache
+from megatron_tsft.teacher.job import Share, fill_cache
 from megatron_tsft.teacher.plan import plan_cache
 from megatron_tsft.teacher.reader import TeacherCache
 from megatron_tsft.teacher.request import Question
@@ -229,7 +229,7 @@ def test_a_late_rank_has_the_share_of_one_in_time(home: Home, tmp_path: Path) ->
     writer.begin()
     for rank in (0, 1):
         question = Question(K, 1.0, writer.identity.vocab_size, None, batch_tokens=256)
-        teacher = TransformersTeacher(home.hf, question, "fp32", "cpu", share=(rank, 2))
+        teacher = TransformersTeacher(home.hf, question, "fp32", "cpu", share=Share(rank, 2))
         fill_cache(writer, teacher, progress=False)
     assert writer.missing() == []
 

@@ -120,8 +120,8 @@ def test_coverage_and_the_exit_status(
     assert [part["first_missing"] for part in facts["coverage"]] == [None, first]
     out = capsys.readouterr().out
     assert (
-        f"{home.both.directory}: 12 of 21 conversations (not made for it); the first without:"
-        f" {first}\n" in out
+        f"{home.both.directory}: 12 of 21 conversations (not made for it); the first one without a"
+        f" record: {first}\n" in out
     )
     assert f"{home.held.directory}: 12 of 12 conversations (made for it)\n" in out
 

@@ -1,5 +1,4 @@
-"""The families: every module of this folder holds one `FAMILY`; a new family is a new file and no
-other edit."""
+"""The families: each module here holds one `FAMILY`; a new family is a new file, no other edit."""
 
 import importlib
 import pkgutil

@@ -13,7 +13,7 @@ def arguments(config: Any) -> dict[str, Any]:
         config,
         "attention_bias",
         (None, False),
-        "Llama's also has one on the output projection: Megatron cannot match",
+        "Llama then also has a bias on the output projection, which Megatron cannot match",
     )
     return decoder_arguments(config)
 

@@ -1,5 +1,4 @@
-"""Mistral 7B v0.2 and v0.3, Mistral Nemo and what else says MistralForCausalLM without a sliding
-window."""
+"""Mistral 7B v0.2, v0.3, Nemo and any other MistralForCausalLM without a sliding window."""
 
 from megatron_tsft.checkpoint import rows
 from megatron_tsft.checkpoint.architecture import decoder_arguments

@@ -13,7 +13,7 @@ def arguments(config: Any) -> dict[str, Any]:
         config,
         "attention_bias",
         (None, False),
-        "Qwen3's also has one on the output projection: not supported",
+        "Qwen3 then also has a bias on the output projection, which is not supported",
     )
     refuse(
         config, "decoder_sparse_step", (1,), "dense layers between sparse ones are not supported"

@@ -1,5 +1,4 @@
-"""What both kernels read: a block of the student's logits, and pi's exponent from it and a block of
-the teacher."""
+"""What both kernels read: a block of the student's logits, of the teacher, and pi's exponent."""
 
 import triton
 import triton.language as tl

@@ -1,5 +1,4 @@
-"""The forward kernel: one program a token reads its columns once and leaves this shard's
-statistics."""
+"""The forward kernel: a program reads one token's columns once and leaves their statistics."""
 
 import triton
 import triton.language as tl

@@ -1,5 +1,4 @@
-"""Launches the kernels on a shard: the same two functions as the torch path (token_chunks.py), the
-same results."""
+"""Launches the kernels on a shard: the two functions of the torch path (token_chunks.py)."""
 
 import torch
 import triton
@@ -75,8 +74,7 @@ def _logits(shard: Shard) -> dict:
 
 
 def _vector(value: Tensor | None) -> Tensor | None:
-    """[N] with its numbers side by side, as the kernels index them: an expanded tensor has one for
-    all."""
+    """[N] with its numbers side by side, as kernels index them; an expanded tensor has one."""
     return None if value is None else value.contiguous()
 
 
