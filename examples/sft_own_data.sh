@@ -7,11 +7,11 @@ usage() {
 usage: HF=DIR DATA=FILE.jsonl OUT=DIR [VARIABLE=value ...] examples/sft_own_data.sh [flags of the training run ...]
 
 required
-  HF             Hugging Face folder of a Llama-shaped model (safetensors, config, tokenizer)
-  DATA           JSONL with "messages", or "prompt" and "completion"
-  OUT            folder for everything: train/, heldout/, base/, checkpoint/, hf/ (the new model)
+  HF             the Hugging Face folder of a Llama-shaped model (safetensors, config, tokenizer)
+  DATA           a JSONL file whose rows have "messages", or "prompt" and "completion"
+  OUT            the folder for everything: train/, heldout/, base/, checkpoint/, hf/ (the new model)
 optional
-  HELDOUT        JSONL to evaluate on
+  HELDOUT        a JSONL file to evaluate on
   SEQ_LENGTH     positions of a pack, default 2048; longer conversations are truncated and counted
   and every variable of launch/pretrain_gpt_tsft.sh --help: OBJECTIVE, TEACHER, TP, PP, GBS, LR, TRAIN_ITERS, DEVICE ...
                  (TRAIN_ITERS defaults to 100)

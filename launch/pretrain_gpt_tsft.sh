@@ -12,43 +12,47 @@ usage: VARIABLE=value ... launch/pretrain_gpt_tsft.sh [any flag of Megatron's or
 Flags given on the command line come last and win over what the variables set.
 
 required
-  MODEL            folder that `tools/convert_checkpoint.py import` wrote
-  DATA             folder that `tools/prepare_data.py` wrote, or several with shares and objectives:
+  MODEL            the folder that `tools/convert_checkpoint.py import` wrote
+  DATA             the folder that `tools/prepare_data.py` wrote, or several, each with a share and an objective:
                    "a:0.7:target-sft,eta=0.5 b:0.3:sft"
-  SAVE             folder for checkpoints, metrics.jsonl and tensorboard/; a run that finds its own checkpoint resumes
-  TRAIN_ITERS      optimizer steps
+  SAVE             the folder for checkpoints, metrics.jsonl and tensorboard/; a run that finds its own checkpoint
+                   there resumes
+  TRAIN_ITERS      how many optimizer steps are made
 
 objective
   OBJECTIVE        default target-sft; OBJECTIVE_ARGS="name=value ..." (default eta=0.5 for target-sft)
-  TEACHER          none, reference, model or cache (default: model where TEACHER_LOAD is set, cache
-                   where TEACHER_CACHE is, reference where an objective needs a teacher, else none)
-  TEACHER_LOAD     imported folder of another model that guides
-  TEACHER_CACHE    folders that `tools/cache_teacher.py` wrote
-  EVAL_DATA        prepared held-out folder; EVAL_INTERVAL steps between its evaluations (default: at the end)
+  TEACHER          where the second distribution comes from: none, reference (the model before this run), model
+                   (another one) or cache (default: model where TEACHER_LOAD is set, cache where TEACHER_CACHE is,
+                   reference where an objective needs a teacher, else none)
+  TEACHER_LOAD     the imported folder of the other model
+  TEACHER_CACHE    the folders that `tools/cache_teacher.py` wrote
+  EVAL_DATA        a prepared folder of held-out conversations; EVAL_INTERVAL is the number of steps between its
+                   evaluations (default: one evaluation, at the end)
 
 optimization
-  LR               peak, default 1e-5; MIN_LR default LR/10; LR_DECAY_STYLE default cosine; WARMUP_ITERS default 0
+  LR               the highest learning rate, default 1e-5; MIN_LR default LR/10; LR_DECAY_STYLE default cosine;
+                   WARMUP_ITERS default 0
   WEIGHT_DECAY     default 0; CLIP_GRAD default 1.0; ADAM_BETA1 default 0.9; ADAM_BETA2 default 0.95; SEED default 1234
-  MBS, GBS         micro and global batch, in sequences; default 1 and 32
-  SEQ_LENGTH       default 4096; DTYPE bf16, fp16 or fp32 (default bf16 on GPUs, fp32 on CPU)
-  GRAD_REDUCE      with bf16: fp32 or bf16, the type that gradients are accumulated and reduced in (default fp32;
-                   bf16 with a PRESET: pass fp32 to keep it)
+  MBS, GBS         the micro-batch and the global batch, in sequences; default 1 and 32
+  SEQ_LENGTH       positions of a sequence, default 4096; DTYPE bf16, fp16 or fp32 (default bf16 on GPUs, fp32 on CPU)
+  GRAD_REDUCE      fp32 or bf16: the type in which gradients of a bf16 model are accumulated and reduced (default
+                   fp32; a PRESET may make it bf16, and GRAD_REDUCE=fp32 keeps fp32)
   SAVE_INTERVAL    steps between checkpoints, default 200; one more is written at the end; LOG_INTERVAL default 1
 
-precision of some hardware: what is not given is what it wants (GPUs only)
+precision of some hardware (GPUs only); a variable that is set wins over the preset
   PRESET           one of these (default: none)
 EOF
   list_presets
   cat <<'EOF'
 
 layout
-  TP, PP, CP       tensor, pipeline and context parallel sizes, default 1 each; the rest is data
+  TP, PP, CP       tensor, pipeline and context parallel sizes, default 1 each; what is left is data parallel
   SEQUENCE_PARALLEL  1 or 0 (default 1 on GPUs with TP > 1)
   GPUS_PER_NODE    processes on this node (default: CUDA_VISIBLE_DEVICES or nvidia-smi's list; on CPU, TP*PP*CP)
-  NUM_NODES        default 1; with more: NODE_RANK, MASTER_ADDR (required) and MASTER_PORT (default 6000)
-  MASTER_PORT      on one node: unset takes a free port
+  NUM_NODES        default 1; more need NODE_RANK and MASTER_ADDR, and take MASTER_PORT (default 6000)
+  MASTER_PORT      on one node a free port is taken where this is not set
   DEVICE           cuda or cpu (default: cuda where nvidia-smi finds a GPU); PYTHON default: .venv's, else python3
-  DRY_RUN          1 prints the command and stops
+  DRY_RUN          1 prints the command and starts nothing
 
 examples
   MODEL=base DATA=data/train SAVE=runs/a TRAIN_ITERS=1000 TP=2 launch/pretrain_gpt_tsft.sh --recompute-activations
