@@ -199,7 +199,7 @@ def test_only_folders_of_ours_are_overwritten(make_hf: Make, tmp_path: Path) -> 
         import_hf(source, target, progress=False)
     import_hf(source, target, overwrite=True, progress=False)
     for place in (source, source / "inside", source.parent):
-        with pytest.raises(UserError, match="in one another"):
+        with pytest.raises(UserError, match="lies in the other"):
             import_hf(source, place, overwrite=True, progress=False)
 
 
