@@ -103,9 +103,10 @@ check_names() { # NAME ...: refuse variables of the environment that look like a
       for (i in n) {
         if (n[i] in is_known || length(n[i]) < 5 || n[i] !~ /^[A-Z][A-Z0-9_]*$/) continue
         for (j in k) {
-          if (length(k[j]) < 5 || n[i] == k[j] "S" || length(n[i]) - length(k[j]) > 2) continue
-          far = distance(n[i], k[j])
-          if (far == 1 || far == 2 && length(k[j]) >= 8) {
+          # a typing mistake keeps the first letter; one more S or digit is another name
+          if (length(k[j]) < 5 || substr(n[i], 1, 1) != substr(k[j], 1, 1)) continue
+          if (index(n[i], k[j]) == 1 && n[i] ~ /[S0-9]$/) continue
+          if (length(n[i]) - length(k[j]) < 2 && distance(n[i], k[j]) == 1) {
             printf "error: %s is no variable of this launcher (did you mean %s?): correct it, or unset %s\n",
               n[i], k[j], n[i] > "/dev/stderr"
             exit 2

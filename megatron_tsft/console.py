@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_tsft.errors import UserError
+
 # of all that others say, what a person needs
 KEPT = re.compile(
-    r"successfully (saved|loaded) checkpoint|^exiting program at|exiting program after"
-    r"|received signal|out of memory|^error:"
+    r"successfully (saved|loaded) checkpoint|^\[?exiting program|out of memory|^error:"
 )
+TAIL = 20  # lines of a log that nobody keeps, shown where a defect ends the run
 
 
 class _Sieve(io.TextIOBase):
@@ -29,11 +31,13 @@ class _Sieve(io.TextIOBase):
 
     def __init__(self, log: TextIO, screen: TextIO):
         self._log, self._screen, self._line = log, screen, ""
+        self.last = ""  # line that is not empty
 
     def write(self, text: str) -> int:
         self._log.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
+            self.last = line.strip() or self.last
             if KEPT.search(line):
                 self._screen.write(line.strip() + "\n")
                 self._screen.flush()
@@ -52,14 +56,17 @@ class _Sieve(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         return self._log.encoding
 
+    def __getattr__(self, name: str) -> Any:
+        """`buffer`, `reconfigure` and what else a text stream has."""
+        return getattr(self._log, name)
+
 
 class _Quiet:
     """The state of a console that is quiet: the screen's two streams and the log's place."""
 
     def __init__(self) -> None:
-        self.screen = open(os.dup(1), "w", buffering=1)  # noqa: SIM115  # closed by `quiet`
-        self.errors = open(os.dup(2), "w", buffering=1)  # noqa: SIM115
-        self.file: Any = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self.screen, self.errors = _copy(1), _copy(2)
+        self.file: Any = tempfile.TemporaryFile(buffering=0)
         self.path: Path | None = None
 
     def redirect(self) -> None:
@@ -68,6 +75,46 @@ class _Quiet:
         sys.stderr.flush()
         os.dup2(self.file.fileno(), 1)
         os.dup2(self.file.fileno(), 2)
+
+    def show_tail(self) -> None:
+        """What a log that nobody keeps ends with, on the screen."""
+        self.file.seek(0)
+        lines = self.file.read().decode("utf-8", "replace").splitlines()[-TAIL:]
+        self.errors.write("".join(f"| {line}\n" for line in lines))
+
+    def end(self) -> None:
+        """Give the descriptors back; a screen that is gone does not matter any more."""
+        os.dup2(self.screen.fileno(), 1)
+        os.dup2(self.errors.fileno(), 2)
+        for stream in (self.screen, self.errors, self.file):
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def _copy(descriptor: int) -> TextIO:
+    """A stream of its own on what a descriptor leads to."""
+    return open(os.dup(descriptor), "w", buffering=1, errors="backslashreplace")
+
+
+def _open_streams() -> tuple[TextIO, TextIO]:
+    """Standard output and error; /dev/null where the process was started without them."""
+    for descriptor in (1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            if null != descriptor:
+                os.dup2(null, descriptor)
+                os.close(null)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)
+    for stream in (sys.stdout, sys.stderr):
+        # a killed process loses no line, and no name is unprintable
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    return sys.stdout, sys.stderr
 
 
 _quiet: list[_Quiet] = []
@@ -79,25 +126,28 @@ def quiet(verbose: bool = False) -> Iterator[None]:
 
     verbose: all of it goes to the screen, as without this.
     """
+    streams = _open_streams()
     if verbose or _quiet:
         yield
         return
-    state, streams = _Quiet(), (sys.stdout, sys.stderr)
+    state = _Quiet()
     _quiet.append(state)
     state.redirect()
     sys.stdout = _Sieve(streams[0], state.screen)
     sys.stderr = _Sieve(streams[1], state.screen)
     try:
         yield
+    except Exception as error:
+        if state.path is None and not isinstance(error, (UserError, OSError)):
+            state.show_tail()
+        raise
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         sys.stdout, sys.stderr = streams
-        os.dup2(state.screen.fileno(), 1)
-        os.dup2(state.errors.fileno(), 2)
         _quiet.clear()
-        for stream in (state.screen, state.errors, state.file):
-            stream.close()
+        state.end()
 
 
 def keep_log(path: Path, title: str) -> None:
@@ -121,12 +171,17 @@ def log_path() -> Path | None:
     return _quiet[0].path if _quiet else None
 
 
+def last_words() -> str:
+    """The last line that others have printed; "" where that is not known."""
+    return sys.stdout.last if isinstance(sys.stdout, _Sieve) else ""
+
+
 def say(*lines: str) -> None:
     """Show lines to the person on the screen, and keep them in the log."""
     text = "".join(f"{line}\n" for line in lines)
     if _quiet:
         sys.stdout.flush()
-        os.write(1, text.encode())
+        os.write(1, text.encode("utf-8", "backslashreplace"))
         _quiet[0].screen.write(text)
         _quiet[0].screen.flush()
     else:

@@ -17,7 +17,7 @@ from megatron_tsft.errors import UserError
 INTERRUPTED = 130  # as shells say it
 # what a disk or a folder refuses: the user can mend it
 USERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
-USERS |= {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
+USERS |= {errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
 PATIENCE = 30  # seconds that other ranks leave to rank 0, which says what all of them met
 
 
@@ -37,6 +37,9 @@ def run_command(body: Callable[[], int], *, name: str = "", left: str = "") -> i
         return report(str(error), everywhere=not error.met_here_alone)
     except KeyboardInterrupt:
         return report(f"{name} stopped: interrupted{left}".strip(), status=INTERRUPTED)
+    except BrokenPipeError:  # nobody reads any more, as behind `| head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except OSError as error:
         if error.errno not in USERS:
             return defect(error)
@@ -57,6 +60,7 @@ def report(message: str, *, everywhere: bool = False, status: int = 2) -> int:
 
     everywhere: every rank met it; rank 0 says it, and torchrun ends the others.
     """
+    message = " ".join(message.split())
     rank, text = os.environ.get("RANK", "0"), f"error: {message}"
     if rank != "0":
         if everywhere and not _in_group():

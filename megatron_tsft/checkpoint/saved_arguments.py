@@ -58,7 +58,9 @@ class _Unpickler(pickle.Unpickler):
 
 # what torch.load asks of a module to unpickle with
 _PICKLE: Any = types.SimpleNamespace(
-    __name__="pickle", Unpickler=_Unpickler, load=lambda file: _Unpickler(file).load()
+    __name__="pickle",
+    Unpickler=_Unpickler,
+    load=lambda file, **options: _Unpickler(file, **options).load(),
 )
 
 

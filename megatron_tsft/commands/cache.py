@@ -194,7 +194,11 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
         teacher = load_teacher(job, flags, device, stack)
-        tokens = fill(writer, teacher, progress=rank == 0 and not args.no_progress)
+        try:
+            tokens = fill(writer, teacher, progress=rank == 0 and not args.no_progress)
+        except UserError as error:
+            error.met_here_alone = True  # of the ranks, which wait for each other from here on
+            raise
         if rank == 0:
             finish(writer, tokens * teacher.share.ranks / (time.monotonic() - started))
     return 0

@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             return INTERRUPTED
+        print(f"error: stopped by {error.sigval.name}", file=sys.stderr, flush=True)
         return 128 + error.sigval
     except KeyboardInterrupt:
         return INTERRUPTED

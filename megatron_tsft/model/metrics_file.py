@@ -38,7 +38,8 @@ def extra_columns(plan: Plan) -> list[str]:
 class MetricsFile:
     """Appends rows; its first row drops those that a resumed run computes again."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
+        """`path`: None where nothing is kept."""
         self.path = path
         self._opened = False
         self._last_heldout = -1
@@ -52,13 +53,16 @@ class MetricsFile:
             return False
         if heldout:
             self._last_heldout = step
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         return True
 
     def _drop_after(self, step: int, heldout: bool) -> None:
         """Keep what came before this row; also drops the half line of a process that was killed."""
         self._opened = True
+        if self.path is None:
+            return
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return

@@ -71,7 +71,7 @@ def load_plugins(files: Sequence[str]) -> None:
     try:
         for file in files:
             objectives.load_plugin(file)
-    except Exception as error:  # a user's own code may raise anything
+    except (Exception, SystemExit) as error:  # a user's own code may raise anything
         raise UserError(
             f"--tsft-plugin {' '.join(files)}: {type(error).__name__}: {error}"
         ) from error

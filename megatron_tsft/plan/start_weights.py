@@ -60,6 +60,8 @@ def find_start_weights(model: str, card: ModelCard, flags: Flags, *, engine: boo
     base = latest_checkpoint(model)
     compare_keys(expected_keys(card), base)
     save, load = flags.save, flags.load if "load" in flags.named else None
+    if save and Path(save).exists() and not Path(save).is_dir():
+        raise UserError(f"--save {save} is no folder: name another")
     if save and Path(save).resolve() == Path(model).resolve():
         raise UserError(
             f"--save {save} is the folder of --tsft-model: name another, or the imported model is"

@@ -30,12 +30,12 @@ def hand_over(args: argparse.Namespace, config: GPTModelConfig, plan: Plan) -> N
     ranks, save = plan.line.ranks, plan.flags.save
     if save and ranks.rank == 0:
         copy_card(plan.config.model, save)  # a checkpoint of this run exports from its own folder
-    if save:
+    if save and not plan.config.verbose:
         title = " ".join(plan.line.argv)
         console.keep_log(Path(save) / "logs" / f"rank-{ranks.rank:05d}.txt", title)
         if ranks.rank == 0:
             console.say(f"log: {save}/logs/ has all that Megatron says, a file for each rank")
-    if save and ranks.rank == ranks.size - 1:
+    if ranks.rank == ranks.size - 1:
         install_metrics(args, plan)
     step = TargetStep.of_plan(plan, check_nan=args.check_for_nan_in_loss_and_grad)
     gc.freeze()  # what is there now stays: no later collection looks at it

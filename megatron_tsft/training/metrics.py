@@ -38,7 +38,7 @@ def install_metrics(args: argparse.Namespace, plan: Plan) -> None:
     interval, args.tensorboard_log_interval = args.tensorboard_log_interval, 1
     held = plan.packs.evaluation
     global_vars._GLOBAL_TENSORBOARD_WRITER = MetricsWriter(
-        MetricsFile(Path(args.save) / FILE),
+        MetricsFile(Path(args.save) / FILE if args.save else None),
         global_vars._GLOBAL_TENSORBOARD_WRITER,
         active_seconds=active_seconds,
         interval=interval,

@@ -65,6 +65,10 @@ def train(argv: list[str]) -> int:
             run(argv, device)
         except UserError:
             raise
+        except SystemExit as stop:
+            if stop.code is not None:  # Megatron's regular ends have a number
+                raise
+            raise UserError(f"Megatron stopped the run: {console.last_words()}") from stop
         except Exception as error:
             if log := console.log_path():
                 error.add_note(f"all that was printed before: {log}")

@@ -26,7 +26,8 @@ def start(startup: Startup) -> argparse.Namespace:
         UserError: Megatron refuses the combination of flags.
     """
     repairs = upstream.apply_all(asynchronous_saves="--async-save" in startup.argv)
-    print(f"repairs of Megatron's defects: {', '.join(repairs) or 'none needed'}")
+    if not startup.quiet:
+        print(f"repairs of Megatron's defects: {', '.join(repairs) or 'none needed'}")
 
     def extra_args_provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser = add_flags(parser)

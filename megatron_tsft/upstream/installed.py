@@ -25,8 +25,8 @@ def check_megatron() -> None:
         spec = None
     if spec is None or spec.origin is None:
         raise UserError(
-            "megatron.core is not installed: pip install 'megatron-tsft[train]', or start from"
-            " another folder if it has a folder named megatron"
+            f"megatron.core is not installed{_in_the_way()}: install megatron-tsft with its extra"
+            " [train]"
         )
     place = Path(spec.origin).parent
     version = version_of(place)
@@ -42,6 +42,14 @@ def check_megatron() -> None:
     raise UserError(
         f"megatron.core in {place} has version {version}: pip install 'megatron-core{TESTED}'"
     )
+
+
+def _in_the_way() -> str:
+    """Another module of that name, for messages; "" where there is none."""
+    spec = importlib.util.find_spec("megatron")
+    if spec is None or spec.origin is None:
+        return ""
+    return f" where Python looks first: {spec.origin} stands before it, move it away or"
 
 
 def version_of(package: Path) -> str:
