@@ -75,3 +75,27 @@ def test_an_error_comes_out_of_the_quiet(tmp_path: Path) -> None:
     out, err, code = start(tmp_path, keep=False, end="raise RuntimeError('what was wrong')")
     assert err.strip().splitlines()[-1] == "RuntimeError: what was wrong"
     assert code == 1 and "after" not in out and not list(tmp_path.iterdir())
+
+
+def test_why_megatron_stopped_is_shown(tmp_path: Path) -> None:
+    """Its own text (training/training.py, print_datetime), and its last words before an exit."""
+    said = "print('[exiting program at iteration 2] datetime: 2026-11-30')"
+    out, _, _ = start(tmp_path, end=said)
+    assert "[exiting program at iteration 2] datetime: 2026-11-30" in out
+    out, _, _ = start(tmp_path, end="print('Unable to load'); console.say(console.last_words())")
+    assert "Unable to load" in out.splitlines()
+
+
+def test_a_defect_shows_the_end_of_a_log_that_nobody_keeps(tmp_path: Path) -> None:
+    _, err, _ = start(tmp_path, keep=False, end="raise RuntimeError('what was wrong')")
+    assert "| chatter after" in err and "| from a child" in err
+
+
+def test_bytes_odd_names_and_closed_streams(tmp_path: Path) -> None:
+    write = "sys.stdout.buffer.write(b'raw'); console.say('\\udce4 name'); "
+    out, _, code = start(tmp_path, end=write)
+    assert code == 0 and "\\udce4 name" in out
+    text = PROGRAM.format(verbose=False, keep=True, folder=str(tmp_path), end="pass")
+    command = '"$0" -c "$1" >&- 2>&-'
+    done = subprocess.run(["sh", "-c", command, sys.executable, text], capture_output=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == b""

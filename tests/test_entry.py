@@ -2,6 +2,8 @@
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +36,25 @@ def test_what_a_user_can_mend(capsys: pytest.CaptureFixture[str]) -> None:
     status, lines = ends(raising(KeyboardInterrupt()), capsys)
     assert (status, lines) == (130, ["error: the work stopped: interrupted; nothing is left"])
     assert ends(lambda: 1, capsys) == (1, [])
+
+
+def test_an_error_of_several_lines_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["error: plugin: boom second line"]
+    assert ends(raising(UserError("plugin: boom\nsecond line")), capsys) == (2, lines)
+
+
+def test_a_reader_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom megatron_tsft.entry import run_command\n"
+        "def body():\n"
+        "    for _ in range(100000): print('line', flush=True)\n"
+        "    return 0\n"
+        "sys.exit(run_command(body))\n"
+    )
+    command = '"$0" -c "$1" | head -1'
+    line = ["sh", "-c", command, sys.executable, program]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.stdout == "line\n" and done.stderr == ""
 
 
 def test_a_defect_has_its_traceback_and_then_one_line(capsys: pytest.CaptureFixture[str]) -> None:

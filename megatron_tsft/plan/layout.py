@@ -69,11 +69,6 @@ def _model_ranks(flags: Flags) -> int:
 
 def _check_model(flags: Flags, card: ModelCard) -> None:
     """Raise UserError where heads or layers do not divide over the ranks."""
-    for kind in ("tensor_model", "pipeline_model", "context", "expert_model"):
-        size = getattr(flags, f"{kind}_parallel_size")
-        if size < 1:
-            option = f"--{kind.replace('_', '-')}-parallel-size"
-            raise UserError(f"{option} {size}: pass at least 1, or leave it out")
     model = card.megatron_arguments
     tp, pp = flags.tensor_model_parallel_size, flags.pipeline_model_parallel_size
     heads, groups = model["num_attention_heads"], model["num_query_groups"]

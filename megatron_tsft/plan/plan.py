@@ -223,7 +223,8 @@ def make_plan(line: CommandLine, device: str) -> Plan:
 
 
 def _check_required(line: CommandLine) -> None:
-    """Raise UserError for a flag that every run needs and that is missing."""
+    """Raise UserError for a flag that every run needs and that is missing, and for a layout of no
+    ranks."""
     given = line.given
     needed = {
         "--tsft-model": line.config.model,
@@ -237,6 +238,9 @@ def _check_required(line: CommandLine) -> None:
     missing = [name for name, value in needed.items() if not value]
     if missing:
         raise UserError(f"missing {', '.join(missing)}: --help has an example of a whole command")
+    for name, value in given.items():
+        if name.endswith("_parallel_size") and isinstance(value, int) and value < 1:
+            raise UserError(f"{line.option(name)} {value}: pass at least 1, or leave it out")
 
 
 def _check_data(data: PreparedData, card: ModelCard) -> None:

@@ -23,6 +23,7 @@ CASES = {
     ),
     "objective almost known": (1, "--tsft-objective targt-sft", ["did you mean 'target-sft'?"]),
     "parameter almost known": (1, "--tsft-objective gem --tsft-args betta=1", ["'beta'?"]),
+    "no ranks": (1, "--tensor-model-parallel-size 0", ["size 0: pass at least 1"]),
     "flag almost known": (
         1,
         "--tsft-objectve sft",
