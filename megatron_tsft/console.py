@@ -113,7 +113,9 @@ def _open_streams() -> tuple[TextIO, TextIO]:
     for stream in (sys.stdout, sys.stderr):
         # a killed process loses no line, and no name is unprintable
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+            # a stream whose file has become a pipe cannot be asked where it is
+            with contextlib.suppress(OSError):
+                stream.reconfigure(line_buffering=True, errors="backslashreplace")
     return sys.stdout, sys.stderr
 
 
