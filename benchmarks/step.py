@@ -531,7 +531,8 @@ def startup_of(model: str, args: argparse.Namespace, folder: Path, bar: Any) -> 
         "cpu",
     ]
     ours += ["--lr-decay-style", "constant", "--tsft-model", str(base), "--tsft-data", str(data)]
-    ours += ["--tsft-objective", "target-sft", "--tsft-args", "eta=0"]
+    # as much is printed on both sides
+    ours += ["--tsft-objective", "target-sft", "--tsft-args", "eta=0", "--tsft-verbose"]
     pairs = []
     for number in range(
         -1, args.startup_pairs

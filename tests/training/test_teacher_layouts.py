@@ -238,7 +238,7 @@ def test_what_cannot_work_is_refused_by_name(
         ),
         "stray": (
             1,
-            ("--tsft-teacher-load", str(teacher), "--tsft-args", "eta=0"),
+            ("--tsft-teacher", "none", "--tsft-teacher-load", str(teacher)),
             ["--tsft-teacher model", "none"],
         ),
         "layers": (
