@@ -27,7 +27,7 @@ from megatron_tsft.plan.run_objectives import (
     parse_objectives,
 )
 from megatron_tsft.plan.same_packs import SAVED, check_same_packs, facts_of_packs
-from megatron_tsft.plan.sources import Source, parse_sources
+from megatron_tsft.plan.sources import parse_sources
 from megatron_tsft.plan.start_weights import StartWeights, find_start_weights
 from megatron_tsft.plan.teachers.choose import choose_kind
 from megatron_tsft.plan.teachers.definition import Request, Teacher
@@ -60,7 +60,6 @@ class Plan:
         flags: Megatron's values.
         card: of the model that is trained.
         batch: packs of a step.
-        sources: the data sets as they were named.
         packs: the data.
         objectives: each data set's, and the evaluation's.
         teacher: the second distribution.
@@ -73,7 +72,6 @@ class Plan:
     flags: Flags
     card: ModelCard
     batch: Batch
-    sources: tuple[Source, ...]
     packs: Packs
     objectives: RunObjectives
     teacher: Teacher
@@ -175,7 +173,7 @@ def make_plan(line: CommandLine, device: str) -> Plan:
     check_refused_flags(line)
     _check_required(line)
     load_plugins(config.plugin)
-    sources = tuple(parse_sources(config.data))
+    sources = parse_sources(config.data)
     objectives = parse_objectives(
         config,
         sources,
@@ -217,9 +215,7 @@ def make_plan(line: CommandLine, device: str) -> Plan:
     packs = Packs(members, evaluation, rules, batch, teacher.records)
     if start.resumed is not None:
         check_same_packs(start.resumed, packs, batch.size, flags.context_parallel_size)
-    return Plan(
-        line, device, flags, card, batch, sources, packs, objectives, teacher, start, assumed
-    )
+    return Plan(line, device, flags, card, batch, packs, objectives, teacher, start, assumed)
 
 
 def _check_required(line: CommandLine) -> None:
