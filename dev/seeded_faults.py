@@ -5,6 +5,7 @@ Whoever makes the tests faster runs it before and after: they must catch no less
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -26,7 +27,7 @@ PACKAGE = "megatron_tsft"
 COMMANDS = {"make test": "not slow and not gpu", "make test-all": "slow and not gpu"}
 EXAMPLE = """example:
   dev/seeded_faults.py --output docs/benchmark/seeded_faults.json
-  dev/seeded_faults.py --only label-not-shifted padding-counted --repository ../before"""
+  dev/seeded_faults.py --only label-not-shifted --output docs/benchmark/seeded_faults.json"""
 
 
 @dataclass(frozen=True)
@@ -335,11 +336,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = json.loads(args.output.read_text())
     for fault in chosen:  # before any test runs: a snippet that is not there would be a surprise
         find(args.repository, fault)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        copy_of(args.repository.resolve(), copy)
+    with contextlib.ExitStack() as stack:
+        copy: Path | None = None
         for fault in chosen:
             if not results.get(fault.name, {}).get("test"):
+                if copy is None:  # made when the first fault needs it
+                    copy = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "copy"
+                    copy_of(args.repository.resolve(), copy)
                 results[fault.name] = dataclasses.asdict(try_fault(copy, fault, args.whole))
             result = results[fault.name]
             where = f"{result['command']}: {result['test']}" if result["test"] else "NOT CAUGHT"
