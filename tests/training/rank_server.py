@@ -6,6 +6,7 @@ that runs in place of training, or ""; answers with {"codes": [exit status of ea
 A process of its own, because the CPU layer changes torch for good.
 """
 
+import importlib
 import json
 import multiprocessing.util
 import os
@@ -79,6 +80,21 @@ def run_case(world: int, argv: list[str], log: str, timeout: float, tool: str = 
     return codes
 
 
+def import_what_ranks_import() -> None:
+    """Before the forks: a rank that imports all of it for itself needs two seconds more."""
+    import megatron.core.tokenizers.text.libraries.huggingface_tokenizer
+    import pandas  # pyarrow's tables look for it
+    import pyarrow.compute
+    from transformers import AutoTokenizer  # noqa: F401
+
+    import megatron_tsft.training.megatron_teacher
+    import megatron_tsft.training.run  # noqa: F401
+    from megatron_tsft.plan import teachers
+
+    for name in teachers.NAMES:
+        importlib.import_module(f"{teachers.__name__}.{name}")
+
+
 def serve() -> None:
     """Import, say "ready", answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")  # imports and cases may print
@@ -89,8 +105,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     install()
-    import megatron_tsft.training.megatron_teacher
-    import megatron_tsft.training.run  # noqa: F401  # what every case imports
+    import_what_ranks_import()
 
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
