@@ -17,6 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
+from megatron_tsft.plan import teachers
 from tests.ports import free_port
 
 
@@ -80,19 +81,22 @@ def run_case(world: int, argv: list[str], log: str, timeout: float, tool: str = 
     return codes
 
 
+# what a rank imports one way or another; pyarrow's tables look for pandas
+IMPORTED = (
+    "megatron.core.tokenizers.text.libraries.huggingface_tokenizer",
+    "megatron_tsft.training.megatron_teacher",
+    "megatron_tsft.training.run",
+    *(f"{teachers.__name__}.{name}" for name in teachers.NAMES),
+    "pandas",
+    "pyarrow.compute",
+    "transformers.models.auto.tokenization_auto",
+)
+
+
 def import_what_ranks_import() -> None:
     """Before the forks: a rank that imports all of it for itself needs two seconds more."""
-    import megatron.core.tokenizers.text.libraries.huggingface_tokenizer
-    import pandas  # pyarrow's tables look for it
-    import pyarrow.compute
-    from transformers import AutoTokenizer  # noqa: F401
-
-    import megatron_tsft.training.megatron_teacher
-    import megatron_tsft.training.run  # noqa: F401
-    from megatron_tsft.plan import teachers
-
-    for name in teachers.NAMES:
-        importlib.import_module(f"{teachers.__name__}.{name}")
+    for name in IMPORTED:
+        importlib.import_module(name)
 
 
 def serve() -> None:
