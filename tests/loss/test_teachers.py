@@ -1,6 +1,7 @@
 """Every kind of teacher record, dense and top-k, on 1, 2 and 4 shards, against the same teacher
 written out densely."""
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -166,22 +167,20 @@ def test_every_pair_is_met_by_the_kernels() -> None:
     assert met(rows, 2) == met(product, 2)
 
 
-@pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest) -> Results:
-    cases, keys = [], combinations_of(request.param)
+@functools.lru_cache(maxsize=1)  # the cases of one implementation come one after the other
+def results(implementation: str) -> Results:
+    cases, keys = [], combinations_of(implementation)
     for key in keys:
-        dtype, variant = manner_of(*key, request.param)
+        dtype, variant = manner_of(*key, implementation)
         cases.append(teacher_case(*key, dtype, COMBINATIONS.index(key), variant))
-    return dict(zip(keys, zip(cases, results_of(request.param, cases), strict=True), strict=True))
+    return dict(zip(keys, zip(cases, results_of(implementation, cases), strict=True), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("results", "name", "kind"),
-    crossed(implementations(*WORLDS), combinations_of),
-    indirect=["results"],
+    ("implementation", "name", "kind"), crossed(implementations(*WORLDS), combinations_of)
 )
-def test_teacher(results: Results, name: str, kind: str) -> None:
-    case, result = results[name, kind]
+def test_teacher(implementation: str, name: str, kind: str) -> None:
+    case, result = results(implementation)[name, kind]
     assert result is not None
     check(case, result)
 
