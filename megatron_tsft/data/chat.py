@@ -1,31 +1,53 @@
 """One row of the input -> its tokens, which of them are supervised, and their weights.
 
-`messages`: the chat template of the tokenizer writes the text, which is tokenised once and as a
-    whole (the template writes BOS itself). Supervised are the tokens that overlap an assistant
-    turn, its end token included: the last special token of the turn (<|im_end|>, <|eot_id|>, </s>),
-    but not white space behind it. A template that ends a turn without special token is refused: the
-    model would never learn to stop. `tools` of the row go to the template.
-`prompt`, `completion` as strings: raw text, without template. The tokens are those of the prompt
-    with the BOS that the tokenizer adds, those of the completion, and EOS unless the completion
-    ends with it; completion and EOS are supervised.
-`prompt`, `completion` as lists of messages: one conversation, of which only the completion's
-    assistant turns are supervised. `messages` wins where a row has both.
+A conversation is written by the chat template (turns.py) and tokenised once and as a whole: the
+template writes BOS itself. Supervised are the tokens that overlap an assistant turn, its end token
+included: the last special token of the turn (<|im_end|>, <|eot_id|>, </s>), but not white space
+behind it. Where a turn ends by the next role's token (GLM), that token is the end, as served; where
+the text ends before it, EOS is appended. A template that ends a turn in neither way is refused: the
+model would never learn to stop.
 
-A row's `weight` is a number >= 0. `critical` is a list of [start, end) in characters; it stands in
-the row for a string completion, and in an assistant message for that message. Both make
-token_weights = weight * critical: once a row names critical spans, tokens that overlap one have 1
-and all others of the row 0.
+Raw text has no template. Its tokens are those of the prompt with the BOS that the tokenizer adds,
+those of the completion, and EOS unless the completion ends with it.
 """
 
 import copy
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from megatron_tsft.data.rows import Spans, read_critical, read_messages, read_weight
-from megatron_tsft.data.turns import ChatTemplate, Message, Refusal, Turn, content_place
+from megatron_tsft.data.dropped import OPEN, dropped_thoughts, protect, restore
+from megatron_tsft.data.marked_template import Message, Rendered, Span
+from megatron_tsft.data.rows import Conversation, Spans, Text, read_row
+from megatron_tsft.data.turns import REFUSES, ChatTemplate, Refusal, Turn, content_place
 from megatron_tsft.errors import UserError
+
+HISTORY_THINKING = ("template", "one-row-per-turn", "refuse")
+SUPERVISE = ("all", "last", "everything")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How every row is encoded.
+
+    Attributes:
+        chat_template: Jinja text in place of the tokenizer's own.
+        variables: of the template, for every row; a row's own win.
+        now: what the template's strftime_now gives, for all rows alike.
+        history_thinking: what happens to a conversation whose template drops the thoughts of
+            earlier turns: it stays as the template writes it, becomes a row for each turn, or is
+            refused.
+        supervise: all assistant turns, the last one, or every token.
+    """
+
+    chat_template: str | None = None
+    variables: dict[str, Any] | None = None
+    now: Callable[[str], str] | None = None
+    history_thinking: str = "template"
+    supervise: str = "all"
 
 
 @dataclass(frozen=True)
@@ -34,7 +56,7 @@ class Encoded:
 
     input_ids: np.ndarray  # [n] int32
     loss_mask: np.ndarray  # [n] bool; never True at 0, which nothing predicts
-    # [n] float32, 0 outside the mask; None without `weight` and `critical`
+    # [n] float32, 0 outside the mask; None without weights and `critical`
     token_weights: np.ndarray | None
 
     def cut(self, length: int | None) -> "Encoded":
@@ -43,24 +65,70 @@ class Encoded:
         return Encoded(self.input_ids[:length], self.loss_mask[:length], weights)
 
 
-@dataclass(frozen=True)
 class _Tokens:
-    """A tokenised text; token i covers the characters [starts[i], ends[i])."""
+    """A tokenised text; characters are asked for one at a time, because a list of all offsets takes
+    longer than the tokenising."""
 
-    ids: np.ndarray  # [n] int32
-    starts: np.ndarray  # [n] int64
-    ends: np.ndarray  # [n] int64
-    special: np.ndarray  # [n] bool
+    def __init__(self, encoding: Any, special: np.ndarray, ends_with: int | None = None) -> None:
+        """special: ids, sorted. ends_with: a token behind the text."""
+        self.ids = np.array(encoding.ids, np.int32)  # [n]
+        self._encoding = encoding
+        self._length = len(self.ids)
+        self.special = np.isin(self.ids, special)  # [n] bool
+        if ends_with is not None:
+            self.ids = np.append(self.ids, np.int32(ends_with))
+            self.special = np.append(self.special, False)
 
-    def overlap(self, start: int, stop: int) -> np.ndarray:
-        """[n] bool: tokens that share a character with [start, stop)."""
-        return (self.starts < stop) & (self.ends > start)
+    def span(self, token: int) -> tuple[int, int]:
+        """The characters [start, end) of a token."""
+        return self._encoding.token_to_chars(token)
+
+    def overlap(self, start: int, stop: int) -> slice:
+        """The tokens that share a character with [start, stop)."""
+        for at in range(start, stop):  # a tokenizer may drop characters
+            first = self._encoding.char_to_token(at)
+            if first is not None:
+                break
+        else:
+            return slice(0, 0)
+        last = first
+        while last < self._length and self.span(last)[0] < stop:
+            last = self._after(last, stop)
+        return slice(first, last)
+
+    def _after(self, token: int, stop: int) -> int:
+        """A later token that is not behind the first one that begins at or after `stop`."""
+        if token + 1 >= self._length or self.span(token + 1)[0] >= stop:
+            return token + 1
+        near = self._encoding.char_to_token(stop - 1)
+        return max(token + 1, near if near is not None else 0)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A conversation as text, before it is tokenised.
+
+    Attributes:
+        text: what is tokenised, as a whole.
+        turns: the supervised ones, in order.
+        weights: of each turn.
+        critical: (content, spans) of each turn, None without.
+        appended: the text ends before the token that ends its last turn.
+    """
+
+    text: str
+    turns: list[Turn]
+    weights: list[float]
+    critical: list[tuple[str, Spans] | None]
+    weight: float | None
+    appended: bool
+    everything: bool
 
 
 class ChatEncoder:
     """Rows -> tokens, with one tokenizer."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, options: ChatOptions | None = None) -> None:
         """Raises UserError where the tokenizer cannot say which characters a token covers."""
         if not tokenizer.is_fast:
             raise UserError(
@@ -68,12 +136,17 @@ class ChatEncoder:
                 " cannot say which characters a token covers: save it as a fast one"
                 " (tokenizer.json)"
             )
-        self._template: ChatTemplate | None = None
+        self._options = options or ChatOptions()
+        self._templates: dict[str, ChatTemplate] = {}
+        self._ends: dict[str, bool] = {}
         self._tokenizer = tokenizer
         # Byte-level post-processors cut spaces off the offsets, so that a token of spaces would
         # cover nothing; without special tokens a post-processor does nothing else.
-        self._plain = copy.deepcopy(tokenizer)
-        self._plain.backend_tokenizer.post_processor = None
+        plain = copy.deepcopy(tokenizer)
+        plain.backend_tokenizer.post_processor = None
+        plain.backend_tokenizer.no_truncation()
+        plain.backend_tokenizer.no_padding()
+        self._plain = plain.backend_tokenizer
         marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
         self._special = np.array(sorted({*marked, *tokenizer.all_special_ids}), np.int32)
         bare, dressed = (
@@ -83,139 +156,346 @@ class ChatEncoder:
         self._before = np.array(dressed[:before], np.int32)  # BOS where the tokenizer adds one
 
     def encode(self, row: dict[str, Any]) -> Encoded:
-        """Tokens, mask and weights of one row.
+        """Tokens, mask and weights of one row that is one conversation.
 
         Raises:
             Refusal: this row cannot be used.
             UserError: no row can: the tokenizer lacks what the format needs.
         """
-        # Arrow writes null for a missing key
-        row = {key: value for key, value in row.items() if value is not None}
-        weight = read_weight(row)
-        if "messages" in row:
-            encoded = self._chat(read_messages(row["messages"]), 0, row, weight)
-        elif "prompt" not in row or "completion" not in row:
-            raise Refusal("neither `messages` nor `prompt` and `completion`")
-        elif isinstance(row["prompt"], str) and isinstance(row["completion"], str):
-            encoded = self._text(
-                row["prompt"], row["completion"], read_critical(row, row["completion"]), weight
-            )
-        elif isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-            prompt, completion = read_messages(row["prompt"]), read_messages(row["completion"])
-            encoded = self._chat(prompt + completion, len(prompt), row, weight)
+        [encoded] = self.encode_rows([row])
+        if isinstance(encoded, Refusal):
+            raise encoded
+        [only] = encoded
+        return only
+
+    def encode_rows(self, rows: Iterable[dict[str, Any] | Refusal]) -> list[list[Encoded] | Refusal]:
+        """What becomes of each row: conversations (more than one with one-row-per-turn), or why it
+        cannot be used. The texts of all rows are tokenised together.
+
+        Raises:
+            UserError: no row can be used: the tokenizer lacks what the format needs.
+        """
+        plans: list[list[Written | Text] | Refusal] = []
+        texts: list[str] = []
+        for row in rows:
+            try:
+                if isinstance(row, Refusal):
+                    raise row
+                read = read_row(row)
+                plan: list[Written | Text] = (
+                    [read] if isinstance(read, Text) else [*self._written(read)]
+                )
+                for part in plan:
+                    _check_text(_text_of(part))
+                plans.append(plan)
+                texts += [_text_of(part) for part in plan]
+            except Refusal as refusal:
+                plans.append(refusal)
+        encodings = iter(self._plain.encode_batch(texts, add_special_tokens=False))
+        out: list[list[Encoded] | Refusal] = []
+        for plan in plans:
+            if isinstance(plan, Refusal):
+                out.append(plan)
+                continue
+            found = [(part, next(encodings)) for part in plan]
+            try:
+                out.append(
+                    [
+                        self._text(part, encoding)
+                        if isinstance(part, Text)
+                        else self._chat(part, encoding)
+                        for part, encoding in found
+                    ]
+                )
+            except Refusal as refusal:
+                out.append(refusal)
+        return out
+
+    # ---- conversations
+
+    def _template(self, conversation: Conversation) -> ChatTemplate:
+        """The template of a conversation: a tokenizer may have another one for tools."""
+        tokenizer = self._tokenizer
+        if self._options.chat_template is not None:
+            source = self._options.chat_template
+        elif tokenizer.chat_template:
+            source = tokenizer.get_chat_template(None, conversation.tools)
         else:
-            raise Refusal(
-                "`prompt` and `completion` are neither two strings nor two lists of messages"
+            raise UserError(
+                f"the tokenizer {tokenizer.name_or_path} has no chat template, which `messages`"
+                " need: add its chat_template.jinja, name one (--chat-template FILE), or write rows"
+                " of `prompt` and `completion`"
             )
-        if not encoded.loss_mask.any():
-            raise Refusal("no supervised token")
-        return encoded
+        if source not in self._templates:
+            self._templates[source] = ChatTemplate(
+                source,
+                tokenizer.name_or_path,
+                lambda text: [end for _, end in self._plain.encode(text, add_special_tokens=False).offsets],
+                dict(tokenizer.special_tokens_map),
+                self._options.now,
+            )
+        return self._templates[source]
 
-    def _tokens(self, text: str) -> _Tokens:
+    def _written(self, conversation: Conversation) -> list[Written]:
+        """The texts of a conversation: one, or with one-row-per-turn several."""
+        if self._options.supervise == "last" and not conversation.first:
+            last = conversation.learnt[-1]
+            factors = [f if i >= last else 0.0 for i, f in enumerate(conversation.factors)]
+            conversation = replace(conversation, factors=factors)
+        variables = (self._options.variables or {}) | conversation.variables
+        conversation = replace(conversation, variables=variables)
+        refusals: list[Refusal] = []
+        for candidate in _writings(conversation):
+            try:
+                return self._write(candidate)
+            except Refusal as refusal:
+                refusals.append(refusal)
+        # why the template could not be used says more than why one way of writing failed
+        raise next((r for r in refusals if not r.reason.startswith(REFUSES)), refusals[0])
+
+    def _write(self, conversation: Conversation) -> list[Written]:
+        template = self._template(conversation)
+        messages, given = conversation.messages, _given(conversation)
+        rendered = template.locate(messages, **given)
+
+        def render(changed: list[Message], tools: list[Any] | None) -> Rendered:
+            return template.locate(changed, **{**given, "tools": tools})
+
         try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise Refusal(
-                "the text has half of a surrogate pair, which no tokenizer takes"
-            ) from None
-        out = self._plain(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
-        ids = np.array(out["input_ids"], np.int32)
-        offsets = np.array(out["offset_mapping"], np.int64).reshape(-1, 2)
-        return _Tokens(ids, offsets[:, 0], offsets[:, 1], np.isin(ids, self._special))
+            lost = dropped_thoughts(conversation, rendered, render)
+        except Refusal:
+            if conversation.first:
+                return [self._behind_prompt(template, conversation, rendered)]
+            raise
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        if any(thought.message != last for thought in lost):
+            if self._options.history_thinking == "refuse":
+                raise Refusal(
+                    "the chat template drops the thought of an earlier turn (--history-thinking"
+                    " refuse)"
+                )
+            rounds = _rounds(conversation)
+            if self._options.history_thinking == "one-row-per-turn" and len(rounds) > 1:
+                return [written for part in rounds for written in self._write(part)]
+        for thought in lost:
+            if thought.message != last or last not in conversation.learnt:
+                continue
+            if thought.key != "content":
+                raise Refusal(
+                    f"the chat template drops `{thought.key}` of the last turn: write the thought"
+                    " into the content as <think>...</think>, or give a template that writes it"
+                    " (--chat-template)"
+                )
+            rendered = self._with_thought(template, conversation, last)
+        return [self._finished(template, conversation, rendered, rendered.text)]
 
-    def _text(
-        self, prompt: str, completion: str, critical: Spans | None, weight: float | None
-    ) -> Encoded:
+    def _with_thought(
+        self, template: ChatTemplate, conversation: Conversation, last: int
+    ) -> Rendered:
+        """The conversation with the thought of the last turn, which the template would cut off:
+        the model generates it behind the generation prompt."""
+        messages, given = conversation.messages, _given(conversation)
+        content = messages[last]["content"]
+        if OPEN not in content:  # the generation prompt has opened it
+            content = f"{OPEN}\n{content}"
+        message = messages[last] | {"content": protect(content)}
+        rendered = template.locate([*messages[:last], message, *messages[last + 1 :]], **given)
+        rendered = replace(rendered, text=restore(rendered.text))
+        prompted = template.prompted(messages[:last], **given)
+        if not rendered.text.startswith(prompted) or prompted.rstrip().endswith("</think>"):
+            raise Refusal(
+                "the chat template drops the thought of the last turn, and its generation prompt"
+                " has no place for one: set chat_template_kwargs for thinking, or give another"
+                " template (--chat-template)"
+            )
+        return rendered
+
+    def _behind_prompt(
+        self, template: ChatTemplate, conversation: Conversation, rendered: Rendered
+    ) -> Written:
+        """A completion behind its prompt as served, which says more than the finished conversation
+        (Mistral writes the system message before the last question alone)."""
+        given, first = _given(conversation), conversation.first
+        prompt = conversation.messages[:first]
+        asked = replace(
+            conversation, messages=prompt, factors=conversation.factors[:first],
+            critical=conversation.critical[:first],
+        )
+
+        def render(changed: list[Message], tools: list[Any] | None) -> Rendered:
+            variables = {**given, "tools": tools, "add_generation_prompt": True}
+            return template.locate(changed, **variables)
+
+        served = render(prompt, conversation.tools)
+        dropped_thoughts(asked, served, render)
+        written = self._finished(template, conversation, rendered, rendered.text)
+        begin = written.turns[0].start
+        shift = len(served.text) - begin
+        turns = [
+            replace(t, start=t.start + shift, stop=t.stop + shift, written=t.start + shift)
+            for t in written.turns
+        ]
+        return replace(written, text=served.text + rendered.text[begin:], turns=turns)
+
+    def _finished(
+        self, template: ChatTemplate, conversation: Conversation, rendered: Rendered, text: str
+    ) -> Written:
+        messages, given = conversation.messages, _given(conversation)
+        _check_text(text)
+        turns = template.turns(rendered, messages, conversation.learnt, **given)
+        if not turns:
+            raise Refusal("no assistant turn is within the template's {% generation %} blocks")
+        named = any(spans is not None for spans in conversation.critical)
+        if any(turn.message is None for turn in turns) and (conversation.first or named):
+            raise Refusal(
+                "the template has a {% generation %} block outside its loop over the messages,"
+                " which cannot be matched with an assistant message"
+            )
+        critical: list[tuple[str, Spans] | None] = []
+        weights: list[float] = []
+        for turn in turns:
+            place = turn.message
+            weights.append(1.0 if place is None else conversation.factors[place])
+            spans = None if place is None else conversation.critical[place]
+            content = "" if place is None else str(messages[place]["content"])
+            critical.append((content, spans or []) if named else None)
+        weighted = any(factor != 1 for factor in weights)
+        weight = conversation.weight
+        return Written(
+            text,
+            turns,
+            weights,
+            critical,
+            1.0 if weight is None and weighted else weight,
+            self._needs_end(template, conversation, rendered, text, turns[-1]),
+            self._options.supervise == "everything",
+        )
+
+    def _needs_end(
+        self,
+        template: ChatTemplate,
+        conversation: Conversation,
+        rendered: Rendered,
+        text: str,
+        turn: Turn,
+    ) -> bool:
+        """Whether the last turn's end token is the one that the next role would begin with, and the
+        text ends before it."""
+        if text[turn.stop :].strip() or turn.message is None:
+            return False
+        ids = self._plain.encode(text[turn.start : turn.stop].rstrip(), add_special_tokens=False).ids
+        if ids and np.isin(ids[-1], self._special):
+            return False
+        key = template.source
+        if key not in self._ends:
+            behind = template.ends_by_next_role(
+                rendered, conversation.messages, **_given(conversation)
+            )
+            own = text[turn.written : turn.stop]
+            following, first = (
+                self._plain.encode(part.lstrip(), add_special_tokens=False).ids
+                for part in (behind, own)
+            )
+            self._ends[key] = bool(
+                following
+                and np.isin(following[0], self._special)
+                and following[0] != first[0]
+            )
+        return self._ends[key]
+
+    def _chat(self, written: Written, encoding: Any) -> Encoded:
+        """Tokens of a conversation."""
+        eos = self._tokenizer.eos_token_id if written.appended else None
+        if written.appended and eos is None:
+            raise Refusal("a turn ends without special token, and the tokenizer has no EOS token")
+        text = written.text
+        tokens = _Tokens(encoding, self._special, eos)
+        mask = np.zeros(len(tokens.ids), bool)
+        chosen = np.zeros(len(tokens.ids), bool)
+        weights = np.zeros(len(tokens.ids), np.float32)
+        special = np.flatnonzero(tokens.special)
+        starts = [tokens.span(int(i))[0] for i in special]
+        for number, turn in enumerate(written.turns):
+            last = number == len(written.turns) - 1
+            end = _end_token(text, tokens, special, starts, turn)
+            if end is None and not (last and written.appended):
+                more = any(t.message == turn.message for t in written.turns[number + 1 :])
+                if not more or turn.message is None and last:
+                    raise Refusal(
+                        "the chat template ends an assistant turn without special token, so the"
+                        " model would never learn to stop: write the EOS token behind the content"
+                        " in the template"
+                    )
+            body, stop = (turn.stop, turn.stop) if end is None else tokens.span(end)
+            part = tokens.overlap(turn.start, stop)
+            where = np.zeros(len(mask), bool)
+            where[part] = True
+            # a special token that began before the turn and
+            # swallows white space belongs to the template's header
+            if part.start < part.stop and tokens.special[part.start]:
+                where[part.start] = tokens.span(part.start)[0] >= turn.start
+            if last and written.appended:
+                where[-1] = True
+            mask |= where
+            weights[where] = written.weights[number]
+            named = written.critical[number]
+            if named is not None and named[1]:
+                place = content_place(text, turn.start, body, named[0])
+                if place is None:
+                    raise Refusal(
+                        "the chat template changes an assistant message, so `critical` has no"
+                        " place in it"
+                    )
+                for begin, until in named[1]:
+                    chosen[
+                        tokens.overlap(
+                            max(place.start + begin, turn.start), min(place.start + until, body)
+                        )
+                    ] = True
+        if written.everything:
+            mask[:] = True
+            weights[:] = 1
+        weighted = written.weight is not None
+        if any(named is not None for named in written.critical):
+            weights *= chosen
+            weighted = True
+        scale = 1.0 if written.weight is None else written.weight
+        return _encoded(tokens.ids, mask, weights * np.float32(scale) if weighted else None)
+
+    # ---- raw text
+
+    def _text(self, text: Text, encoding: Any) -> Encoded:
         eos = self._tokenizer.eos_token_id
         if eos is None:
             raise UserError(
                 f"the tokenizer {self._tokenizer.name_or_path} has no EOS token, which ends a"
                 " completion: set its eos_token"
             )
-        before, tokens = (
-            np.concatenate([self._before, self._tokens(prompt).ids]),
-            self._tokens(completion),
-        )
-        if not completion.strip() or not len(tokens.ids):
+        border = len(text.prompt or "")
+        tokens = _Tokens(encoding, self._special)
+        ids = tokens.ids
+        if not len(ids):
             raise Refusal("the completion is empty")
-        end = [eos] if tokens.ids[-1] != eos else []
-        ids = np.concatenate([before, tokens.ids, np.array(end, np.int32)])
-        mask = np.arange(len(ids)) >= len(before)
-        chosen = None
-        if critical is not None:
-            chosen = np.zeros(len(ids), bool)
-            for start, stop in critical:
-                chosen[len(before) : len(before) + len(tokens.ids)] |= tokens.overlap(start, stop)
-        return _encoded(ids, mask, weight, chosen)
-
-    def _chat(
-        self, messages: list[Message], first: int, row: dict[str, Any], weight: float | None
-    ) -> Encoded:
-        """A conversation whose assistant turns from message `first` on are supervised."""
-        if "critical" in row:
-            raise Refusal(
-                "`critical` stands in the row: write it into the assistant message whose offsets"
-                " it has"
-            )
-        tools = row.get("tools") or None
-        if tools is not None and not (
-            isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-        ):
-            raise Refusal("`tools` is not a list of JSON schemas")
-        if not any(message["role"] == "assistant" for message in messages[first:]):
-            raise Refusal("no assistant turn")
-        if self._template is None:
-            self._template = ChatTemplate(self._tokenizer)
-        critical = {
-            i: read_critical(message, message["content"]) for i, message in enumerate(messages)
-        }
-        bare = [
-            {key: value for key, value in message.items() if key != "critical"}
-            for message in messages
-        ]
-        text, turns = self._template.turns(bare, tools)
-        tokens = self._tokens(text)
-        mask, chosen = np.zeros(len(tokens.ids), bool), np.zeros(len(tokens.ids), bool)
-        for number, turn in enumerate(turns):
-            if turn.message is None and (first or any(critical.values())):
-                raise Refusal(
-                    "the template's {% generation %} blocks cannot be matched with the assistant"
-                    " messages"
-                )
-            end = _end_token(text, tokens, turn)
-            if end is None and (turn.message is not None or number == len(turns) - 1):
-                raise Refusal(
-                    "the chat template ends an assistant turn without special token, so the model"
-                    " would never learn to stop: write the EOS token behind the content in the"
-                    " template"
-                )
-            body, stop = (
-                (turn.stop, turn.stop)
-                if end is None
-                else (int(tokens.starts[end]), int(tokens.ends[end]))
-            )
-            if turn.message is not None and turn.message < first:
-                continue
-            # a special token that began before the turn and
-            # swallows white space belongs to the template's header
-            mask |= tokens.overlap(turn.start, stop) & ~(
-                tokens.special & (tokens.starts < turn.start)
-            )
-            if turn.message is not None and critical[turn.message]:
-                place = content_place(text, turn.start, body, bare[turn.message]["content"])
-                if place is None:
-                    raise Refusal(
-                        "the chat template changes an assistant message, so `critical` has no"
-                        " place in it"
-                    )
-                for begin, last in critical[turn.message] or []:
-                    chosen |= tokens.overlap(
-                        max(place.start + begin, turn.start), min(place.start + last, body)
-                    )
-        named = any(spans is not None for spans in critical.values())
-        return _encoded(tokens.ids, mask, weight, chosen if named else None)
+        # a prompt that a template has written begins with BOS already
+        before = self._before
+        if len(before) and len(ids) >= len(before) and (ids[: len(before)] == before).all():
+            before = before[:0]
+        end = [eos] if ids[-1] != eos else []
+        part = tokens.overlap(border, border + len(text.completion))
+        start = len(before) + part.start if text.prompt is not None else 0
+        ids = np.concatenate([before, ids, np.array(end, np.int32)])
+        mask = np.arange(len(ids)) >= start
+        weights = None
+        if text.weight is not None or text.critical is not None:
+            weights = mask.astype(np.float32)
+            if text.critical is not None:
+                chosen = np.zeros(len(ids), bool)
+                for begin, stop in text.critical:
+                    found = tokens.overlap(border + begin, border + stop)
+                    chosen[len(before) + found.start : len(before) + found.stop] = True
+                weights *= chosen
+            weights *= np.float32(1.0 if text.weight is None else text.weight)
+        return _encoded(ids, mask, weights)
 
 
 def mark_supervised(tokenizer: Any, input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
@@ -228,26 +508,103 @@ def mark_supervised(tokenizer: Any, input_ids: np.ndarray, loss_mask: np.ndarray
     return "".join(pieces)
 
 
-def _encoded(
-    ids: np.ndarray, mask: np.ndarray, weight: float | None, chosen: np.ndarray | None
-) -> Encoded:
+def _given(conversation: Conversation) -> dict[str, Any]:
+    return {"tools": conversation.tools, "variables": conversation.variables}
+
+
+def _text_of(part: Written | Text) -> str:
+    """What of a part is tokenised: one text, so that nothing is gained at a border."""
+    return part.text if isinstance(part, Written) else (part.prompt or "") + part.completion
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refusal("the text has half of a surrogate pair, which no tokenizer takes") from None
+
+
+def _writings(conversation: Conversation) -> list[Conversation]:
+    """The ways to write tool calls that templates are made for, the usual one first: arguments as
+    objects or as JSON text, an empty content or none."""
+    def arguments(message: Message) -> Message:
+        calls = []
+        for call in message["tool_calls"]:
+            holder = call.get("function", call)
+            given = holder.get("arguments") if isinstance(holder, dict) else None
+            if isinstance(given, dict):
+                text = json.dumps(given, ensure_ascii=False)
+                inner = {**holder, "arguments": text}
+                call = inner if holder is call else {**call, "function": inner}
+            calls.append(call)
+        return {**message, "tool_calls": calls}
+
+    def silent(message: Message) -> Message:
+        return message if message["content"] else {**message, "content": None}
+
+    ways: list[list[Callable[[Message], Message]]] = [[], [arguments], [silent], [silent, arguments]]
+    if not any(message.get("tool_calls") for message in conversation.messages):
+        return [conversation]
+    out = []
+    for way in ways:
+        messages = list(conversation.messages)
+        for change in way:
+            messages = [change(m) if m.get("tool_calls") else m for m in messages]
+        out.append(replace(conversation, messages=messages))
+    return out
+
+
+def _rounds(conversation: Conversation) -> list[Conversation]:
+    """A conversation as one for each question: what follows it up to the next one is learnt."""
+    messages = conversation.messages
+    out, end = [], 0
+    while end < len(messages):
+        start = next(
+            (i for i in range(end, len(messages)) if messages[i]["role"] == "assistant"),
+            len(messages),
+        )
+        end = next(
+            (i for i in range(start, len(messages)) if messages[i]["role"] == "user"),
+            len(messages),
+        )
+        part = replace(
+            conversation,
+            messages=messages[:end],
+            factors=conversation.factors[:end],
+            critical=conversation.critical[:end],
+            first=max(start, conversation.first),
+        )
+        if part.learnt:
+            out.append(part)
+    return out
+
+
+def _encoded(ids: np.ndarray, mask: np.ndarray, weights: np.ndarray | None) -> Encoded:
     mask = mask.copy()
     mask[:1] = False
-    weights = None
-    if weight is not None or chosen is not None:
-        weights = (mask if chosen is None else mask & chosen) * np.float32(
-            1.0 if weight is None else weight
-        )
+    if not mask.any():
+        raise Refusal("no supervised token")
+    if weights is not None:
+        weights = np.where(mask, weights, np.float32(0))
     return Encoded(ids.astype(np.int32), mask, weights)
 
 
-def _end_token(text: str, tokens: _Tokens, turn: Turn) -> int | None:
-    """Which special token ends a turn: nothing but white space lies between it and the stop."""
-    special = np.flatnonzero(tokens.special & (tokens.starts >= turn.start))
-    inside = special[tokens.starts[special] < turn.stop]
-    if len(inside) and not text[tokens.ends[inside[-1]] : turn.stop].strip():
+def _end_token(
+    text: str, tokens: _Tokens, special: np.ndarray, starts: list[int], turn: Turn
+) -> int | None:
+    """Which special token ends a turn: nothing but white space lies between it and the stop; it may
+    stand behind the stop, where it is the next role's, but not the one that a turn begins with."""
+    own = next((i for i, at in zip(special, starts, strict=True) if at >= turn.written), None)
+    inside = [i for i, at in zip(special, starts, strict=True) if turn.start <= at < turn.stop]
+    if inside and not text[tokens.span(int(inside[-1]))[1] : turn.stop].strip():
         return int(inside[-1])
-    behind = special[len(inside) :]
-    if turn.open and len(behind) and not text[turn.stop : tokens.starts[behind[0]]].strip():
-        return int(behind[0])
+    behind = [(i, at) for i, at in zip(special, starts, strict=True) if at >= turn.stop]
+    if behind and not text[turn.stop : behind[0][1]].strip():
+        index = int(behind[0][0])
+        begins = own is not None and tokens.span(int(own))[0] == turn.written
+        if not (begins and tokens.ids[index] == tokens.ids[int(own)]):
+            return index
     return None
+
+
+__all__ = ["HISTORY_THINKING", "SUPERVISE", "ChatEncoder", "ChatOptions", "Encoded", "Span"]

@@ -48,29 +48,40 @@ class Outcome:
 
 
 def encode_block(encoder: ChatEncoder, job: Job, block: Block) -> list[Outcome]:
-    """The outcomes of a block's rows, in order.
+    """The outcomes of a block's rows, in order; a row that becomes several conversations has
+    several.
 
     Raises:
         UserError: no row can be encoded with this tokenizer.
     """
-    outcomes, limit = [], job.max_tokens
-    for number, row in block.rows:
-        try:
-            encoded = encoder.encode(decode(row))
-            truncated = limit is not None and len(encoded.input_ids) > limit
-            if truncated:
-                if job.too_long == "refuse":
-                    raise Refusal(f"longer than --max-tokens {limit}")
-                encoded = encoded.cut(limit)
-                if not encoded.loss_mask.any():
-                    raise Refusal(f"no supervised token within --max-tokens {limit}")
-            outcomes.append(Outcome(number, encoded, truncated))
-        except Refusal as refusal:
-            outcomes.append(Outcome(number, None, reason=refusal.reason, detail=refusal.detail))
-        except Exception as error:
-            error.add_note(f"at number {number} of the input")
-            raise
+    outcomes: list[Outcome] = []
+    numbers, rows = [number for number, _ in block.rows], [_decoded(row) for _, row in block.rows]
+    for number, found in zip(numbers, encoder.encode_rows(rows), strict=True):
+        if isinstance(found, Refusal):
+            outcomes.append(Outcome(number, None, reason=found.reason, detail=found.detail))
+            continue
+        outcomes += [_fitted(number, encoded, job) for encoded in found]
     return outcomes
+
+
+def _decoded(row: Any) -> dict[str, Any] | Refusal:
+    try:
+        return decode(row)
+    except Refusal as refusal:
+        return refusal
+
+
+def _fitted(number: int, encoded: Encoded, job: Job) -> Outcome:
+    """A conversation within --max-tokens."""
+    limit = job.max_tokens
+    if limit is None or len(encoded.input_ids) <= limit:
+        return Outcome(number, encoded)
+    if job.too_long == "refuse":
+        return Outcome(number, None, reason=f"longer than --max-tokens {limit}")
+    encoded = encoded.cut(limit)
+    if not encoded.loss_mask.any():
+        return Outcome(number, None, reason=f"no supervised token within --max-tokens {limit}")
+    return Outcome(number, encoded, truncated=True)
 
 
 def prepare(
