@@ -7,21 +7,28 @@ with
                       supervised,
   or prompt and       two strings (raw text, without a template) or two lists of messages, of which
   completion          the completion is supervised,
+  or text             raw text, all of it supervised,
 and, where you like,
   tools               a list of JSON schemas for the chat template,
-  weight              a number >= 0 that weighs the row's tokens,
+  chat_template_kwargs  an object of further variables for it,
+  weight              a number that weighs the row's tokens; in a message, that turn's,
   critical            [[start, end], ...], spans of a string completion, in characters and without
-                      the end; spans of an assistant message stand in that message.
+                      the end; spans of an assistant message stand in that message,
+  loss, train         in a message: false keeps its turn as context that is not learnt.
 Rows that cannot be used are left out; they are counted and named at the end.
 """
 
 import argparse
+import json
 import os
+from typing import Any
 
 from megatron_tsft.data.chat import mark_supervised
-from megatron_tsft.data.prepare import TOO_LONG, prepare
+from megatron_tsft.data.prepare import MAX_REFUSED, TOO_LONG, Encoding, prepare
 from megatron_tsft.data.prepared import DataCard, PreparedData
+from megatron_tsft.data.written import HISTORY_THINKING, SUPERVISE
 from megatron_tsft.entry import run_command
+from megatron_tsft.errors import UserError
 
 EXAMPLE = """examples:
   tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train \\
@@ -68,6 +75,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="how many processes tokenise (default: %(default)s)",
     )
     parser.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja file in place of the tokenizer's own chat template",
+    )
+    parser.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        default="{}",
+        help="further variables of the template, as '{\"enable_thinking\": false}'; a row's win",
+    )
+    parser.add_argument(
+        "--history-thinking",
+        choices=HISTORY_THINKING,
+        default="template",
+        help="conversations whose template drops the thoughts of earlier turns: as the template"
+        " writes them, a row for each turn with its thought, or refused (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--supervise",
+        choices=SUPERVISE,
+        default="all",
+        help="all assistant turns, the last one, or every token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--date",
+        default="",
+        metavar="YYYY-MM-DD",
+        help="the day that chat templates write (default: today; the card keeps it)",
+    )
+    parser.add_argument(
+        "--max-refused",
+        type=float,
+        default=MAX_REFUSED,
+        metavar="SHARE",
+        help="the largest share of rows that may be refused (default: %(default)s)",
+    )
+    parser.add_argument(
         "--overwrite", action="store_true", help="replace a folder that was prepared before"
     )
     parser.add_argument(
@@ -82,6 +126,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
     return parser.parse_args(argv)
+
+
+def variables_of(text: str) -> dict[str, Any]:
+    """--chat-template-kwargs. Raises UserError: not a JSON object."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"--chat-template-kwargs {text}: is no JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"--chat-template-kwargs {text}: is not a JSON object")
+    return value
 
 
 def report(output: str, card: DataCard) -> None:
@@ -126,6 +181,14 @@ def main(argv: list[str] | None = None) -> int:
             workers=args.workers,
             overwrite=args.overwrite,
             strict=args.strict,
+            max_refused=args.max_refused,
+            encoding=Encoding(
+                args.chat_template,
+                variables_of(args.chat_template_kwargs),
+                args.date,
+                args.history_thinking,
+                args.supervise,
+            ),
             progress=not args.no_progress,
         )
         report(args.output, card)

@@ -70,7 +70,9 @@ def dropped_thoughts(
     lost: list[Thought] = []
     for i, message in enumerate(messages):
         content = message.get("content") or ""
-        thought, answer = split_thought(content) if message["role"] == "assistant" else ("", content)
+        thought, answer = (
+            split_thought(content) if message["role"] == "assistant" else ("", content)
+        )
         if thought and thought not in written(i):
             lost.append(Thought(i, "content"))
         elif thought:
@@ -79,7 +81,11 @@ def dropped_thoughts(
             role = message["role"]
             raise Refusal(
                 f"the chat template drops the content of a message of role '{role}': "
-                + (SYSTEM if role == "system" else "give a template that writes it (--chat-template)")
+                + (
+                    SYSTEM
+                    if role == "system"
+                    else "give a template that writes it (--chat-template)"
+                )
             )
         lost += [
             Thought(i, key)

@@ -1,6 +1,7 @@
 """The preparation job: rows of the input -> tokens, in processes -> a prepared folder."""
 
 import contextlib
+import datetime
 import multiprocessing
 import os
 import threading
@@ -8,7 +9,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,13 @@ from megatron_tsft.data.prepared import CARD_FILE, DataCard
 from megatron_tsft.data.source import Block, JsonLines, SavedDataset, decode, open_source
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.data.writer import PreparedWriter
+from megatron_tsft.data.written import ChatOptions
 from megatron_tsft.errors import UserError
 
 TOO_LONG = ("truncate", "refuse")
 PRELOAD = ["__main__", "megatron_tsft.data.prepare", "transformers.models.auto.tokenization_auto"]
 LINES_KEPT = 5  # first line numbers of each reason
+MAX_REFUSED = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,49 @@ class Job:
     tokenizer_dir: str
     max_tokens: int | None
     too_long: str
+    encoding: "Encoding"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens; the same for all of a job, and kept in its card.
+
+    Attributes:
+        chat_template: a file of Jinja text in place of the tokenizer's own template.
+        variables: `chat_template_kwargs` of every row.
+        date: the day that templates are told, YYYY-MM-DD.
+        history_thinking, supervise: of ChatOptions.
+    """
+
+    chat_template: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict[str, Any])
+    date: str = ""
+    history_thinking: str = "template"
+    supervise: str = "all"
+
+    def encoder(self, tokenizer: Any) -> ChatEncoder:
+        """Raises UserError: the template's file cannot be read."""
+        source = None
+        if self.chat_template is not None:
+            try:
+                source = Path(self.chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"--chat-template {self.chat_template} cannot be read: {error}"
+                ) from error
+        options = ChatOptions(
+            source,
+            self.variables,
+            datetime.date.fromisoformat(self.date).strftime,
+            self.history_thinking,
+            self.supervise,
+        )
+        return ChatEncoder(tokenizer, options)
+
+    def made_with(self) -> dict[str, Any]:
+        """What differs from the defaults, for the card."""
+        plain = Encoding(date=self.date)
+        return {key: value for key, value in vars(self).items() if value != getattr(plain, key)}
 
 
 @dataclass(frozen=True)
@@ -94,6 +140,8 @@ def prepare(
     workers: int = 1,
     overwrite: bool = False,
     strict: bool = False,
+    max_refused: float = MAX_REFUSED,
+    encoding: Encoding | None = None,
     progress: bool = True,
 ) -> DataCard:
     """Write the prepared folder `output`; equal inputs give equal folders, whatever the number of
@@ -109,6 +157,8 @@ def prepare(
             leaves them out.
         workers: processes that tokenise.
         strict: stop at the first refused row.
+        max_refused: the largest share of rows that may be refused.
+        encoding: see Encoding; without a date it is today.
 
     Raises:
         UserError: bad arguments, an input that cannot be read, no conversation that can be used, or
@@ -125,11 +175,14 @@ def prepare(
         raise UserError(f"--too-long {too_long}: must be one of {', '.join(TOO_LONG)}")
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    if not 0 <= max_refused <= 1:
+        raise UserError(f"--max-refused {max_refused}: must be a share from 0 to 1")
+    encoding = _dated(encoding or Encoding())
     rows = open_source(source)
     _check_output(output, [source, Path(tokenizer_dir)], overwrite)
     tokenizer = load_tokenizer(tokenizer_dir)
-    encoder = ChatEncoder(tokenizer)
-    job = Job(str(tokenizer_dir), max_tokens, too_long)
+    encoder = encoding.encoder(tokenizer)
+    job = Job(str(tokenizer_dir), max_tokens, too_long, encoding)
     truncated, refused, lines = 0, Counter[str](), defaultdict[str, list[int]](list)
     with (
         new_directory(output, overwrite=overwrite) as folder,
@@ -158,19 +211,27 @@ def prepare(
                 if len(lines[outcome.reason]) < LINES_KEPT:
                     lines[outcome.reason].append(outcome.number)
             bar.update(done - bar.n)
+        reasons = "; ".join(
+            f"{reason} ({n}, the first in {rows.noun} {lines[reason][0]})"
+            for reason, n in refused.most_common()
+        )
         if not writer.conversations:
-            reasons = [
-                f"{reason} ({n}, the first in {rows.noun} {lines[reason][0]})"
-                for reason, n in refused.items()
-            ]
-            because = f"refused: {'; '.join(reasons)}" if reasons else "it is empty"
+            because = f"refused: {reasons}" if reasons else "it is empty"
             raise UserError(f"{source} has no conversation that can be used: {because}")
+        share = refused.total() / (refused.total() + writer.conversations)
+        if share > max_refused:
+            raise UserError(
+                f"{source}: {refused.total()} rows ({100 * share:.1f}%) cannot be used, more than"
+                f" --max-refused {max_refused:g} allows: {reasons}"
+            )
         return writer.finish(
             tokenizer_fingerprint(tokenizer),
             progress=progress,
             truncated=truncated,
             refused=dict(refused),
             refused_lines=dict(lines),
+            date=encoding.date,
+            made_with=encoding.made_with(),
         )
 
 
@@ -216,7 +277,7 @@ def _start_worker(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = (
         "false"  # texts come one by one: no pool of threads in every worker
     )
-    _encode = partial(encode_block, ChatEncoder(load_tokenizer(job.tokenizer_dir)), job)
+    _encode = partial(encode_block, job.encoding.encoder(load_tokenizer(job.tokenizer_dir)), job)
 
 
 def _end_with_parent() -> None:
@@ -230,6 +291,20 @@ def _end_with_parent() -> None:
 
 def _work(block: Block) -> list[Outcome]:
     return _encode(block)
+
+
+def _dated(encoding: Encoding) -> Encoding:
+    """With today where no date is given, one for the whole job.
+
+    Raises:
+        UserError: the date is none.
+    """
+    if not encoding.date:
+        return replace(encoding, date=datetime.date.today().isoformat())
+    try:
+        return replace(encoding, date=datetime.date.fromisoformat(encoding.date).isoformat())
+    except ValueError as error:
+        raise UserError(f"--date {encoding.date}: give a day as YYYY-MM-DD") from error
 
 
 def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:

@@ -214,8 +214,7 @@ def _conversation(
 ) -> Conversation:
     if "critical" in row:
         raise Refusal(
-            "`critical` stands in the row: write it into the assistant message whose offsets"
-            " it has"
+            "`critical` stands in the row: write it into the assistant message whose offsets it has"
         )
     tools = row.get("tools")
     if tools is not None:

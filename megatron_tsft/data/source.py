@@ -70,7 +70,8 @@ class SavedDataset:
         from datasets import Dataset
 
         try:
-            return Dataset.load_from_disk(str(self.path))
+            # rows as Python objects, whatever format the data set was saved with
+            return Dataset.load_from_disk(str(self.path)).with_format(None)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"{self.path} cannot be read as a Hugging Face data set: {error}"

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tsft.data.chat import ChatEncoder, ChatOptions, mark_supervised
+from megatron_tsft.data.chat import ChatEncoder, mark_supervised
 from megatron_tsft.data.marked_template import MarkedTemplate
 from megatron_tsft.data.turns import Refusal
+from megatron_tsft.data.written import ChatOptions
 from tests.data import chat_tokenizers as t
 from tests.data.chat_tokenizers import assistant, byte_level, user
 

@@ -50,7 +50,7 @@ def run(tmp_path: Path, tokenizer_dir: Path) -> Prepare:
     def call(rows: Rows, name: str = "out", **options: Any) -> DataCard:
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        options = {"progress": False} | options
+        options = {"progress": False, "max_refused": 1} | options
         return prepare(tmp_path / f"{name}.jsonl", tokenizer_dir, tmp_path / name, **options)
 
     return call
@@ -241,13 +241,25 @@ def test_other_inputs_give_the_same_folder(
     card = run(GOOD[:2] + [{"messages": []}])
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress((tmp_path / "out.jsonl").read_bytes()))
     assert (
-        prepare(tmp_path / "in.jsonl.gz", tokenizer_dir, tmp_path / "zip", progress=False) == card
+        prepare(
+            tmp_path / "in.jsonl.gz",
+            tokenizer_dir,
+            tmp_path / "zip",
+            max_refused=1,
+            progress=False,
+        )
+        == card
     )
     rows = [{"messages": row["messages"], "weight": None} for row in GOOD[:2]] + [
         {"messages": [], "weight": None}
     ]
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
-    assert prepare(tmp_path / "saved", tokenizer_dir, tmp_path / "set", progress=False) == card
+    options: dict[str, Any] = {"max_refused": 1, "progress": False}
+    assert prepare(tmp_path / "saved", tokenizer_dir, tmp_path / "set", **options) == card
+    for kind in ("pandas", "numpy", "arrow"):  # a data set says how it wants to be read
+        folder = tmp_path / f"saved-{kind}"
+        Dataset.from_list(rows).with_format(kind).save_to_disk(str(folder))
+        assert prepare(folder, tokenizer_dir, tmp_path / kind, **options) == card
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(
         UserError, match=r"holds several splits: name the folder of one of them \(train\)"
