@@ -5,7 +5,6 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import sys
 import time
 import traceback
@@ -104,18 +103,15 @@ def choose_device(device: str, flag: str) -> str:
 
 
 def be_a_rank() -> None:
-    """Without torchrun: be the one rank of a job of its own, on a free port."""
+    """Without torchrun: be the one rank of a job of its own.
+
+    Its store listens on port 0, which the kernel makes a free one: a port that was found free
+    before may be another process's by then.
+    """
     if "WORLD_SIZE" in os.environ:
         return
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-def free_port() -> int:
-    """A port of this computer that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def megatron_environment() -> None:

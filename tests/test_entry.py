@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from megatron_tsft import entry
 from megatron_tsft.errors import UserError
+from tests.fresh import fresh
 
 
 def ends(body: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
@@ -88,3 +90,24 @@ def test_torchrun_is_told(
     assert ends(raising(error), capsys) == (2, ["error (rank 3): --x 3: pass 4"])
     said = json.loads((tmp_path / "error.json").read_text())
     assert said["message"]["message"] == "error (rank 3): --x 3: pass 4"
+
+
+def alone() -> None:
+    """In an interpreter of its own: a job of one rank, on a port that the kernel chose as it was
+    taken; a port that is looked up before may be somebody else's by then."""
+    import torch
+    import torch.distributed as dist
+
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    entry.be_a_rank()
+    assert os.environ["MASTER_PORT"] == "0"
+    dist.init_process_group("gloo")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert (dist.get_rank(), dist.get_world_size(), float(total)) == (0, 1, 1.0)
+    dist.destroy_process_group()
+
+
+def test_a_job_of_one_rank_needs_no_port_before_it_starts() -> None:
+    fresh(alone)

@@ -223,7 +223,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(make_hf: Make, tmp_path: Path) ->
     """Also in the thread that fills boxes, and while the files are flushed."""
     source = make_hf()
     # the interrupt comes first, also on a busy machine
-    wait = "print('now', flush=True); time.sleep(15)"
+    wait = "print('now', flush=True); time.sleep(5)"
     slow = {
         "writing": "from megatron_tsft.checkpoint import torch_dist as m; m.Ring.take = lambda"
         f" *_: exec({wait!r})",

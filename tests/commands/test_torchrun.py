@@ -42,7 +42,7 @@ def test_the_last_line(tmp_path: Path, body: str, last: str, code: int) -> None:
         "from megatron_tsft.entry import run_command\n"
         "from megatron_tsft.errors import UserError\n"
         "def body():\n"
-        "    if os.environ['RANK'] == '1':\n"
+        f"    if os.environ['RANK'] == '1' and {bool(last)}:\n"
         "        time.sleep(20)\n"
         f"    {body}\n"
         "sys.exit(run_command(body))\n"

@@ -7,6 +7,7 @@ its three standard files, and gets the exit status. `torchrun` and `python -m` o
 have their words parsed by torch's own parser and their ranks forked, on one machine.
 """
 
+import argparse
 import contextlib
 import json
 import multiprocessing.util
@@ -19,10 +20,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 # words that a test appends to every training command, and (by script) to benchmarks
 TRAINING, SCRIPTS = "DOCUMENTED_TRAINING", "DOCUMENTED_SCRIPTS"
+PARSES = "DOCUMENTED_PARSES"  # set: the scripts end when their words are parsed
 ENTRY = "megatron_tsft.training.pretrain_gpt"
 TORCHRUN = ("torch.distributed.run", "megatron_tsft.commands.torchrun")
 CLIENT = """#!/bin/sh
@@ -60,6 +62,14 @@ def ended(work: Callable[[], Any]) -> int:
     return code
 
 
+def only_parse(parser: argparse.ArgumentParser, *args: Any, **keywords: Any) -> NoReturn:
+    """`parser.parse_args(...)`, and then no more."""
+    _, unknown = parser.parse_known_args(*args, **keywords)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    sys.exit(0)
+
+
 def run_words(words: list[str]) -> None:
     """`python words...`, in this process."""
     if words[:1] == ["-m"]:
@@ -71,6 +81,8 @@ def run_words(words: list[str]) -> None:
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         return
     script = Path(words[0]).resolve()
+    if PARSES in os.environ:
+        setattr(argparse.ArgumentParser, "parse_args", only_parse)  # noqa: B010
     more = json.loads(os.environ.get(SCRIPTS, "{}")).get(f"{script.parent.name}/{script.name}", "")
     sys.argv, sys.path[0] = [words[0], *words[1:], *more.split()], str(script.parent)
     runpy.run_path(str(script), run_name="__main__")
@@ -140,11 +152,10 @@ def serve(address: str) -> None:
     torch.set_num_threads(1)
     install()
     import datasets  # noqa: F401
-    import transformers  # noqa: F401
 
-    import megatron_tsft.training.megatron_teacher
-    import megatron_tsft.training.run  # noqa: F401
+    from tests.training.rank_server import import_what_ranks_import
 
+    import_what_ranks_import()
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(address)
         sock.listen(16)

@@ -1,7 +1,6 @@
 """Pages say what is true: generated tables are current, links lead somewhere, code blocks run,
 flags exist."""
 
-import functools
 import importlib.util
 import json
 import re
@@ -31,14 +30,6 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(
         rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S
     )
-
-
-@functools.cache  # a tool imports for seconds before it helps
-def help_of(tool: Path, *command: str) -> str:
-    line = [sys.executable, str(tool), *command, "--help"]
-    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_generated_tables_are_current() -> None:
@@ -108,28 +99,3 @@ def test_every_flag_of_ours_that_is_named_exists() -> None:
     ]:
         for flag in set(re.findall(r"--tsft-[a-z-]*[a-z]", path.read_text(encoding="utf-8"))):
             assert flag in known, f"{path.name} names {flag}"
-
-
-@pytest.mark.parametrize("tool", TOOLS, ids=lambda path: path.stem)
-def test_every_tool_has_help_with_an_example(tool: Path) -> None:
-    text = help_of(tool)
-    assert "example" in text and f"{tool.parent.name}/{tool.name}" in text
-
-
-def test_named_tools_and_their_flags_exist() -> None:
-    commands = [
-        " ".join(block.replace("\\\n", " ").split())
-        for page in PAGES
-        for block in re.findall(
-            r"(?<!tests/)\b((?:tools|benchmarks|dev)/\w+\.py(?:[^\n`]|\\\n)*)",
-            page.read_text(encoding="utf-8"),
-        )
-    ]
-    assert len(commands) > 5
-    for command in commands:
-        tool, *words = command.split()
-        path = REPOSITORY / tool
-        assert path.exists(), command
-        sub = [word for word in words[:1] if word in ("import", "export", "verify")]
-        for flag in re.findall(r"(?<!\S)--[a-z-]+", command):
-            assert flag in help_of(path, *sub), f"{command}: there is no {flag}"

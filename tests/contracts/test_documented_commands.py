@@ -4,11 +4,12 @@ stands.
 Each runs in bash, from the root of a copy of the tracked files with their committed modes, in which
 the folders that the pages name exist as tiny real ones. What would take a cluster or an hour is
 made small, never rewritten: training runs get `--tsft-check` behind their own flags (which parses
-and checks all of them for the number of ranks that the command asks for), benchmarks get SMALLER,
-pytest collects only, make prints only.
+and checks all of them for the number of ranks that the command asks for), a benchmark runs once,
+with SMALLER, and its other commands are parsed, pytest collects only, make prints only.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -71,6 +72,7 @@ SMALLER = {
     "benchmarks/count_traffic.py": "--columns 4096",
     "benchmarks/top_k.py": "--conversations 4 --no-progress",
 }
+RAN: set[str] = set()  # those of them that ran before in this process
 # trains for real, because what follows needs the checkpoint
 TRAINS = "examples/sft_own_data.sh"
 SMALL_RUN = "--train-iters 1 --seq-length 64 --global-batch-size 2"
@@ -366,6 +368,11 @@ def run(root: Path, originals: Path, text: str) -> None:
         variables[command_server.TRAINING] = SMALL_RUN
     if "PRESET=" in text:  # for GPUs
         variables |= {"DRY_RUN": "1", "DEVICE": "cuda", "GPUS_PER_NODE": "8"}
+    for benchmark in SMALLER:
+        if benchmark in text:
+            if benchmark in RAN:
+                variables[command_server.PARSES] = "1"
+            RAN.add(benchmark)
     if "pytest" in text:
         variables["PYTEST_ADDOPTS"] = "--collect-only -q"
     with stand_ins(root, originals, text):
@@ -397,6 +404,31 @@ def examples(text: str) -> list[str]:
     return found
 
 
+@functools.cache
+def help_of(root: Path, script: str, *command: str) -> str:
+    done = start(root, shlex.join([script, *command, "--help"]))
+    check(done)
+    return done.stdout
+
+
+def test_named_tools_and_their_flags_exist(root: Path) -> None:
+    commands = [
+        " ".join(block.replace("\\\n", " ").split())
+        for page in PAGES
+        for block in re.findall(
+            r"(?<!tests/)\b((?:tools|benchmarks|dev)/\w+\.py(?:[^\n`]|\\\n)*)",
+            page.read_text(encoding="utf-8"),
+        )
+    ]
+    assert len(commands) > 5
+    for command in commands:
+        tool, *words = command.split()
+        assert (REPOSITORY / tool).exists(), command
+        sub = [word for word in words[:1] if word in ("import", "export", "verify")]
+        for flag in re.findall(r"(?<!\S)--[a-z-]+", command):
+            assert flag in help_of(root, tool, *sub), f"{command}: there is no {flag}"
+
+
 @pytest.mark.parametrize(
     "script",
     [
@@ -405,9 +437,9 @@ def examples(text: str) -> list[str]:
     ],
 )
 def test_the_examples_of_help_run_as_they_stand(script: str, root: Path, originals: Path) -> None:
-    done = start(root, f"{script} --help")
-    check(done)
-    shown = examples(done.stdout)
+    text = help_of(root, script)
+    assert script in text
+    shown = examples(text)
     assert shown
     for text in shown:
         if not kept(text):

@@ -6,7 +6,7 @@ Legend: s and b are the leading dimensions, V the true vocabulary, W >= V the pa
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -343,6 +343,20 @@ def implementations(*worlds: int, quick: bool = False) -> list[Any]:
         for world in worlds:
             slow = path == "triton" and not (quick and world == 1)
             out.append(pytest.param(f"{path}-tp{world}", marks=[pytest.mark.slow] if slow else []))
+    return out
+
+
+def crossed(
+    implementations: Sequence[Any], keys_of: Callable[[str], Sequence[tuple[Any, ...]]]
+) -> list[Any]:
+    """Parameters (implementation, *key) of a test: each of `implementations` with the keys that it
+    is tried in, and its marks."""
+    out: list[Any] = []
+    for given in implementations:
+        (name,), marks = (given.values, given.marks) if hasattr(given, "marks") else ((given,), ())
+        for key in keys_of(name):
+            words = [str(part).removeprefix("torch.") for part in (name, *key)]
+            out.append(pytest.param(name, *key, marks=marks, id="-".join(words)))
     return out
 
 

@@ -99,7 +99,8 @@ def compile_for_real() -> None:
         os.environ |= {"TORCHINDUCTOR_CACHE_DIR": scratch, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         for model in map(Model, (False, True)):
             compiled = torch.compile(model)
-            for problem in problems(model.fused):
+            # the plain head's two cheaper problems, the fused head's with a teacher's hidden states
+            for problem in problems(model.fused)[2:] if model.fused else problems(False)[:2]:
                 for got, want in zip(
                     step(model, compiled, *problem), step(model, model, *problem), strict=True
                 ):

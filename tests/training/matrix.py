@@ -86,3 +86,46 @@ CELLS = {
         "experts", 4, f"{TP2_SP} {PP2} {EP2} {WHOLE_EXPERTS} {RECOMPUTE}"
     ),
 }
+
+
+# combinations that are tested with one head, so chosen that every flag, and every two that stand
+# together in several cells, are tried with both (test_parity.py); all other cells have both
+PLAIN_HEAD = (
+    "PP4",
+    "TP2 SP",
+    "TP4 SP",
+    "recompute full",
+    "TP2 SP PP2 VPP2 recompute",
+    "TP2 SP CP2",
+    "PP2 VPP2 CP2",
+    "CP2 DP2 distributed optimizer",
+    "experts: EP4 distributed optimizer",
+    "experts: TP2 SP EP2",
+    "experts: PP2 VPP2 EP2",
+    "experts: CP2 EP2",
+)
+FUSED_HEAD = (
+    "CP4",
+    "PP2 VPP2",
+    "DP2 distributed optimizer",
+    "TP2 SP PP2",
+    "CP2 recompute",
+    "TP2 SP PP2 CP2",
+    "tied: TP2 SP PP2 VPP2",
+    "tied: PP2 CP2 distributed optimizer",
+    "experts: TP2 SP",
+    "experts: PP2 VPP2 CP2 EP2",
+    "experts: TP2 SP PP2 EP2 recompute",
+)
+
+
+def heads_of(name: str) -> tuple[bool, ...]:
+    """Which heads a cell is tested with: False is the plain one, True the fused one."""
+    if name in PLAIN_HEAD:
+        return (False,)
+    return (True,) if name in FUSED_HEAD else (False, True)
+
+
+def kinds_of(cell: Cell) -> set[str]:
+    """Its model and the names of its flags."""
+    return {cell.model, *(word for word in cell.flags.split() if word.startswith("--"))}

@@ -6,6 +6,7 @@ that runs in place of training, or ""; answers with {"codes": [exit status of ea
 A process of its own, because the CPU layer changes torch for good.
 """
 
+import importlib
 import json
 import multiprocessing.util
 import os
@@ -16,6 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
+from megatron_tsft.plan import teachers
 from tests.ports import free_port
 
 
@@ -79,6 +81,24 @@ def run_case(world: int, argv: list[str], log: str, timeout: float, tool: str = 
     return codes
 
 
+# what a rank imports one way or another; pyarrow's tables look for pandas
+IMPORTED = (
+    "megatron.core.tokenizers.text.libraries.huggingface_tokenizer",
+    "megatron_tsft.training.megatron_teacher",
+    "megatron_tsft.training.run",
+    *(f"{teachers.__name__}.{name}" for name in teachers.NAMES),
+    "pandas",
+    "pyarrow.compute",
+    "transformers.models.auto.tokenization_auto",
+)
+
+
+def import_what_ranks_import() -> None:
+    """Before the forks: a rank that imports all of it for itself needs two seconds more."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+
+
 def serve() -> None:
     """Import, say "ready", answer until the input ends."""
     answers = os.fdopen(os.dup(1), "w")  # imports and cases may print
@@ -89,8 +109,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     install()
-    import megatron_tsft.training.megatron_teacher
-    import megatron_tsft.training.run  # noqa: F401  # what every case imports
+    import_what_ranks_import()
 
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
