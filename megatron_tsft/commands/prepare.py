@@ -1,13 +1,14 @@
 """Tokenise conversations into the folder that training reads: chat template, supervised tokens,
 weights.
 
-A line of the JSONL file, or a row of a data set that `Dataset.save_to_disk` wrote, is an object
-with
+A line of a JSONL file, or a row of another one, is an object with
   messages            [{"role": ..., "content": ...}, ...], of which the assistant's turns are
                       supervised,
   or prompt and       two strings (raw text, without a template) or two lists of messages, of which
   completion          the completion is supervised,
   or text             raw text, all of it supervised,
+or a row of Alpaca (instruction, input, output), ShareGPT (conversations of from and value) or, with
+--format preference, of pairs (chosen, rejected),
 and, where you like,
   tools               a list of JSON schemas for the chat template,
   chat_template_kwargs  an object of further variables for it,
@@ -24,6 +25,7 @@ import os
 from typing import Any
 
 from megatron_tsft.data.chat import mark_supervised
+from megatron_tsft.data.formats import FORMATS, parse_columns
 from megatron_tsft.data.prepare import MAX_REFUSED, TOO_LONG, Encoding, prepare
 from megatron_tsft.data.prepared import DataCard, PreparedData
 from megatron_tsft.data.written import HISTORY_THINKING, SUPERVISE
@@ -46,14 +48,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--input",
         required=True,
-        metavar="FILE",
-        help="a JSONL file (also .jsonl.gz), or the folder of a saved data set",
+        nargs="+",
+        metavar="PATH",
+        help="JSONL, JSON, Parquet or Arrow files (also .gz and .zst), folders of them, folders of"
+        " saved data sets",
     )
     parser.add_argument(
         "--tokenizer", required=True, metavar="DIR", help="the Hugging Face folder of the tokenizer"
     )
     parser.add_argument(
         "--output", required=True, metavar="DIR", help="the prepared folder, which is made"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="",
+        help="of the rows (default: told from the first ones); preference learns the chosen side",
+    )
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="what the input calls our columns, as messages=dialog",
     )
     parser.add_argument(
         "--max-tokens",
@@ -147,6 +164,7 @@ def report(output: str, card: DataCard) -> None:
         f" {card.supervised_tokens} supervised ({share:.1f}%), longest {card.longest}"
     )
     weights = ", with token weights" if card.weighted else ""
+    print(f"format: {card.made_with['format']}")
     print(f"truncated: {card.truncated}, duplicates (kept): {card.duplicates}{weights}")
     print(f"refused: {sum(card.refused.values())}")
     for reason, count in card.refused.items():
@@ -188,6 +206,8 @@ def main(argv: list[str] | None = None) -> int:
                 args.date,
                 args.history_thinking,
                 args.supervise,
+                args.format,
+                parse_columns(args.columns),
             ),
             progress=not args.no_progress,
         )

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
@@ -16,9 +16,10 @@ from typing import Any
 
 from megatron_tsft.atomic import new_directory
 from megatron_tsft.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_tsft.data import formats
 from megatron_tsft.data.chat import ChatEncoder, Encoded
 from megatron_tsft.data.prepared import CARD_FILE, DataCard
-from megatron_tsft.data.source import Block, JsonLines, SavedDataset, decode, open_source
+from megatron_tsft.data.source import Block, Source, decode, open_source
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.data.writer import PreparedWriter
 from megatron_tsft.data.written import ChatOptions
@@ -49,6 +50,8 @@ class Encoding:
         variables: `chat_template_kwargs` of every row.
         date: the day that templates are told, YYYY-MM-DD.
         history_thinking, supervise: of ChatOptions.
+        format: one of formats.FORMATS; "" is detected from the first rows.
+        columns: ours -> the file's.
     """
 
     chat_template: str | None = None
@@ -56,6 +59,8 @@ class Encoding:
     date: str = ""
     history_thinking: str = "template"
     supervise: str = "all"
+    format: str = ""
+    columns: dict[str, str] = field(default_factory=dict[str, str])
 
     def encoder(self, tokenizer: Any) -> ChatEncoder:
         """Raises UserError: the template's file cannot be read."""
@@ -86,7 +91,7 @@ class Encoding:
 class Outcome:
     """What became of one row: `encoded`, or None, the reason and, where known, its detail."""
 
-    number: int
+    number: int | str
     encoded: Encoded | None
     truncated: bool = False
     reason: str = ""
@@ -101,8 +106,15 @@ def encode_block(encoder: ChatEncoder, job: Job, block: Block) -> list[Outcome]:
         UserError: no row can be encoded with this tokenizer.
     """
     outcomes: list[Outcome] = []
-    numbers, rows = [number for number, _ in block.rows], [_decoded(row) for _, row in block.rows]
-    for number, found in zip(numbers, encoder.encode_rows(rows), strict=True):
+    numbers = [number for number, _ in block.rows]
+    rows = [_decoded(row, job.encoding) for _, row in block.rows]
+    try:
+        encoded_rows = encoder.encode_rows(rows)
+    except Exception as error:
+        if numbers:
+            error.add_note(f"in {numbers[0]} to {numbers[-1]} of the input")
+        raise
+    for number, found in zip(numbers, encoded_rows, strict=True):
         if isinstance(found, Refusal):
             outcomes.append(Outcome(number, None, reason=found.reason, detail=found.detail))
             continue
@@ -110,14 +122,14 @@ def encode_block(encoder: ChatEncoder, job: Job, block: Block) -> list[Outcome]:
     return outcomes
 
 
-def _decoded(row: Any) -> dict[str, Any] | Refusal:
+def _decoded(row: Any, encoding: Encoding) -> dict[str, Any] | Refusal:
     try:
-        return decode(row)
+        return formats.made(decode(row), encoding.format, encoding.columns)
     except Refusal as refusal:
         return refusal
 
 
-def _fitted(number: int, encoded: Encoded, job: Job) -> Outcome:
+def _fitted(number: int | str, encoded: Encoded, job: Job) -> Outcome:
     """A conversation within --max-tokens."""
     limit = job.max_tokens
     if limit is None or len(encoded.input_ids) <= limit:
@@ -131,7 +143,7 @@ def _fitted(number: int, encoded: Encoded, job: Job) -> Outcome:
 
 
 def prepare(
-    source: Path | str,
+    source: Path | str | Sequence[Path | str],
     tokenizer_dir: Path | str,
     output: Path | str,
     *,
@@ -148,8 +160,7 @@ def prepare(
     workers.
 
     Args:
-        source: a JSONL file or a saved Hugging Face data set (source.py); the keys of a row:
-            chat.py.
+        source: one or several of the kinds of source.py; the keys of a row: rows.py, formats.py.
         tokenizer_dir: a local Hugging Face folder.
         output: a new or empty folder, or with `overwrite` a prepared one.
         max_tokens: the longest conversation, None for any.
@@ -166,7 +177,7 @@ def prepare(
     """
     from tqdm import tqdm
 
-    source, output = Path(source), Path(output)
+    output = Path(output)
     if max_tokens is not None and max_tokens < 2:
         raise UserError(
             f"--max-tokens {max_tokens}: must be at least 2, one token to read and one to predict"
@@ -179,16 +190,19 @@ def prepare(
         raise UserError(f"--max-refused {max_refused}: must be a share from 0 to 1")
     encoding = _dated(encoding or Encoding())
     rows = open_source(source)
-    _check_output(output, [source, Path(tokenizer_dir)], overwrite)
+    _check_output(output, [*(part.path for part in rows.parts), Path(tokenizer_dir)], overwrite)
+    if not encoding.format:
+        found = formats.detect(rows.first_rows(), encoding.columns, str(rows))
+        encoding = replace(encoding, format=found)
     tokenizer = load_tokenizer(tokenizer_dir)
     encoder = encoding.encoder(tokenizer)
     job = Job(str(tokenizer_dir), max_tokens, too_long, encoding)
-    truncated, refused, lines = 0, Counter[str](), defaultdict[str, list[int]](list)
+    truncated, refused, lines = 0, Counter[str](), defaultdict[str, list[int | str]](list)
     with (
         new_directory(output, overwrite=overwrite) as folder,
         tqdm(
             total=rows.total,
-            unit=rows.unit,
+            unit="B",
             unit_scale=True,
             desc="tokenising",
             disable=not progress,
@@ -205,7 +219,7 @@ def prepare(
                 if strict:
                     detail = f" ({outcome.detail})" if outcome.detail else ""
                     raise UserError(
-                        f"{source}, {rows.noun} {outcome.number}: {outcome.reason}{detail}"
+                        f"{rows}, {rows.noun} {outcome.number}: {outcome.reason}{detail}"
                     )
                 refused[outcome.reason] += 1
                 if len(lines[outcome.reason]) < LINES_KEPT:
@@ -217,11 +231,11 @@ def prepare(
         )
         if not writer.conversations:
             because = f"refused: {reasons}" if reasons else "it is empty"
-            raise UserError(f"{source} has no conversation that can be used: {because}")
+            raise UserError(f"{rows} has no conversation that can be used: {because}")
         share = refused.total() / (refused.total() + writer.conversations)
         if share > max_refused:
             raise UserError(
-                f"{source}: {refused.total()} rows ({100 * share:.1f}%) cannot be used, more than"
+                f"{rows}: {refused.total()} rows ({100 * share:.1f}%) cannot be used, more than"
                 f" --max-refused {max_refused:g} allows: {reasons}"
             )
         return writer.finish(
@@ -236,7 +250,7 @@ def prepare(
 
 
 def _outcomes(
-    rows: JsonLines | SavedDataset, encoder: ChatEncoder, job: Job, workers: int
+    rows: Source, encoder: ChatEncoder, job: Job, workers: int
 ) -> Generator[tuple[list[Outcome], int]]:
     """(outcomes, how much of the input they end at) of every block, in the order of the input."""
     if workers == 1:

@@ -60,7 +60,7 @@ class DataCard:
         duplicates: conversations whose sample_id occurred before; they are kept.
         truncated: conversations that were cut to --max-tokens.
         refused: reason -> count.
-        refused_lines: reason -> its first line numbers.
+        refused_lines: reason -> its first line numbers, with file names where there are several.
         files: Arrow file -> bytes.
     """
 
@@ -78,7 +78,7 @@ class DataCard:
     duplicates: int = 0
     truncated: int = 0
     refused: dict[str, int] = field(default_factory=dict)
-    refused_lines: dict[str, list[int]] = field(default_factory=dict)
+    refused_lines: dict[str, list[int | str]] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 
     @staticmethod

@@ -49,7 +49,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     places = {"--input": "in.jsonl", "--tokenizer": "tokenizer", "--output": "out"}
     words = [word for flag, name in places.items() for word in (flag, str(tmp_path / name))]
-    return [*words, "--max-refused", "0.8"]
+    return [*words, "--max-refused", "0.95"]
 
 
 def start(*words: object) -> subprocess.Popen[str]:
@@ -114,7 +114,11 @@ def test_how_rows_are_encoded(
         assert "30 Nov 2026<|user|>one plus two?!<|end|><|assistant|>[[three!<|end|>]]" in out
         cards.append(DataCard.load(tmp_path / "out"))
     assert cards[0] == cards[1] and cards[0].date == "2026-11-30"
-    assert cards[0].made_with == {"chat_template": str(template), "variables": {"tone": "!"}}
+    assert cards[0].made_with == {
+        "chat_template": str(template),
+        "variables": {"tone": "!"},
+        "format": "messages",
+    }
     for bad, text in (
         (["--chat-template", "nowhere"], "--chat-template nowhere cannot be read"),
         (["--chat-template-kwargs", "{"], "is no JSON"),

@@ -175,7 +175,7 @@ def test_refused_rows_are_counted_with_their_lines(run: Prepare) -> None:
         "[1]",
         *["{]"] * 7,
         {"messages": [user("two")]},
-        {"text": "two"},
+        {"txt": "two"},
     ]
     card = run(rows)
     assert card.conversations == 2
@@ -183,7 +183,7 @@ def test_refused_rows_are_counted_with_their_lines(run: Prepare) -> None:
         "bad JSON": 8,
         "not a JSON object": 1,
         "no assistant turn": 1,
-        "neither `messages` nor `prompt` and `completion`": 1,
+        "neither `messages`, nor `prompt` and `completion`, nor `text`": 1,
     }
     assert list(card.refused_lines.values()) == [[2, 6, 7, 8, 9], [5], [13], [14]]
 
@@ -278,10 +278,17 @@ def test_bad_arguments(run: Prepare, tmp_path: Path, tokenizer_dir: Path) -> Non
     ):
         with pytest.raises(UserError, match=message):
             run(GOOD, **options)
-    with pytest.raises(UserError, match="does not exist: name a JSONL file"):
+    with pytest.raises(
+        UserError, match="does not exist: name a JSONL, JSON, Parquet or Arrow file"
+    ):
         prepare(tmp_path / "missing.jsonl", tokenizer_dir, tmp_path / "out")
-    with pytest.raises(UserError, match="is no data set"):
-        prepare(tokenizer_dir, tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match="has no file that ends in .jsonl"):
+        (tmp_path / "empty").mkdir()
+        prepare(tmp_path / "empty", tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match="no conversation that can be used"):
+        prepare(tokenizer_dir, tokenizer_dir, tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="first `hf download someone/chats --repo-type dataset"):
+        prepare("someone/chats", tokenizer_dir, tmp_path / "out")
     with pytest.raises(UserError, match="tokenizer folder"):
         prepare(tmp_path / "out.jsonl", tmp_path / "missing", tmp_path / "out")
     byte_level(None).save_pretrained(str(tmp_path / "plain"))
