@@ -60,7 +60,9 @@ class ChatEncoder:
         plain.backend_tokenizer.no_padding()
         self._plain = plain.backend_tokenizer
         marked = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-        self._special = np.array(sorted({*marked, *tokenizer.all_special_ids}), np.int32)
+        special = sorted({*marked, *tokenizer.all_special_ids})
+        self._special = np.zeros(max(len(tokenizer), *special, 0) + 1, bool)
+        self._special[special] = True
         bare, dressed = (
             tokenizer("a", add_special_tokens=flag)["input_ids"] for flag in (False, True)
         )
@@ -130,21 +132,26 @@ class ChatEncoder:
 
     def _chat(self, written: Written, encoding: Any) -> Encoded:
         """Tokens of a conversation."""
-        eos = self._tokenizer.eos_token_id if written.appended else None
-        if written.appended and eos is None:
-            raise Refusal("a turn ends without special token, and the tokenizer has no EOS token")
         text = written.text
-        tokens = Tokens(encoding, self._special, eos)
+        tokens = Tokens(encoding, self._special)
+        ends = [end_token(text, tokens, turn) for turn in written.turns]
+        appended = ends[-1] is None and written.appends()
+        if appended:
+            eos = self._tokenizer.eos_token_id
+            if eos is None:
+                raise Refusal(
+                    "a turn ends without special token, and the tokenizer has no EOS token"
+                )
+            tokens.append(eos)
         mask = np.zeros(len(tokens.ids), bool)
         chosen = np.zeros(len(tokens.ids), bool)
         weights = np.zeros(len(tokens.ids), np.float32)
-        for number, turn in enumerate(written.turns):
+        for number, (turn, end) in enumerate(zip(written.turns, ends, strict=True)):
             last = number == len(written.turns) - 1
-            end = end_token(text, tokens, turn)
             more = any(  # blocks of this message
                 later.message == turn.message for later in written.turns[number + 1 :]
             )
-            if end is None and not more and not (last and written.appended):
+            if end is None and not more and not (last and appended):
                 raise Refusal(
                     "the chat template ends an assistant turn without special token, so the"
                     " model would never learn to stop: write the EOS token behind the content"
@@ -158,7 +165,7 @@ class ChatEncoder:
             # swallows white space belongs to the template's header
             if part.start < part.stop and part.start in tokens.special_places:
                 where[part.start] = tokens.span(part.start)[0] >= turn.start
-            if last and written.appended:
+            if last and appended:
                 where[-1] = True
             mask |= where
             weights[where] = written.weights[number]

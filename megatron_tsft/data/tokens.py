@@ -12,16 +12,18 @@ class Tokens:
     """A tokenised text; characters are asked for one at a time, because a list of all offsets takes
     longer than the tokenising."""
 
-    def __init__(self, encoding: Any, special: np.ndarray, ends_with: int | None = None) -> None:
-        """special: ids, sorted. ends_with: a token behind the text."""
+    def __init__(self, encoding: Any, special: np.ndarray) -> None:
+        """special: [largest id + 1] bool."""
         self.ids = np.array(encoding.ids, np.int32)  # [n]
         self._encoding = encoding
         self._length = len(self.ids)
         # the special tokens of the text, and the characters that they begin at
-        self.special_places: list[int] = np.flatnonzero(np.isin(self.ids, special)).tolist()
+        self.special_places: list[int] = np.flatnonzero(special[self.ids]).tolist()
         self.special_starts = [self.span(place)[0] for place in self.special_places]
-        if ends_with is not None:
-            self.ids = np.append(self.ids, np.int32(ends_with))
+
+    def append(self, token: int) -> None:
+        """A token behind the text."""
+        self.ids = np.append(self.ids, np.int32(token))
 
     def span(self, token: int) -> tuple[int, int]:
         """The characters [start, end) of a token."""

@@ -8,6 +8,7 @@ conversation does, and the thought of the last turn that the template would cut 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,8 @@ class Written:
         turns: the supervised ones, in order.
         weights: of each turn.
         critical: (content, spans) of each turn, None without.
-        appended: the text ends before the token that ends its last turn.
+        appends: whether the text ends before the token that ends its last turn, where no special
+            token does.
     """
 
     text: str
@@ -60,7 +62,7 @@ class Written:
     weights: list[float]
     critical: list[tuple[str, Spans] | None]
     weight: float | None
-    appended: bool
+    appends: Callable[[], bool]
     everything: bool
 
 
@@ -236,11 +238,11 @@ class ConversationWriter:
             weights,
             critical,
             1.0 if weight is None and weighted else weight,
-            self._needs_end(template, conversation, rendered, text, turns[-1]),
+            partial(self._appends, template, conversation, rendered, text, turns[-1]),
             self._options.supervise == "everything",
         )
 
-    def _needs_end(
+    def _appends(
         self,
         template: ChatTemplate,
         conversation: Conversation,
@@ -248,14 +250,9 @@ class ConversationWriter:
         text: str,
         turn: Turn,
     ) -> bool:
-        """Whether the last turn's end token is the one that the next role would begin with, and the
-        text ends before it."""
+        """Whether the end token of the text's last turn is the one that the next role would begin
+        with, and the text ends before it."""
         if text[turn.stop :].strip() or turn.message is None:
-            return False
-        ids = self._plain.encode(
-            text[turn.start : turn.stop].rstrip(), add_special_tokens=False
-        ).ids
-        if ids and np.isin(ids[-1], self._special):
             return False
         key = template.source
         if key not in self._ends:
@@ -268,7 +265,7 @@ class ConversationWriter:
                 for part in (behind, own)
             )
             self._ends[key] = bool(
-                following and np.isin(following[0], self._special) and following[0] != first[0]
+                following and self._special[following[0]] and following[0] != first[0]
             )
         return self._ends[key]
 
