@@ -1,30 +1,34 @@
 """The preparation job: rows of the input -> tokens, in processes -> a prepared folder."""
 
 import contextlib
+import datetime
 import multiprocessing
 import os
 import threading
 from collections import Counter, defaultdict, deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_tsft.atomic import new_directory
 from megatron_tsft.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
+from megatron_tsft.data import formats
 from megatron_tsft.data.chat import ChatEncoder, Encoded
 from megatron_tsft.data.prepared import CARD_FILE, DataCard
-from megatron_tsft.data.source import Block, JsonLines, SavedDataset, decode, open_source
+from megatron_tsft.data.source import Block, Source, decode, open_source
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.data.writer import PreparedWriter
+from megatron_tsft.data.written import ChatOptions
 from megatron_tsft.errors import UserError
 
 TOO_LONG = ("truncate", "refuse")
 PRELOAD = ["__main__", "megatron_tsft.data.prepare", "transformers.models.auto.tokenization_auto"]
 LINES_KEPT = 5  # first line numbers of each reason
+MAX_REFUSED = 0.1
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,60 @@ class Job:
     tokenizer_dir: str
     max_tokens: int | None
     too_long: str
+    encoding: "Encoding"
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become tokens; the same for all of a job, and kept in its card.
+
+    Attributes:
+        chat_template: a file of Jinja text in place of the tokenizer's own template.
+        variables: `chat_template_kwargs` of every row.
+        date: the day that templates are told, YYYY-MM-DD.
+        history_thinking, supervise: of ChatOptions.
+        format: one of formats.FORMATS; "" is detected from the first rows.
+        columns: ours -> the file's.
+    """
+
+    chat_template: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict[str, Any])
+    date: str = ""
+    history_thinking: str = "template"
+    supervise: str = "all"
+    format: str = ""
+    columns: dict[str, str] = field(default_factory=dict[str, str])
+
+    def encoder(self, tokenizer: Any) -> ChatEncoder:
+        """Raises UserError: the template's file cannot be read."""
+        source = None
+        if self.chat_template is not None:
+            try:
+                source = Path(self.chat_template).read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(
+                    f"--chat-template {self.chat_template} cannot be read: {error}"
+                ) from error
+        options = ChatOptions(
+            source,
+            self.variables,
+            datetime.date.fromisoformat(self.date).strftime,
+            self.history_thinking,
+            self.supervise,
+        )
+        return ChatEncoder(tokenizer, options)
+
+    def made_with(self) -> dict[str, Any]:
+        """What differs from the defaults, for the card."""
+        plain = Encoding(date=self.date)
+        return {key: value for key, value in vars(self).items() if value != getattr(plain, key)}
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What became of one row: `encoded`, or None, the reason and, where known, its detail."""
 
-    number: int
+    number: int | str
     encoded: Encoded | None
     truncated: bool = False
     reason: str = ""
@@ -48,33 +99,51 @@ class Outcome:
 
 
 def encode_block(encoder: ChatEncoder, job: Job, block: Block) -> list[Outcome]:
-    """The outcomes of a block's rows, in order.
+    """The outcomes of a block's rows, in order; a row that becomes several conversations has
+    several.
 
     Raises:
         UserError: no row can be encoded with this tokenizer.
     """
-    outcomes, limit = [], job.max_tokens
-    for number, row in block.rows:
-        try:
-            encoded = encoder.encode(decode(row))
-            truncated = limit is not None and len(encoded.input_ids) > limit
-            if truncated:
-                if job.too_long == "refuse":
-                    raise Refusal(f"longer than --max-tokens {limit}")
-                encoded = encoded.cut(limit)
-                if not encoded.loss_mask.any():
-                    raise Refusal(f"no supervised token within --max-tokens {limit}")
-            outcomes.append(Outcome(number, encoded, truncated))
-        except Refusal as refusal:
-            outcomes.append(Outcome(number, None, reason=refusal.reason, detail=refusal.detail))
-        except Exception as error:
-            error.add_note(f"at number {number} of the input")
-            raise
+    outcomes: list[Outcome] = []
+    numbers = [number for number, _ in block.rows]
+    rows = [_decoded(row, job.encoding) for _, row in block.rows]
+    try:
+        encoded_rows = encoder.encode_rows(rows)
+    except Exception as error:
+        if numbers:
+            error.add_note(f"in {numbers[0]} to {numbers[-1]} of the input")
+        raise
+    for number, found in zip(numbers, encoded_rows, strict=True):
+        if isinstance(found, Refusal):
+            outcomes.append(Outcome(number, None, reason=found.reason, detail=found.detail))
+            continue
+        outcomes += [_fitted(number, encoded, job) for encoded in found]
     return outcomes
 
 
+def _decoded(row: Any, encoding: Encoding) -> dict[str, Any] | Refusal:
+    try:
+        return formats.made(decode(row), encoding.format, encoding.columns)
+    except Refusal as refusal:
+        return refusal
+
+
+def _fitted(number: int | str, encoded: Encoded, job: Job) -> Outcome:
+    """A conversation within --max-tokens."""
+    limit = job.max_tokens
+    if limit is None or len(encoded.input_ids) <= limit:
+        return Outcome(number, encoded)
+    if job.too_long == "refuse":
+        return Outcome(number, None, reason=f"longer than --max-tokens {limit}")
+    encoded = encoded.cut(limit)
+    if not encoded.loss_mask.any():
+        return Outcome(number, None, reason=f"no supervised token within --max-tokens {limit}")
+    return Outcome(number, encoded, truncated=True)
+
+
 def prepare(
-    source: Path | str,
+    source: Path | str | Sequence[Path | str],
     tokenizer_dir: Path | str,
     output: Path | str,
     *,
@@ -83,14 +152,15 @@ def prepare(
     workers: int = 1,
     overwrite: bool = False,
     strict: bool = False,
+    max_refused: float = MAX_REFUSED,
+    encoding: Encoding | None = None,
     progress: bool = True,
 ) -> DataCard:
     """Write the prepared folder `output`; equal inputs give equal folders, whatever the number of
     workers.
 
     Args:
-        source: a JSONL file or a saved Hugging Face data set (source.py); the keys of a row:
-            chat.py.
+        source: one or several of the kinds of source.py; the keys of a row: rows.py, formats.py.
         tokenizer_dir: a local Hugging Face folder.
         output: a new or empty folder, or with `overwrite` a prepared one.
         max_tokens: the longest conversation, None for any.
@@ -98,6 +168,8 @@ def prepare(
             leaves them out.
         workers: processes that tokenise.
         strict: stop at the first refused row.
+        max_refused: the largest share of rows that may be refused.
+        encoding: see Encoding; without a date it is today.
 
     Raises:
         UserError: bad arguments, an input that cannot be read, no conversation that can be used, or
@@ -105,7 +177,7 @@ def prepare(
     """
     from tqdm import tqdm
 
-    source, output = Path(source), Path(output)
+    output = Path(output)
     if max_tokens is not None and max_tokens < 2:
         raise UserError(
             f"--max-tokens {max_tokens}: must be at least 2, one token to read and one to predict"
@@ -114,17 +186,23 @@ def prepare(
         raise UserError(f"--too-long {too_long}: must be one of {', '.join(TOO_LONG)}")
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
+    if not 0 <= max_refused <= 1:
+        raise UserError(f"--max-refused {max_refused}: must be a share from 0 to 1")
+    encoding = _dated(encoding or Encoding())
     rows = open_source(source)
-    _check_output(output, [source, Path(tokenizer_dir)], overwrite)
+    _check_output(output, [*(part.path for part in rows.parts), Path(tokenizer_dir)], overwrite)
+    if not encoding.format:
+        found = formats.detect(rows.first_rows(), encoding.columns, str(rows))
+        encoding = replace(encoding, format=found)
     tokenizer = load_tokenizer(tokenizer_dir)
-    encoder = ChatEncoder(tokenizer)
-    job = Job(str(tokenizer_dir), max_tokens, too_long)
-    truncated, refused, lines = 0, Counter[str](), defaultdict[str, list[int]](list)
+    encoder = encoding.encoder(tokenizer)
+    job = Job(str(tokenizer_dir), max_tokens, too_long, encoding)
+    truncated, refused, lines = 0, Counter[str](), defaultdict[str, list[int | str]](list)
     with (
         new_directory(output, overwrite=overwrite) as folder,
         tqdm(
             total=rows.total,
-            unit=rows.unit,
+            unit="B",
             unit_scale=True,
             desc="tokenising",
             disable=not progress,
@@ -141,30 +219,38 @@ def prepare(
                 if strict:
                     detail = f" ({outcome.detail})" if outcome.detail else ""
                     raise UserError(
-                        f"{source}, {rows.noun} {outcome.number}: {outcome.reason}{detail}"
+                        f"{rows}, {rows.noun} {outcome.number}: {outcome.reason}{detail}"
                     )
                 refused[outcome.reason] += 1
                 if len(lines[outcome.reason]) < LINES_KEPT:
                     lines[outcome.reason].append(outcome.number)
             bar.update(done - bar.n)
+        reasons = "; ".join(
+            f"{reason} ({n}, the first in {rows.noun} {lines[reason][0]})"
+            for reason, n in refused.most_common()
+        )
         if not writer.conversations:
-            reasons = [
-                f"{reason} ({n}, the first in {rows.noun} {lines[reason][0]})"
-                for reason, n in refused.items()
-            ]
-            because = f"refused: {'; '.join(reasons)}" if reasons else "it is empty"
-            raise UserError(f"{source} has no conversation that can be used: {because}")
+            because = f"refused: {reasons}" if reasons else "it is empty"
+            raise UserError(f"{rows} has no conversation that can be used: {because}")
+        share = refused.total() / (refused.total() + writer.conversations)
+        if share > max_refused:
+            raise UserError(
+                f"{rows}: {refused.total()} rows ({100 * share:.1f}%) cannot be used, more than"
+                f" --max-refused {max_refused:g} allows: {reasons}"
+            )
         return writer.finish(
             tokenizer_fingerprint(tokenizer),
             progress=progress,
             truncated=truncated,
             refused=dict(refused),
             refused_lines=dict(lines),
+            date=encoding.date,
+            made_with=encoding.made_with(),
         )
 
 
 def _outcomes(
-    rows: JsonLines | SavedDataset, encoder: ChatEncoder, job: Job, workers: int
+    rows: Source, encoder: ChatEncoder, job: Job, workers: int
 ) -> Generator[tuple[list[Outcome], int]]:
     """(outcomes, how much of the input they end at) of every block, in the order of the input."""
     if workers == 1:
@@ -205,7 +291,7 @@ def _start_worker(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = (
         "false"  # texts come one by one: no pool of threads in every worker
     )
-    _encode = partial(encode_block, ChatEncoder(load_tokenizer(job.tokenizer_dir)), job)
+    _encode = partial(encode_block, job.encoding.encoder(load_tokenizer(job.tokenizer_dir)), job)
 
 
 def _end_with_parent() -> None:
@@ -219,6 +305,20 @@ def _end_with_parent() -> None:
 
 def _work(block: Block) -> list[Outcome]:
     return _encode(block)
+
+
+def _dated(encoding: Encoding) -> Encoding:
+    """With today where no date is given, one for the whole job.
+
+    Raises:
+        UserError: the date is none.
+    """
+    if not encoding.date:
+        return replace(encoding, date=datetime.date.today().isoformat())
+    try:
+        return replace(encoding, date=datetime.date.fromisoformat(encoding.date).isoformat())
+    except ValueError as error:
+        raise UserError(f"--date {encoding.date}: give a day as YYYY-MM-DD") from error
 
 
 def _check_output(output: Path, inputs: list[Path], overwrite: bool) -> None:

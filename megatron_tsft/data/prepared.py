@@ -54,10 +54,13 @@ class DataCard:
         fingerprint: 32 hex digits over all sample_ids in order.
         longest: tokens of the longest conversation.
         weighted: there is a column token_weights.
+        negative_weights: some of them are below 0, which an objective must be able to take.
+        date: the day that chat templates were told, YYYY-MM-DD.
+        made_with: what else decided the tokens: option of the preparation -> its value.
         duplicates: conversations whose sample_id occurred before; they are kept.
         truncated: conversations that were cut to --max-tokens.
         refused: reason -> count.
-        refused_lines: reason -> its first line numbers.
+        refused_lines: reason -> its first line numbers, with file names where there are several.
         files: Arrow file -> bytes.
     """
 
@@ -69,10 +72,13 @@ class DataCard:
     supervised_tokens: int
     longest: int
     weighted: bool
+    negative_weights: bool = False
+    date: str = ""
+    made_with: dict[str, Any] = field(default_factory=dict)
     duplicates: int = 0
     truncated: int = 0
     refused: dict[str, int] = field(default_factory=dict)
-    refused_lines: dict[str, list[int]] = field(default_factory=dict)
+    refused_lines: dict[str, list[int | str]] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
 
     @staticmethod

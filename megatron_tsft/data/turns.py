@@ -1,26 +1,32 @@
 """Where the assistant's turns lie in a conversation that the chat template has rendered.
 
-Two ways, both exact; a conversation for which neither can be is refused, with the reason:
+A turn is what the template's loop writes for one assistant message (marked_template.py). Supervised
+is what the model would have to generate of it:
 
-1. The template has {% generation %} blocks: its author says what the assistant writes.
-2. It has none. Turn i starts where `messages[:i]` rendered with the generation prompt ends, and
-   stops where `messages[:i+1]` ends; each must be a prefix of the whole text. Where the second is
-   not, because the template treats the last message specially (Phi-3 appends an EOS, Qwen3 an empty
-   <think>), the turn must begin with the message's content, whole, and ends with the special token
-   that follows it. Thinking that the template drops is refused. A template without generation
-   prompt may write the role as part of the turn: what it writes between the prompt and the content
-   of a probe is not supervised.
+    header | answer, calls, thought | end token | white space
+             ^ start                            ^ stop is somewhere behind the end token
+
+The header is what the turn has in common with the generation prompt, in whole tokens: a finished
+turn may differ from it (the prompt opens <think>, the turn has no thought). Without a generation
+prompt the header is what the loop's body writes before the first of the message's own values; white
+space there is what the model itself writes. {% generation %} blocks win where a template has them,
+less what the generation prompt writes at their beginning.
 """
 
-import re
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tsft.data.marked_template import MarkedTemplate, Message, Rendered, Span
 from megatron_tsft.errors import UserError
 
-Message = dict[str, Any]
 PROBE = "0a1b2c3d4e5f"
-GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+REFUSES = "the chat template refuses it"
+# what a template may raise while it renders a conversation that it was not written for
+FAILURES = (TypeError, ValueError, KeyError, AttributeError, IndexError, LookupError)
+# (text) -> where its tokens end, in characters
+Borders = Callable[[str], list[int]]
 
 
 class Refusal(Exception):
@@ -35,29 +41,21 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Turn:
-    """Characters [start, stop) of the text that the template gives to one assistant turn, not yet
-    cut at its end token.
+    """Supervised characters [start, stop) of the text, not yet cut at the end token.
 
-    message: index in the conversation; None where the template has more or fewer blocks than
-        assistant messages.
-    open: the end token may also be the first special token behind `stop`.
+    Attributes:
+        message: the message's place in the conversation; None of a {% generation %} block outside
+            the loop over the messages.
+        written: where the message's whole text begins, its header included.
     """
 
     message: int | None
     start: int
     stop: int
-    open: bool
+    written: int
 
 
-@dataclass(frozen=True)
-class TextSpan:
-    """Characters [start, stop) of a text."""
-
-    start: int
-    stop: int
-
-
-def content_place(text: str, start: int, stop: int, content: str) -> TextSpan | None:
+def content_place(text: str, start: int, stop: int, content: str) -> Span | None:
     """Where `content`, which templates may strip, lies in text[start:stop]; None = not certain.
 
     Certain is the last thing before `stop`, or what occurs once. The place's start belongs to
@@ -71,151 +69,193 @@ def content_place(text: str, start: int, stop: int, content: str) -> TextSpan | 
     if text[at + len(stripped) : stop].strip() and text.count(stripped, start, stop) > 1:
         return None
     first = at - content.index(stripped)
-    return TextSpan(first, first + len(content))
+    return Span(first, first + len(content))
 
 
 class ChatTemplate:
-    """The chat template of one tokenizer."""
+    """One chat template with the variables that every conversation gets."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Raises UserError where the tokenizer has no chat template."""
-        self._tokenizer = tokenizer
-        self._headers: dict[str, str] = {}  # template -> header
-        if not tokenizer.chat_template:
-            raise UserError(
-                f"the tokenizer {tokenizer.name_or_path} has no chat template, which `messages`"
-                " need: add its chat_template.jinja, or write rows of `prompt` and `completion`"
-            )
-
-    def turns(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, list[Turn]]:
-        """The whole text and its assistant turns in order.
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        borders: Borders,
+        variables: dict[str, Any],
+        now: Callable[[str], str] | None = None,
+    ) -> None:
+        """Args:
+            source: Jinja text.
+            name: whose template it is, for errors.
+            borders: of the tokenizer.
+            variables: what the template sees beside the conversation (special tokens).
+            now: see MarkedTemplate.
 
         Raises:
-            Refusal: the template refuses the conversation, or the turns cannot be told exactly.
-            UserError: the template itself is broken.
+            UserError: the template is no valid Jinja.
         """
-        template = self._tokenizer.get_chat_template(None, tools)
-        if tools and "tools" not in template:
-            raise Refusal("the row has `tools`, which the chat template does not use")
-        if GENERATION_BLOCK.search(template):
-            return self._blocks(template, messages, tools)
-        text = self._render(messages, tools)
-        header = self._header(template, tools)
-        turns = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if i == 0:
-                raise Refusal(
-                    "the first message is the assistant's: this template tells no prompt apart"
-                    " from it"
-                )
-            prompt = self._render(messages[:i], tools, add_generation_prompt=True) + header
-            if not text.startswith(prompt):
-                raise Refusal(
-                    "the chat template renders the prompt of an assistant turn differently than"
-                    " within the whole conversation: use a template with {% generation %} blocks,"
-                    " or one row per turn"
-                )
-            through = self._render(messages[: i + 1], tools)
-            if text.startswith(through):
-                turns.append(Turn(i, len(prompt), len(through), open=False))
-            else:
-                turns.append(_opened_by_content(text, len(prompt), i, message, template))
-        return text, turns
-
-    def _header(self, template: str, tools: list[Any] | None) -> str:
-        """What a template without generation prompt writes between the prompt and an answer; "" for
-        white space."""
-        if "add_generation_prompt" in template:
-            return ""
-        if template not in self._headers:
-            question, answer = (
-                {"role": "user", "content": "question"},
-                {"role": "assistant", "content": PROBE},
-            )
-            prompt, text = self._render([question], tools), self._render([question, answer], tools)
-            if not text.startswith(prompt) or text.count(PROBE) != 1:
-                raise Refusal(
-                    "the chat template has no generation prompt, and where an answer begins cannot"
-                    " be told"
-                )
-            header = text[len(prompt) : text.index(PROBE)]
-            self._headers[template] = (
-                header if header.strip() else ""
-            )  # space is what the model itself writes
-        return self._headers[template]
-
-    def _blocks(
-        self, template: str, messages: list[Message], tools: list[Any] | None
-    ) -> tuple[str, list[Turn]]:
-        """Turns from the {% generation %} blocks.
-
-        `apply_chat_template(return_assistant_tokens_mask=True)` marks the tokens of these
-        characters, but leaves out the rest of a last character that takes several tokens: so the
-        characters are asked for, not its tokens.
-        """
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        texts, spans = self._guarded(
-            render_jinja_template,
-            conversations=[messages],
-            tools=tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
-        )
-        spoken = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        spans = [span for span in spans[0] if span[1] > span[0]]
-        if len(spans) != len(spoken):
-            return texts[0], [Turn(None, *span, open=True) for span in spans]
-        return texts[0], [Turn(i, *span, open=True) for i, span in zip(spoken, spans, strict=True)]
-
-    def _render(
-        self,
-        messages: list[Message],
-        tools: list[Any] | None,
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
-        return self._guarded(
-            self._tokenizer.apply_chat_template,
-            messages,
-            tools=tools,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
-
-    def _guarded(self, render: Any, *args: Any, **keywords: Any) -> Any:
-        """`render(...)`; what a template raises becomes a refusal of this conversation."""
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+        from jinja2.exceptions import TemplateSyntaxError
 
         try:
-            return render(*args, **keywords)
+            self.template = MarkedTemplate(source, now)
         except TemplateSyntaxError as error:
             raise UserError(
-                f"the chat template of {self._tokenizer.name_or_path} is no valid Jinja (line"
-                f" {error.lineno}: {error.message}): correct its chat_template.jinja"
+                f"the chat template of {name} is no valid Jinja (line {error.lineno}:"
+                f" {error.message}): correct its chat_template.jinja"
             ) from error
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            raise Refusal(f"the chat template refuses it: {str(error)[:120]}") from error
+        self.source = source
+        self._borders = borders
+        self._variables = variables
+        self._prompts: dict[Any, str] = {}
+        self._headers: dict[Any, str] = {}
 
+    def locate(self, messages: list[Message], **given: Any) -> Rendered:
+        """The text of a finished conversation and where each message lies in it; `given` are
+        `tools` and the row's own variables.
 
-def _opened_by_content(text: str, start: int, index: int, message: Message, template: str) -> Turn:
-    """The turn that begins with the message's content, which must be all that it has."""
-    content = message["content"].strip()
-    start_of_content = start + len(text[start:]) - len(text[start:].lstrip())
-    dropped = [key for key in message if key not in ("role", "content") and key in template]
-    if not content or dropped or not text.startswith(content, start_of_content):
-        raise Refusal(
-            "the chat template renders an assistant turn differently once others follow (it may"
-            " drop its thinking): use a template with {% generation %} blocks, or one row per turn"
-        )
-    return Turn(index, start, start_of_content + len(content), open=True)
+        Raises:
+            Refusal: the template refuses the conversation.
+        """
+        return self._guarded(self.template.locate, messages, given)
+
+    def render(self, messages: list[Message], **given: Any) -> str:
+        """The text alone."""
+        return self._guarded(self.template.render, messages, given)
+
+    def prompted(self, messages: list[Message], **given: Any) -> str:
+        """The text that the model is given to answer these messages."""
+        given = given | {"add_generation_prompt": True}
+        return self._guarded(self.template.render, messages, given)
+
+    def turns(
+        self, rendered: Rendered, messages: list[Message], wanted: list[int], **given: Any
+    ) -> list[Turn]:
+        """The turns of the assistant messages `wanted`, in the text's order.
+
+        Raises:
+            Refusal: a turn cannot be told exactly.
+        """
+        if self.template.has_generation:
+            return self._blocks(rendered, messages, wanted, given)
+        return [self._turn(rendered, messages, i, given) for i in wanted]
+
+    def _turn(
+        self, rendered: Rendered, messages: list[Message], i: int, given: dict[str, Any]
+    ) -> Turn:
+        spans = rendered.messages.get(i, [])
+        if len(spans) != 1:
+            raise Refusal(
+                "the chat template writes an assistant message "
+                + ("in several places" if spans else "outside a loop over the messages")
+                + ", so its turn cannot be told: use a template with {% generation %} blocks"
+            )
+        [span] = spans
+        start = span.start + self._header(rendered.text, span, messages, i, given)
+        return Turn(i, start, span.stop, span.start)
+
+    def _blocks(
+        self, rendered: Rendered, messages: list[Message], wanted: list[int], given: dict[str, Any]
+    ) -> list[Turn]:
+        turns = []
+        for message, block in rendered.generated:
+            if message is None:
+                turns.append(Turn(None, block.start, block.stop, block.start))
+            elif message in wanted:
+                written = rendered.messages[message][0].start
+                start = block.start
+                span = Span(written, block.stop)
+                if all(turn.message != message for turn in turns):  # its first block
+                    header = self._prompt(messages, message, given)
+                    start = max(start, written + self._common(rendered.text, span, header))
+                if start < block.stop:
+                    turns.append(Turn(message, start, block.stop, written))
+        return turns
+
+    def _header(
+        self, text: str, span: Span, messages: list[Message], i: int, given: dict[str, Any]
+    ) -> int:
+        """How many characters of a turn are its header."""
+        prompt = self._prompt(messages, i, given)
+        common = self._common(text, span, prompt)
+        if common or (prompt and text.endswith(prompt, 0, span.start)):
+            return common
+        return self._common(text, span, self._before_values(messages, i, given))
+
+    def _common(self, text: str, span: Span, prompt: str) -> int:
+        """How many characters at the beginning of a span are those of whole tokens of `prompt`."""
+        length = min(len(prompt), span.stop - span.start)
+        found = next((k for k in range(length) if text[span.start + k] != prompt[k]), length)
+        if found == len(prompt):
+            return found
+        return max((b for b in self._borders(prompt) if b <= found), default=0)
+
+    def _prompt(self, messages: list[Message], i: int, given: dict[str, Any]) -> str:
+        """What add_generation_prompt adds before message i."""
+        key = None
+        if self.template.prompt_is_constant:
+            key = json.dumps([bool(given.get("tools")), given.get("variables")], default=str)
+            if key in self._prompts:
+                return self._prompts[key]
+        prompt = ""
+        for before in (messages[:i], [{"role": "user", "content": "question"}]):
+            if not before:
+                continue
+            try:
+                asked = self._guarded(
+                    self.template.locate, before, given | {"add_generation_prompt": True}
+                )
+                finished = self.render(before, **given)
+            except Refusal:
+                continue
+            if asked.text.startswith(finished):
+                prompt = asked.text[len(finished) :]
+            else:  # something else ends a conversation (Phi-3: EOS)
+                spans = [span for found in asked.messages.values() for span in found]
+                prompt = asked.text[max((span.stop for span in spans), default=0) :]
+            break
+        if key is not None:
+            self._prompts[key] = prompt
+        return prompt
+
+    def _before_values(self, messages: list[Message], i: int, given: dict[str, Any]) -> str:
+        """What the loop's body writes before the first of message i's own values; "" for white
+        space and where it cannot be told."""
+        previous = messages[i - 1]["role"] if i else ""
+        key = json.dumps([bool(given.get("tools")), given.get("variables"), previous], default=str)
+        if key not in self._headers:
+            probe = {"role": "assistant", "content": PROBE}
+            header = ""
+            question = {"role": "user", "content": "question"}
+            for before in (messages[:i], [question]):
+                try:
+                    rendered = self.locate([*before, probe], **given)
+                except Refusal:
+                    continue
+                spans = rendered.messages.get(len(before), [])
+                at = rendered.text.find(PROBE)
+                if len(spans) == 1 and spans[0].start <= at:
+                    header = rendered.text[spans[0].start : at]
+                    break
+            self._headers[key] = header if header.strip() else ""
+        return self._headers[key]
+
+    def ends_by_next_role(self, rendered: Rendered, messages: list[Message], **given: Any) -> str:
+        """What the template writes behind the last turn once a user answers; "" where it cannot be
+        told."""
+        last = len(messages) - 1
+        try:
+            longer = self.locate([*messages, {"role": "user", "content": PROBE}], **given)
+        except Refusal:
+            return ""
+        spans = longer.messages.get(last, [])
+        return longer.text[spans[-1].stop :] if spans else ""
+
+    def _guarded(self, render: Any, messages: list[Message], given: dict[str, Any]) -> Any:
+        """`render(...)`; what a template raises becomes a refusal of this conversation."""
+        from jinja2.exceptions import TemplateError
+
+        given = {"tools": None, "documents": None, "add_generation_prompt": False} | given
+        variables = given.pop("variables", {})
+        try:
+            return render(messages, **self._variables, **(given | variables))
+        except (TemplateError, RecursionError, *FAILURES) as error:
+            raise Refusal(f"{REFUSES}: {str(error)[:120]}") from error

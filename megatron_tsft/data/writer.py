@@ -34,7 +34,7 @@ class PreparedWriter:
         self.conversations = self.tokens = self.supervised_tokens = self.longest = (
             self.vocab_size
         ) = 0
-        self.weighted = False
+        self.weighted = self.negative_weights = False
 
     def add(self, row: Encoded) -> None:
         """Append one conversation; its arrays are kept until the batch is full."""
@@ -44,7 +44,9 @@ class PreparedWriter:
         self.supervised_tokens += int(row.loss_mask.sum())
         self.longest = max(self.longest, length)
         self.vocab_size = max(self.vocab_size, int(row.input_ids.max()) + 1)
-        self.weighted |= row.token_weights is not None
+        if row.token_weights is not None:
+            self.weighted = True
+            self.negative_weights |= bool((row.token_weights < 0).any())
         self._rows.append(row)
         self._held += length
         if len(self._rows) == BATCH_ROWS or self._held >= BATCH_TOKENS:
@@ -88,6 +90,7 @@ class PreparedWriter:
             supervised_tokens=self.supervised_tokens,
             longest=self.longest,
             weighted=self.weighted,
+            negative_weights=self.negative_weights,
             duplicates=duplicates,
             files={path.name: path.stat().st_size for path in sorted(self._folder.glob("*.arrow"))},
         )

@@ -153,6 +153,11 @@ def _try(objective: SingleObjective, trial: Trial, data: PreparedData, *, may_ig
 
     may_ignore: the teacher is there for another data set's objective, so this one need not read it.
     """
+    if data.card.negative_weights:
+        raise UserError(
+            f"{data.directory} has negative token weights, which '{objective.name}' does not take:"
+            " prepare the data with weights of at least 0"
+        )
     one, weighted = torch.zeros(1, dtype=torch.int64), data.card.weighted
     teacher = torch.zeros(1, 2)
     if trial.top_k:

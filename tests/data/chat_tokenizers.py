@@ -22,6 +22,7 @@ SPECIAL = (
         "<|user|>",
         "<|assistant|>",
         "<|end|>",
+        "<|tool|>",
     ),
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
 )
@@ -98,13 +99,62 @@ OPEN_THOUGHT = CHATML.replace(
 )
 NO_END = CHATML.replace("m['content'] + '<|im_end|>\n'", "m['content'] + '\n'")
 NO_PROMPT = CHATML.split("{%- if add_generation_prompt")[0]
+NO_SYSTEM = "{%- for m in messages -%}\n" + CHATML.split("{%- endif -%}\n", 1)[1]
+
+# a turn ends where the next role begins, as GLM's
+NEXT_ROLE = """{%- for m in messages -%}{{ '<|' + m.role + '|>\n' + m.content }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+
+# the last turn has another end than the others, as gpt-oss's
+CHANNELS = """{%- for m in messages -%}
+{{ '<|' + m.role + '|>' + ('final ' if m.role == 'assistant' else '') + m.content }}
+{{- eos_token if loop.last and m.role == 'assistant' else '<|end|>' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+
+# thoughts are dropped, also that of the last turn, which the generation prompt opens: R1's distills
+DROPS_THOUGHTS = """{%- for m in messages -%}
+{{ '<|' + m.role + '|>' }}
+{{- m.content.split('</think>')[-1] if m.role == 'assistant' else m.content -}}
+{{ eos_token if m.role == 'assistant' else '' }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|><think>\n' }}{%- endif -%}"""
+
+# the system message stands in the last question, where that is the last message, as Mistral v0.3's
+SYSTEM_LAST = """{{- bos_token -}}
+{%- set rest = messages[1:] if messages[0].role == 'system' else messages -%}
+{%- for m in rest -%}
+{%- if m.role == 'user' -%}
+{%- if loop.last and messages[0].role == 'system' -%}
+{{ '[INST] ' + messages[0].content + '\n\n' + m.content + ' [/INST]' }}
+{%- else -%}{{ '[INST] ' + m.content + ' [/INST]' }}{%- endif -%}
+{%- else -%}{{ ' ' + m.content + eos_token }}{%- endif -%}
+{%- endfor -%}"""
+
+# tools in the first question, calls behind the content
+CALLS = """{%- for m in messages -%}
+{{ '<|' + m.role + '|>' }}
+{%- if loop.first and tools -%}{{ tools | tojson }}{%- endif -%}
+{{- m.content -}}
+{%- if m.tool_calls -%}{%- for c in m.tool_calls -%}
+{{ c.function.name + (c.function.arguments | tojson) }}
+{%- endfor -%}{%- endif -%}
+{{ '<|end|>' }}{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+
 TOOLS = (
     "{%- if tools -%}{{ '<|im_start|>tools\n' }}{{ tools | tojson }}{{ '<|im_end|>\n' }}{%- endif"
     " -%}" + CHATML
 )
 
-EOS = {LLAMA3: "<|eot_id|>", MISTRAL: "</s>", PHI3: "<|endoftext|>"}
-BOS = {LLAMA3: "<|begin_of_text|>", MISTRAL: "<s>"}
+EOS = {
+    LLAMA3: "<|eot_id|>",
+    MISTRAL: "</s>",
+    SYSTEM_LAST: "</s>",
+    DROPS_THOUGHTS: "</s>",
+    PHI3: "<|endoftext|>",
+    NEXT_ROLE: "<|endoftext|>",
+    CHANNELS: "<|endoftext|>",
+}
+BOS = {LLAMA3: "<|begin_of_text|>", MISTRAL: "<s>", SYSTEM_LAST: "<s>"}
 
 
 @functools.cache

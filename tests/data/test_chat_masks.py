@@ -83,7 +83,8 @@ CASES: dict[str, tuple[str, Pieces]] = {
             ("<|user|>\none plus two?<|end|>\n<|assistant|>\n", False),
             ("three<|end|>", True),
             ("\n<|user|>\nand four?<|end|>\n<|assistant|>\n", False),
-            ("seven, I am fine<|end|>\n<|endoftext|>", True),
+            ("seven, I am fine<|end|>", True),
+            ("\n<|endoftext|>", False),
         ],
     ),
     "an empty thought before the last answer": (
@@ -207,7 +208,7 @@ def test_a_header_token_that_swallows_space_is_not_supervised() -> None:
     )
     encoded = ChatEncoder(tokenizer).encode({"messages": [user("two"), assistant("  five")]})
     text = mark_supervised(tokenizer, encoded.input_ids, encoded.loss_mask)
-    assert text == "<|user|>\ntwo<|end|>\n<|assistant|>[[five<|end|>\n<|endoftext|>]]"
+    assert text == "<|user|>\ntwo<|end|>\n<|assistant|>[[five<|end|>]]\n<|endoftext|>"
 
 
 def test_system_tool_and_consecutive_assistant_messages() -> None:
@@ -256,10 +257,9 @@ def test_a_completion_of_messages() -> None:
         row = {"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}
         check(byte_level(template), row, later)
         check(byte_level(template), {"prompt": TWO_TURNS[:1], "completion": TWO_TURNS[1:]}, pieces)
-    with pytest.raises(Refusal, match="cannot be matched"):
-        ChatEncoder(byte_level(t.TWO_BLOCKS)).encode(
-            {"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}
-        )
+    pieces = CASES["two blocks a turn"][1]
+    later = [(text, flag and i > 4) for i, (text, flag) in enumerate(pieces)]
+    check(byte_level(t.TWO_BLOCKS), {"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}, later)
 
 
 def test_raw_text() -> None:
@@ -281,14 +281,18 @@ def test_raw_text() -> None:
         {"prompt": "", "completion": " three"},
         [("<|begin_of_text|>", False), (" three<|eot_id|>", True)],
     )
-    encoded = ChatEncoder(spaced).encode({"prompt": "two", "completion": "three"})
-    assert spaced.convert_ids_to_tokens(encoded.input_ids.tolist()) == [
-        "<s>",
-        "▁two",
-        "▁three",
-        "</s>",
-    ]
-    assert encoded.loss_mask.tolist() == [False, False, True, True]
+    # no space is gained at the border, which the text does not have
+    encoded = ChatEncoder(spaced).encode({"prompt": "two\n", "completion": "three"})
+    tokens = spaced.convert_ids_to_tokens(encoded.input_ids.tolist())
+    assert "".join(tokens) == "<s>▁two\nthree</s>"
+    supervised = [x for x, flag in zip(tokens, encoded.loss_mask, strict=True) if flag]
+    assert "".join(supervised) == "three</s>"
+    # a prompt that a template has written has its BOS
+    check(
+        llama,
+        {"prompt": "<|begin_of_text|>two", "completion": " three<|eot_id|>"},
+        [("<|begin_of_text|>two", False), (" three<|eot_id|>", True)],
+    )
     encoded = ChatEncoder(chatml).encode({"prompt": "", "completion": "three four"})
     assert encoded.loss_mask.tolist() == [False] + [True] * (
         len(encoded.input_ids) - 1
@@ -303,21 +307,6 @@ def test_raw_text() -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (
-            t.QWEN3,
-            [user("a"), assistant("<think>\nhm\n</think>\n\nb"), user("c"), assistant("d")],
-            "drop its thinking",
-        ),
-        (
-            t.QWEN3,
-            [user("a"), assistant("b", reasoning_content="hm"), user("c"), assistant("d")],
-            "drop its thinking",
-        ),
-        (
-            t.OPEN_THOUGHT,
-            [user("a"), assistant("b")],
-            "renders the prompt of an assistant turn differently",
-        ),
         (t.NO_END, [user("a"), assistant("b")], "without special token"),
         # the next turn's <|im_start|> is no end
         (t.NO_END, [user("a"), assistant("b"), user("c")], "without special token"),
@@ -325,11 +314,6 @@ def test_raw_text() -> None:
             t.NO_END.replace("m['role'] + '\\n'", "m['role']"),
             [user("a"), assistant("b")],
             "without special token",
-        ),
-        (
-            t.CHATML,
-            [assistant("b"), user("c"), assistant("d")],
-            "the first message is the assistant's",
         ),
         (t.MISTRAL, [user("a"), user("a"), assistant("b")], "refuses it: roles must alternate"),
         (

@@ -48,7 +48,8 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(lines) + "\n")
     places = {"--input": "in.jsonl", "--tokenizer": "tokenizer", "--output": "out"}
-    return [word for flag, name in places.items() for word in (flag, str(tmp_path / name))]
+    words = [word for flag, name in places.items() for word in (flag, str(tmp_path / name))]
+    return [*words, "--max-refused", "0.95"]
 
 
 def start(*words: object) -> subprocess.Popen[str]:
@@ -83,6 +84,50 @@ def test_the_report(
     assert "tokenising: 100%" in err
     assert card.refused == {"bad JSON": 6, "no assistant turn": 1}
     assert card.refused_lines == {"bad JSON": [2, 3, 4, 5, 6], "no assistant turn": [10]}
+
+
+def test_too_many_refused_rows_are_an_error(
+    tool: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main([*arguments[:-2], "--no-progress"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "7 rows (70.0%) cannot be used, more than --max-refused 0.1 allows" in err
+    assert "bad JSON (6, the first in line 2); no assistant turn (1, the first in line 10)" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_rows_are_encoded(
+    tool: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flags reach the template, in this process and in workers, and the card."""
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}"
+        "{{ '<|' + m.role + '|>' + m.content + tone + '<|end|>' }}{% endfor %}"
+    )
+    flags = ["--chat-template", str(template), "--chat-template-kwargs", '{"tone": "!"}']
+    flags += ["--date", "2026-11-30", "--no-progress", "--show", "1", "--overwrite"]
+    cards = []
+    for workers in ("1", "2"):
+        assert tool.main([*arguments, *flags, "--workers", workers]) == 0
+        out, _ = capsys.readouterr()
+        assert "30 Nov 2026<|user|>one plus two?!<|end|><|assistant|>[[three!<|end|>]]" in out
+        cards.append(DataCard.load(tmp_path / "out"))
+    assert cards[0] == cards[1] and cards[0].date == "2026-11-30"
+    assert cards[0].made_with == {
+        "chat_template": str(template),
+        "variables": {"tone": "!"},
+        "format": "messages",
+    }
+    for bad, text in (
+        (["--chat-template", "nowhere"], "--chat-template nowhere cannot be read"),
+        (["--chat-template-kwargs", "{"], "is no JSON"),
+        (["--chat-template-kwargs", "[]"], "is not a JSON object"),
+        (["--date", "tomorrow"], "--date tomorrow: give a day as YYYY-MM-DD"),
+        (["--max-refused", "3"], "must be a share from 0 to 1"),
+    ):
+        assert tool.main([*arguments, *bad]) == 2
+        assert text in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_errors_are_one_line(

@@ -50,7 +50,7 @@ def run(tmp_path: Path, tokenizer_dir: Path) -> Prepare:
     def call(rows: Rows, name: str = "out", **options: Any) -> DataCard:
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
-        options = {"progress": False} | options
+        options = {"progress": False, "max_refused": 1} | options
         return prepare(tmp_path / f"{name}.jsonl", tokenizer_dir, tmp_path / name, **options)
 
     return call
@@ -175,7 +175,7 @@ def test_refused_rows_are_counted_with_their_lines(run: Prepare) -> None:
         "[1]",
         *["{]"] * 7,
         {"messages": [user("two")]},
-        {"text": "two"},
+        {"txt": "two"},
     ]
     card = run(rows)
     assert card.conversations == 2
@@ -183,7 +183,7 @@ def test_refused_rows_are_counted_with_their_lines(run: Prepare) -> None:
         "bad JSON": 8,
         "not a JSON object": 1,
         "no assistant turn": 1,
-        "neither `messages` nor `prompt` and `completion`": 1,
+        "neither `messages`, nor `prompt` and `completion`, nor `text`": 1,
     }
     assert list(card.refused_lines.values()) == [[2, 6, 7, 8, 9], [5], [13], [14]]
 
@@ -241,13 +241,25 @@ def test_other_inputs_give_the_same_folder(
     card = run(GOOD[:2] + [{"messages": []}])
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress((tmp_path / "out.jsonl").read_bytes()))
     assert (
-        prepare(tmp_path / "in.jsonl.gz", tokenizer_dir, tmp_path / "zip", progress=False) == card
+        prepare(
+            tmp_path / "in.jsonl.gz",
+            tokenizer_dir,
+            tmp_path / "zip",
+            max_refused=1,
+            progress=False,
+        )
+        == card
     )
     rows = [{"messages": row["messages"], "weight": None} for row in GOOD[:2]] + [
         {"messages": [], "weight": None}
     ]
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
-    assert prepare(tmp_path / "saved", tokenizer_dir, tmp_path / "set", progress=False) == card
+    options: dict[str, Any] = {"max_refused": 1, "progress": False}
+    assert prepare(tmp_path / "saved", tokenizer_dir, tmp_path / "set", **options) == card
+    for kind in ("pandas", "numpy", "arrow"):  # a data set says how it wants to be read
+        folder = tmp_path / f"saved-{kind}"
+        Dataset.from_list(rows).with_format(kind).save_to_disk(str(folder))
+        assert prepare(folder, tokenizer_dir, tmp_path / kind, **options) == card
     DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(
         UserError, match=r"holds several splits: name the folder of one of them \(train\)"
@@ -266,10 +278,17 @@ def test_bad_arguments(run: Prepare, tmp_path: Path, tokenizer_dir: Path) -> Non
     ):
         with pytest.raises(UserError, match=message):
             run(GOOD, **options)
-    with pytest.raises(UserError, match="does not exist: name a JSONL file"):
+    with pytest.raises(
+        UserError, match="does not exist: name a JSONL, JSON, Parquet or Arrow file"
+    ):
         prepare(tmp_path / "missing.jsonl", tokenizer_dir, tmp_path / "out")
-    with pytest.raises(UserError, match="is no data set"):
-        prepare(tokenizer_dir, tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match="has no file that ends in .jsonl"):
+        (tmp_path / "empty").mkdir()
+        prepare(tmp_path / "empty", tokenizer_dir, tmp_path / "out")
+    with pytest.raises(UserError, match="no conversation that can be used"):
+        prepare(tokenizer_dir, tokenizer_dir, tmp_path / "out", progress=False)
+    with pytest.raises(UserError, match="first `hf download someone/chats --repo-type dataset"):
+        prepare("someone/chats", tokenizer_dir, tmp_path / "out")
     with pytest.raises(UserError, match="tokenizer folder"):
         prepare(tmp_path / "out.jsonl", tmp_path / "missing", tmp_path / "out")
     byte_level(None).save_pretrained(str(tmp_path / "plain"))

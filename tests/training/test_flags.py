@@ -209,6 +209,10 @@ def test_evaluation_data_without_weights_and_a_broken_plugin(
     flags = ["--tsft-objective", "critical", "--tsft-data", str(tmp_path / "weighted")]
     run = train("weights", *flags, "--tsft-eval-data", str(world.held))
     assert run.codes == [2] and str(world.held) in run.error and "critical" in run.error
+    rows = write_rows(tmp_path / "negative.jsonl", 40, 0, weight=-0.5)
+    prepare(rows, world.hf, tmp_path / "negative", progress=False)
+    run = train("negative", "--tsft-data", str(tmp_path / "negative"))
+    assert run.codes == [2] and "has negative token weights, which 'target-sft'" in run.error
     (tmp_path / "plugin.py").write_text("import nowhere\n")
     run = train("plugin", "--tsft-plugin", str(tmp_path / "plugin.py"))
     assert run.codes == [2] and "ModuleNotFoundError" in run.error and "plugin.py" in run.error

@@ -1,0 +1,133 @@
+"""What a chat template leaves out of a conversation.
+
+Each content, thought, tool call and `tools` that is given must leave its mark on the text: a long
+text is looked for where its message was written; what is short or is no text is tried by rendering
+once more without it, and where that changes nothing, outer white space apart, the template drops
+it. Only two drops have another end than a refusal: thoughts of earlier turns, which templates leave
+out by design, and the thought in the content of the last turn, which the model does generate.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_tsft.data.marked_template import Message, Rendered
+from megatron_tsft.data.rows import THOUGHTS, Conversation
+from megatron_tsft.data.turns import Refusal
+
+OPEN, CLOSE = "<think>", "</think>"
+# a text of so many characters does not stand in its message's output by chance
+LONG = 16
+# (messages, tools) -> what the template writes
+Render = Callable[[list[Message], list[Any] | None], Rendered]
+
+
+@dataclass(frozen=True)
+class Thought:
+    """A thought that the template leaves out.
+
+    message: whose. key: where it stands; "content" before </think>.
+    """
+
+    message: int
+    key: str
+
+
+def dropped_thoughts(
+    conversation: Conversation, rendered: Rendered, render: Render
+) -> list[Thought]:
+    """The thoughts that the template leaves out.
+
+    Raises:
+        Refusal: it leaves out anything else.
+    """
+    messages, tools = conversation.messages, conversation.tools
+
+    def unread(changed: list[Message], tools: list[Any] | None) -> bool:
+        """Whether the text is the same with these."""
+        try:
+            return render(changed, tools).text.strip() == rendered.text.strip()
+        except Refusal:
+            return False  # the template misses it, so it reads it
+
+    def dropped(i: int, text: str, key: str, value: Any) -> bool:
+        """Whether message i's `text` is left out; it is gone where `key` is `value`."""
+        text = text.strip()
+        if not text or (len(text) >= LONG and text in written(i)):
+            return False
+        message = {name: entry for name, entry in messages[i].items() if name != key}
+        if value is not None:
+            message[key] = value
+        return unread([*messages[:i], message, *messages[i + 1 :]], tools)
+
+    def written(i: int) -> str:
+        spans = rendered.messages.get(i, [])
+        found = "".join(rendered.text[span.start : span.stop] for span in spans)
+        return found or rendered.text  # a system message may stand before the loop
+
+    if tools and unread(messages, None):
+        raise Refusal("the row has `tools`, which the chat template does not use")
+    lost: list[Thought] = []
+    for i, message in enumerate(messages):
+        content = message.get("content") or ""
+        thought, answer = (
+            split_thought(content) if message["role"] == "assistant" else ("", content)
+        )
+        if thought and thought not in written(i):
+            lost.append(Thought(i, "content"))
+        elif thought:
+            answer = content
+        if dropped(i, answer, "content", content[: len(content) - len(answer)]):
+            role = message["role"]
+            raise Refusal(
+                f"the chat template drops the content of a message of role '{role}': "
+                + (
+                    SYSTEM
+                    if role == "system"
+                    else "give a template that writes it (--chat-template)"
+                )
+            )
+        lost += [
+            Thought(i, key)
+            for key in THOUGHTS
+            if isinstance(message.get(key), str) and dropped(i, message[key], key, None)
+        ]
+        calls = message.get("tool_calls") or []
+        for place in range(len(calls)):
+            rest = [*calls[:place], *calls[place + 1 :]]
+            if dropped(i, "a call", "tool_calls", rest or None):
+                raise Refusal(
+                    "the chat template drops `tool_calls`"
+                    + ("" if tools else " of a row without `tools`")
+                    + ": give `tools`, or a template that writes them (--chat-template)"
+                )
+    return lost
+
+
+SYSTEM = (
+    "write it into the first user's message, or give the row as `prompt` and `completion`, whose"
+    " prompt is rendered as served"
+)
+
+
+def split_thought(content: str) -> tuple[str, str]:
+    """(thought without its marks and outer white space, what follows it); ("", content) without
+    </think>."""
+    if CLOSE not in content:
+        return "", content
+    before, _, answer = content.rpartition(CLOSE)
+    return before.replace(OPEN, "").strip(), answer
+
+
+def protect(content: str) -> str:
+    """A content of the same length in which a template does not see </think>; `restore` undoes
+    it."""
+    return content.replace(CLOSE, _HIDDEN)
+
+
+def restore(text: str) -> str:
+    """The text as it was before `protect`."""
+    return text.replace(_HIDDEN, CLOSE)
+
+
+_HIDDEN = "\ue0f7" * len(CLOSE)
