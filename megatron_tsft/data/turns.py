@@ -22,6 +22,7 @@ from megatron_tsft.data.marked_template import MarkedTemplate, Message, Rendered
 from megatron_tsft.errors import UserError
 
 PROBE = "0a1b2c3d4e5f"
+QUESTION: Message = {"role": "user", "content": "question"}
 REFUSES = "the chat template refuses it"
 # what a template may raise while it renders a conversation that it was not written for
 FAILURES = (TypeError, ValueError, KeyError, AttributeError, IndexError, LookupError)
@@ -189,16 +190,21 @@ class ChatTemplate:
         return max((b for b in self._borders(prompt) if b <= found), default=0)
 
     def _prompt(self, messages: list[Message], i: int, given: dict[str, Any]) -> str:
-        """What add_generation_prompt adds before message i."""
-        key = None
-        if self.template.prompt_is_constant:
-            key = json.dumps([bool(given.get("tools")), given.get("variables")], default=str)
-            if key in self._prompts:
-                return self._prompts[key]
-        prompt = ""
-        for before in (messages[:i], [{"role": "user", "content": "question"}]):
-            if not before:
-                continue
+        """What add_generation_prompt adds before message i; "" where it cannot be told."""
+        if not self.template.prompt_is_constant:
+            return self._added([messages[:i], [QUESTION]], given) or ""
+        key = _key(given)
+        if key not in self._prompts:  # of any conversation; kept once it is known
+            found = self._added([[QUESTION], messages[:i]], given)
+            if found is None:
+                return ""
+            self._prompts[key] = found
+        return self._prompts[key]
+
+    def _added(self, contexts: list[list[Message]], given: dict[str, Any]) -> str | None:
+        """What add_generation_prompt adds behind the first of some conversations that the template
+        takes."""
+        for before in filter(None, contexts):
             try:
                 asked = self._guarded(
                     self.template.locate, before, given | {"add_generation_prompt": True}
@@ -207,47 +213,40 @@ class ChatTemplate:
             except Refusal:
                 continue
             if asked.text.startswith(finished):
-                prompt = asked.text[len(finished) :]
-            else:  # something else ends a conversation (Phi-3: EOS)
-                spans = [span for found in asked.messages.values() for span in found]
-                prompt = asked.text[max((span.stop for span in spans), default=0) :]
-            break
-        if key is not None:
-            self._prompts[key] = prompt
-        return prompt
+                return asked.text[len(finished) :]
+            # something else ends a finished conversation (Phi-3: EOS)
+            spans = [span for found in asked.messages.values() for span in found]
+            return asked.text[max((span.stop for span in spans), default=0) :]
+        return None
 
     def _before_values(self, messages: list[Message], i: int, given: dict[str, Any]) -> str:
         """What the loop's body writes before the first of message i's own values; "" for white
         space and where it cannot be told."""
-        previous = messages[i - 1]["role"] if i else ""
-        key = json.dumps([bool(given.get("tools")), given.get("variables"), previous], default=str)
-        if key not in self._headers:
-            probe = {"role": "assistant", "content": PROBE}
-            header = ""
-            question = {"role": "user", "content": "question"}
-            for before in (messages[:i], [question]):
-                try:
-                    rendered = self.locate([*before, probe], **given)
-                except Refusal:
-                    continue
-                spans = rendered.messages.get(len(before), [])
-                at = rendered.text.find(PROBE)
-                if len(spans) == 1 and spans[0].start <= at:
-                    header = rendered.text[spans[0].start : at]
-                    break
-            self._headers[key] = header if header.strip() else ""
-        return self._headers[key]
+        key = _key(given, messages[i - 1]["role"] if i else "")
+        if key in self._headers:
+            return self._headers[key]
+        for before in (messages[:i], [QUESTION]):
+            try:
+                rendered = self.locate([*before, {"role": "assistant", "content": PROBE}], **given)
+            except Refusal:
+                continue
+            spans = rendered.messages.get(len(before), [])
+            at = rendered.text.find(PROBE)
+            if len(spans) == 1 and spans[0].start <= at:
+                header = rendered.text[spans[0].start : at]
+                self._headers[key] = header if header.strip() else ""
+                return self._headers[key]
+        return ""
 
-    def ends_by_next_role(self, rendered: Rendered, messages: list[Message], **given: Any) -> str:
-        """What the template writes behind the last turn once a user answers; "" where it cannot be
-        told."""
-        last = len(messages) - 1
+    def behind_last(self, messages: list[Message], **given: Any) -> str | None:
+        """What the template writes behind the last message once a user answers; None where it
+        cannot be told."""
         try:
             longer = self.locate([*messages, {"role": "user", "content": PROBE}], **given)
         except Refusal:
-            return ""
-        spans = longer.messages.get(last, [])
-        return longer.text[spans[-1].stop :] if spans else ""
+            return None
+        spans = longer.messages.get(len(messages) - 1, [])
+        return longer.text[spans[-1].stop :] if spans else None
 
     def _guarded(self, render: Any, messages: list[Message], given: dict[str, Any]) -> Any:
         """`render(...)`; what a template raises becomes a refusal of this conversation."""
@@ -259,3 +258,8 @@ class ChatTemplate:
             return render(messages, **self._variables, **(given | variables))
         except (TemplateError, RecursionError, *FAILURES) as error:
             raise Refusal(f"{REFUSES}: {str(error)[:120]}") from error
+
+
+def _key(given: dict[str, Any], *more: str) -> str:
+    """What beside the conversation decides a generation prompt."""
+    return json.dumps([bool(given.get("tools")), given.get("variables"), *more], default=str)

@@ -238,7 +238,7 @@ class ConversationWriter:
             weights,
             critical,
             1.0 if weight is None and weighted else weight,
-            partial(self._appends, template, conversation, rendered, text, turns[-1]),
+            partial(self._appends, template, conversation, text, turns[-1]),
             self._options.supervise == "everything",
         )
 
@@ -246,7 +246,6 @@ class ConversationWriter:
         self,
         template: ChatTemplate,
         conversation: Conversation,
-        rendered: Rendered,
         text: str,
         turn: Turn,
     ) -> bool:
@@ -254,20 +253,19 @@ class ConversationWriter:
         with, and the text ends before it."""
         if text[turn.stop :].strip() or turn.message is None:
             return False
-        key = template.source
-        if key not in self._ends:
-            behind = template.ends_by_next_role(
-                rendered, conversation.messages, **_given(conversation)
-            )
+        if template.source not in self._ends:
+            behind = template.behind_last(conversation.messages, **_given(conversation))
+            if behind is None:
+                return False
             own = text[turn.written : turn.stop]
             following, first = (
                 self._plain.encode(part.lstrip(), add_special_tokens=False).ids
                 for part in (behind, own)
             )
-            self._ends[key] = bool(
+            self._ends[template.source] = bool(
                 following and self._special[following[0]] and following[0] != first[0]
             )
-        return self._ends[key]
+        return self._ends[template.source]
 
 
 def _given(conversation: Conversation) -> dict[str, Any]:
