@@ -25,6 +25,7 @@ from megatron_tsft.checkpoint.hf_folder import (
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.mapping import padded_vocab_size
 from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream, TensorSpec
+from megatron_tsft.checkpoint.served import Served
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist import COMMON_STATE_KEY, common_state, write_checkpoint
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
@@ -149,6 +150,7 @@ def export_hf(
             f"{megatron_dir} has no {HF_FOLDER}/config.json: copy the folder {HF_FOLDER} from the"
             " imported checkpoint"
         )
+    served = Served.load(megatron_dir)
     one_dtype = None if dtype is None else _dtype_name(dtype)
     checkpoint = latest_checkpoint(megatron_dir, iteration)
     compare_keys(expected_keys(card), checkpoint)
@@ -187,6 +189,8 @@ def export_hf(
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         copy_side_files(megatron_dir / HF_FOLDER, folder)
         _write_config(folder / "config.json", one_dtype or card.dtype, card.vocab_size)
+        if served is not None:
+            served.write_into(folder)
     return Export(
         checkpoint, len(tensors), sum(nbytes.values()), len(files), one_dtype or card.dtype
     )

@@ -13,7 +13,7 @@ those of the completion, and EOS unless the completion ends with it.
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,11 +33,20 @@ class Encoded:
     loss_mask: np.ndarray  # [n] bool; never True at 0, which nothing predicts
     # [n] float32, 0 outside the mask; None without weights and `critical`
     token_weights: np.ndarray | None
+    end: int | None = None  # the token that ends the last supervised turn
+    templated: bool = False  # a chat template wrote it
 
     def cut(self, length: int | None) -> "Encoded":
         """The first `length` tokens."""
         weights = None if self.token_weights is None else self.token_weights[:length]
-        return Encoded(self.input_ids[:length], self.loss_mask[:length], weights)
+        whole = length is None or length >= len(self.input_ids)
+        return Encoded(
+            self.input_ids[:length],
+            self.loss_mask[:length],
+            weights,
+            self.end if whole else None,
+            self.templated,
+        )
 
 
 class ChatEncoder:
@@ -191,7 +200,10 @@ class ChatEncoder:
             weights *= chosen
             weighted = True
         scale = 1.0 if written.weight is None else written.weight
-        return _encoded(tokens.ids, mask, weights * np.float32(scale) if weighted else None)
+        found = _encoded(tokens.ids, mask, weights * np.float32(scale) if weighted else None)
+        last_end = -1 if appended else ends[-1]
+        end = None if last_end is None else int(tokens.ids[last_end])
+        return replace(found, end=end, templated=True)
 
     # ---- raw text
 
@@ -226,7 +238,7 @@ class ChatEncoder:
                     chosen[len(before) + found.start : len(before) + found.stop] = True
                 weights *= chosen
             weights *= np.float32(1.0 if text.weight is None else text.weight)
-        return _encoded(ids, mask, weights)
+        return replace(_encoded(ids, mask, weights), end=eos)
 
 
 def mark_supervised(tokenizer: Any, input_ids: np.ndarray, loss_mask: np.ndarray) -> str:

@@ -62,18 +62,26 @@ class Encoding:
     format: str = ""
     columns: dict[str, str] = field(default_factory=dict[str, str])
 
+    def template(self, tokenizer: Any) -> str | None:
+        """The text of the chat template, where there is one for all rows.
+
+        Raises:
+            UserError: its file cannot be read.
+        """
+        if self.chat_template is None:
+            own = tokenizer.chat_template
+            return own if isinstance(own, str) else None
+        try:
+            return Path(self.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"--chat-template {self.chat_template} cannot be read: {error}"
+            ) from error
+
     def encoder(self, tokenizer: Any) -> ChatEncoder:
         """Raises UserError: the template's file cannot be read."""
-        source = None
-        if self.chat_template is not None:
-            try:
-                source = Path(self.chat_template).read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(
-                    f"--chat-template {self.chat_template} cannot be read: {error}"
-                ) from error
         options = ChatOptions(
-            source,
+            None if self.chat_template is None else self.template(tokenizer),
             self.variables,
             datetime.date.fromisoformat(self.date).strftime,
             self.history_thinking,
@@ -246,6 +254,11 @@ def prepare(
             refused_lines=dict(lines),
             date=encoding.date,
             made_with=encoding.made_with(),
+            turn_ends={
+                tokenizer.convert_ids_to_tokens(end): [end, count]
+                for end, count in sorted(writer.ends.items())
+            },
+            chat_template=encoding.template(tokenizer) if writer.templated else None,
         )
 
 

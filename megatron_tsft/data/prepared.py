@@ -57,6 +57,8 @@ class DataCard:
         negative_weights: some of them are below 0, which an objective must be able to take.
         date: the day that chat templates were told, YYYY-MM-DD.
         made_with: what else decided the tokens: option of the preparation -> its value.
+        turn_ends: token that ends conversations -> [its id, how many].
+        chat_template: Jinja text that wrote them; None where no template did.
         duplicates: conversations whose sample_id occurred before; they are kept.
         truncated: conversations that were cut to --max-tokens.
         refused: reason -> count.
@@ -75,6 +77,8 @@ class DataCard:
     negative_weights: bool = False
     date: str = ""
     made_with: dict[str, Any] = field(default_factory=dict)
+    turn_ends: dict[str, list[int]] = field(default_factory=dict)
+    chat_template: str | None = None
     duplicates: int = 0
     truncated: int = 0
     refused: dict[str, int] = field(default_factory=dict)

@@ -4,6 +4,7 @@ saves as its folder."""
 import contextlib
 import dataclasses
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ class PreparedWriter:
         self.conversations = self.tokens = self.supervised_tokens = self.longest = (
             self.vocab_size
         ) = 0
-        self.weighted = self.negative_weights = False
+        self.weighted = self.negative_weights = self.templated = False
+        self.ends = Counter[int]()
 
     def add(self, row: Encoded) -> None:
         """Append one conversation; its arrays are kept until the batch is full."""
@@ -44,6 +46,9 @@ class PreparedWriter:
         self.supervised_tokens += int(row.loss_mask.sum())
         self.longest = max(self.longest, length)
         self.vocab_size = max(self.vocab_size, int(row.input_ids.max()) + 1)
+        self.templated |= row.templated
+        if row.end is not None:
+            self.ends[row.end] += 1
         if row.token_weights is not None:
             self.weighted = True
             self.negative_weights |= bool((row.token_weights < 0).any())

@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from megatron_tsft.checkpoint.card import ModelCard
+from megatron_tsft.checkpoint.card import HF_FOLDER, ModelCard
+from megatron_tsft.checkpoint.served import Served
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
@@ -102,6 +104,11 @@ class Plan:
             argv = (*argv, "--tensorboard-dir", "")  # it would make that folder
         return Startup(argv, self.defaults, settings, quiet=self.config.check)
 
+    @cached_property
+    def served(self) -> Served:
+        """How the trained model is to be served."""
+        return Served.by(packs.data.card for packs in self.packs.members)
+
     @property
     def steps(self) -> int:
         """Of the whole run."""
@@ -131,6 +138,12 @@ class Plan:
             lines.append(
                 f"evaluation: {self.config.eval_data}, {len(held.data)} conversations in"
                 f" {held.packs} packs, one exact pass {when}, by {self.objectives.evaluation!r}"
+            )
+        if unknown := self.served.unknown_stops(Path(self.config.model) / HF_FOLDER):
+            stops = ", ".join(f"{token} ({number})" for token, number in unknown.items())
+            lines.append(
+                f"turns end with {stops}, where {self.config.model} would not stop: an export adds"
+                " it to generation_config.json"
             )
         if not self.flags.save:
             lines.append("no --save: nothing will be kept, metrics.jsonl neither")

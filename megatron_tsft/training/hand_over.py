@@ -30,6 +30,7 @@ def hand_over(args: argparse.Namespace, config: GPTModelConfig, plan: Plan) -> N
     ranks, save = plan.line.ranks, plan.flags.save
     if save and ranks.rank == 0:
         copy_card(plan.config.model, save)  # a checkpoint of this run exports from its own folder
+        plan.served.save(save)
     if save and not plan.config.verbose:
         title = " ".join(plan.line.argv)
         console.keep_log(Path(save) / "logs" / f"rank-{ranks.rank:05d}.txt", title)

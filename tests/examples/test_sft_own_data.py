@@ -58,6 +58,12 @@ def test_own_data_end_to_end(tmp_path: Path) -> None:
         "_name_or_path": ""
     }
     assert not torch.equal(model.lm_head.weight, base.lm_head.weight)
+    # it stops where the data's turns end, and writes as the data is written
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(out / "hf"))
+    stops = model.generation_config.eos_token_id
+    assert tokenizer.eos_token_id in (stops if isinstance(stops, list) else [stops])
+    template = transformers.AutoTokenizer.from_pretrained(str(hf)).chat_template
+    assert tokenizer.chat_template == template
 
     variables["TRAIN_ITERS"] = "8"  # started again it goes on
     done = start("--sequence-parallel")

@@ -1,0 +1,103 @@
+"""How a model is served after training: which tokens end its turns, and its chat template. The data
+knows both; a run's folder keeps them, and an export writes them where servers look.
+
+A tuned base model would never stop otherwise: its generation_config.json names the end of a text,
+and the data taught it the end of a turn.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_tsft.atomic import write_text
+from megatron_tsft.cards import load_card, save_card
+
+SERVED_FILE = "tsft_served.json"
+FORMAT_VERSION = 1
+RARE = 0.01  # what ends fewer of a data set's conversations is no habit of it
+
+
+class Taught(Protocol):
+    """What a data set's card says of it (data/prepared.py)."""
+
+    @property
+    def conversations(self) -> int: ...
+
+    @property
+    def turn_ends(self) -> dict[str, list[int]]: ...
+
+    @property
+    def chat_template(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Served:
+    """Attributes:
+    stops: tokens that end a turn in the data -> their ids.
+    chat_template: Jinja text that wrote the data; None where no template did, or several.
+    """
+
+    stops: dict[str, int] = field(default_factory=dict[str, int])
+    chat_template: str | None = None
+
+    @staticmethod
+    def by(cards: Iterable[Taught]) -> "Served":
+        """What a run on these data sets teaches."""
+        stops: dict[str, int] = {}
+        templates: set[str] = set()
+        for card in cards:
+            for token, (number, count) in card.turn_ends.items():
+                if count >= RARE * card.conversations:
+                    stops[token] = number
+            if card.chat_template is not None:
+                templates.add(card.chat_template)
+        return Served(stops, templates.pop() if len(templates) == 1 else None)
+
+    @staticmethod
+    def load(folder: Path | str) -> "Served | None":
+        """What a run's folder keeps; None for an import. Raises UserError: another version."""
+        path = Path(folder) / SERVED_FILE
+        if not path.is_file():
+            return None
+        again = "train on with this version, or delete the file"
+        return load_card(
+            Served, path, FORMAT_VERSION, what="card of a served model", missing="", again=again
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Write it into a run's folder, atomically."""
+        save_card(self, Path(folder) / SERVED_FILE, FORMAT_VERSION)
+
+    def unknown_stops(self, hf: Path) -> dict[str, int]:
+        """The stops that a Hugging Face folder does not know."""
+        known = set(_stops(_read(hf / "generation_config.json")))
+        known = known or set(_stops(_read(hf / "config.json")))
+        return {token: number for token, number in self.stops.items() if number not in known}
+
+    def write_into(self, hf: Path) -> None:
+        """Make a Hugging Face folder stop where the data does, and write as the data is written."""
+        if unknown := self.unknown_stops(hf):
+            path = hf / "generation_config.json"
+            values = _read(path)
+            old = _stops(values) or _stops(_read(hf / "config.json"))
+            values["eos_token_id"] = [*unknown.values(), *old]
+            # transformers makes a file with this mark anew from config.json
+            values.pop("_from_model_config", None)
+            write_text(path, json.dumps(values, indent=2) + "\n")
+        path = hf / "chat_template.jinja"
+        own = path.read_text(encoding="utf-8") if path.is_file() else None
+        own = own or _read(hf / "tokenizer_config.json").get("chat_template") or ""
+        if self.chat_template is not None and own.rstrip() != self.chat_template.rstrip():
+            write_text(path, self.chat_template)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _stops(values: dict[str, Any]) -> list[int]:
+    """eos_token_id as a list."""
+    found = values.get("eos_token_id")
+    return [] if found is None else found if isinstance(found, list) else [found]
