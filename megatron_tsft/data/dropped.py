@@ -7,7 +7,7 @@ it. Only two drops have another end than a refusal: thoughts of earlier turns, w
 out by design, and the thought in the content of the last turn, which the model does generate.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,9 +34,12 @@ class Thought:
 
 
 def dropped_thoughts(
-    conversation: Conversation, rendered: Rendered, render: Render
+    conversation: Conversation,
+    rendered: Rendered,
+    render: Render,
+    places: Sequence[int] | None = None,
 ) -> list[Thought]:
-    """The thoughts that the template leaves out.
+    """The thoughts that the template leaves out; of the messages at `places`, or of all.
 
     Raises:
         Refusal: it leaves out anything else.
@@ -65,10 +68,11 @@ def dropped_thoughts(
         found = "".join(rendered.text[span.start : span.stop] for span in spans)
         return found or rendered.text  # a system message may stand before the loop
 
-    if tools and unread(messages, None):
+    if tools and places is None and unread(messages, None):
         raise Refusal("the row has `tools`, which the chat template does not use")
     lost: list[Thought] = []
-    for i, message in enumerate(messages):
+    for i in range(len(messages)) if places is None else places:
+        message = messages[i]
         content = message.get("content") or ""
         thought, answer = (
             split_thought(content) if message["role"] == "assistant" else ("", content)

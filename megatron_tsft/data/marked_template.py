@@ -9,7 +9,6 @@ where a loop stands inside a macro, a block that is assigned to a variable or a 
 compared with that of the template itself (`Rendered.text` is then asserted to be equal).
 """
 
-import functools
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,12 +101,6 @@ class MarkedTemplate:
         return rendered
 
 
-@functools.lru_cache(maxsize=8)
-def marked_template(source: str, now: Callable[[str], str] | None = None) -> MarkedTemplate:
-    """`MarkedTemplate(source, now)`, compiled once."""
-    return MarkedTemplate(source, now)
-
-
 def _unmarked(text: str) -> Rendered:
     """Cut the marks out of a text and read them."""
     first, *parts = text.split(_MARK)
@@ -169,6 +162,7 @@ def _mark(tree: Any) -> _Marking:
             visit(child, plain and not (isinstance(node, inner) and not generation))
         if generation:
             marking.generation = True
+            marking.exact &= plain
             node.body = [output("generation"), *node.body, output("endgeneration")]
         if isinstance(node, nodes.For) and names & _loaded(node.iter):
             item = node.target

@@ -19,6 +19,7 @@ from megatron_tsft.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerp
 from megatron_tsft.data import formats
 from megatron_tsft.data.chat import ChatEncoder, Encoded
 from megatron_tsft.data.prepared import CARD_FILE, DataCard
+from megatron_tsft.data.rows import check_variables
 from megatron_tsft.data.source import Block, Source, decode, open_source
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.data.writer import PreparedWriter
@@ -197,6 +198,10 @@ def prepare(
     if not 0 <= max_refused <= 1:
         raise UserError(f"--max-refused {max_refused}: must be a share from 0 to 1")
     encoding = _dated(encoding or Encoding())
+    try:
+        check_variables(encoding.variables)
+    except Refusal as refusal:
+        raise UserError(f"--chat-template-kwargs: {refusal.reason}") from refusal
     rows = open_source(source)
     _check_output(output, [*(part.path for part in rows.parts), Path(tokenizer_dir)], overwrite)
     if not encoding.format:

@@ -222,6 +222,7 @@ def _conversation(
             without_nulls(_parsed(tool, "tools", dict)) for tool in _parsed(tools, "tools", list)
         ]
     variables = _parsed(row.get("chat_template_kwargs", {}), "chat_template_kwargs", dict)
+    check_variables(variables)
     factors = [_factor(message) for message in messages]
     if not any(m["role"] == "assistant" for m in messages[first:]):
         raise Refusal("no assistant turn")
@@ -239,6 +240,13 @@ def _conversation(
     if not conversation.learnt:
         raise Refusal("no assistant message is to be learnt: `loss`, `train` or `weight` is off")
     return conversation
+
+
+def check_variables(variables: dict[str, Any]) -> None:
+    """Raises Refusal: a variable of the template that is not the user's to set."""
+    for name in ("messages", "tools", "add_generation_prompt"):
+        if name in variables:
+            raise Refusal(f"`chat_template_kwargs` has '{name}', which the row or we decide")
 
 
 def _says(message: Message) -> bool:

@@ -107,7 +107,7 @@ class ConversationWriter:
 
     def texts(self, conversation: Conversation) -> list[Written]:
         """The texts of a conversation: one, or with one-row-per-turn several."""
-        if self._options.supervise == "last" and not conversation.first:
+        if self._options.supervise == "last":
             last = conversation.learnt[-1]
             factors = [f if i >= last else 0.0 for i, f in enumerate(conversation.factors)]
             conversation = replace(conversation, factors=factors)
@@ -199,8 +199,17 @@ class ConversationWriter:
 
         served = render(prompt, conversation.tools)
         dropped_thoughts(asked, served, render)
+
+        def finished(changed: list[Message], tools: list[Any] | None) -> Rendered:
+            return template.locate(changed, **{**given, "tools": tools})
+
+        completion = range(first, len(conversation.messages))
+        if dropped_thoughts(conversation, rendered, finished, completion):
+            raise Refusal("the chat template drops the thought of the completion")
         written = self._finished(template, conversation, rendered, rendered.text)
         begin = written.turns[0].start
+        if not served.text.endswith(rendered.text[written.turns[0].written : begin]):
+            raise Refusal("the chat template begins the completion otherwise than its prompt ends")
         shift = len(served.text) - begin
         turns = [
             replace(t, start=t.start + shift, stop=t.stop + shift, written=t.start + shift)

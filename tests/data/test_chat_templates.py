@@ -171,6 +171,23 @@ def test_a_system_message_that_is_lost() -> None:
     )
 
 
+def test_what_a_completion_loses_behind_a_served_prompt() -> None:
+    """The prompt is rendered as served, and the completion must still be whole."""
+    row: dict[str, Any] = {"prompt": [SYSTEM, user("two")]}
+    row["completion"] = [assistant("five", reasoning_content="add two and two and one")]
+    with pytest.raises(Refusal, match="drops the thought of the completion"):
+        marked(t.SYSTEM_LAST, row)
+    row["completion"] = [called({"a": 1}, content="five")]
+    with pytest.raises(Refusal, match="drops `tool_calls`"):
+        marked(t.SYSTEM_LAST, row)
+
+
+def test_a_template_that_computes_too_much_is_refused() -> None:
+    for body in ("{{ 1 // 0 }}", "{{ range(10 ** 9) | list }}", "{{ messages.pop() }}"):
+        with pytest.raises(Refusal, match="the chat template refuses it"):
+            marked(t.NO_SYSTEM + body, {"messages": TURN})
+
+
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
@@ -249,6 +266,9 @@ def test_variables_of_the_template() -> None:
     want = head + "<think>\n\n</think>\n\n[[five<|im_end|>]]\n"
     assert marked(switch, row) == want
     assert marked(switch, {"messages": TURN}, variables={"thinking": False}) == want
+    for name in ("messages", "tools", "add_generation_prompt"):
+        with pytest.raises(Refusal, match=f"`chat_template_kwargs` has '{name}'"):
+            marked(switch, {"messages": TURN, "chat_template_kwargs": {name: 1}})
     row["chat_template_kwargs"] = '{"thinking": true}'
     assert marked(switch, row, variables={"thinking": False}).count("[[<think>") == 1
 
