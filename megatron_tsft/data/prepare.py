@@ -186,22 +186,8 @@ def prepare(
     """
     from tqdm import tqdm
 
-    output = Path(output)
-    if max_tokens is not None and max_tokens < 2:
-        raise UserError(
-            f"--max-tokens {max_tokens}: must be at least 2, one token to read and one to predict"
-        )
-    if too_long not in TOO_LONG:
-        raise UserError(f"--too-long {too_long}: must be one of {', '.join(TOO_LONG)}")
-    if workers < 1:
-        raise UserError(f"--workers {workers}: must be at least 1")
-    if not 0 <= max_refused <= 1:
-        raise UserError(f"--max-refused {max_refused}: must be a share from 0 to 1")
-    encoding = _dated(encoding or Encoding())
-    try:
-        check_variables(encoding.variables)
-    except Refusal as refusal:
-        raise UserError(f"--chat-template-kwargs: {refusal.reason}") from refusal
+    output, encoding = Path(output), _dated(encoding or Encoding())
+    _check_options(max_tokens, too_long, workers, max_refused, encoding)
     rows = open_source(source)
     _check_output(output, [*(part.path for part in rows.parts), Path(tokenizer_dir)], overwrite)
     if not encoding.format:
@@ -210,7 +196,7 @@ def prepare(
     tokenizer = load_tokenizer(tokenizer_dir)
     encoder = encoding.encoder(tokenizer)
     job = Job(str(tokenizer_dir), max_tokens, too_long, encoding)
-    truncated, refused, lines = 0, Counter[str](), defaultdict[str, list[int | str]](list)
+    refused, truncated = _Refused(rows), 0
     with (
         new_directory(output, overwrite=overwrite) as folder,
         tqdm(
@@ -225,38 +211,19 @@ def prepare(
     ):
         for outcomes, done in results:
             for outcome in outcomes:
-                if outcome.encoded is not None:
+                if outcome.encoded is None:
+                    refused.add(outcome, strict=strict)
+                else:
                     writer.add(outcome.encoded)
                     truncated += outcome.truncated
-                    continue
-                if strict:
-                    detail = f" ({outcome.detail})" if outcome.detail else ""
-                    raise UserError(
-                        f"{rows}, {rows.noun} {outcome.number}: {outcome.reason}{detail}"
-                    )
-                refused[outcome.reason] += 1
-                if len(lines[outcome.reason]) < LINES_KEPT:
-                    lines[outcome.reason].append(outcome.number)
             bar.update(done - bar.n)
-        reasons = "; ".join(
-            f"{reason} ({n}, the first in {rows.noun} {lines[reason][0]})"
-            for reason, n in refused.most_common()
-        )
-        if not writer.conversations:
-            because = f"refused: {reasons}" if reasons else "it is empty"
-            raise UserError(f"{rows} has no conversation that can be used: {because}")
-        share = refused.total() / (refused.total() + writer.conversations)
-        if share > max_refused:
-            raise UserError(
-                f"{rows}: {refused.total()} rows ({100 * share:.1f}%) cannot be used, more than"
-                f" --max-refused {max_refused:g} allows: {reasons}"
-            )
+        refused.check(writer.conversations, max_refused)
         return writer.finish(
             tokenizer_fingerprint(tokenizer),
             progress=progress,
             truncated=truncated,
-            refused=dict(refused),
-            refused_lines=dict(lines),
+            refused=dict(refused.counts),
+            refused_lines=dict(refused.places),
             date=encoding.date,
             made_with=encoding.made_with(),
             turn_ends={
@@ -265,6 +232,62 @@ def prepare(
             },
             chat_template=encoding.template(tokenizer) if writer.templated else None,
         )
+
+
+class _Refused:
+    """The rows that cannot be used: how many for each reason, and where the first of them are."""
+
+    def __init__(self, rows: Source) -> None:
+        self._rows = rows
+        self.counts = Counter[str]()
+        self.places = defaultdict[str, list[int | str]](list)
+
+    def add(self, outcome: Outcome, *, strict: bool) -> None:
+        """Raises UserError where `strict`."""
+        if strict:
+            detail = f" ({outcome.detail})" if outcome.detail else ""
+            where = f"{self._rows}, {self._rows.noun} {outcome.number}"
+            raise UserError(f"{where}: {outcome.reason}{detail}")
+        self.counts[outcome.reason] += 1
+        if len(self.places[outcome.reason]) < LINES_KEPT:
+            self.places[outcome.reason].append(outcome.number)
+
+    def check(self, conversations: int, most: float) -> None:
+        """Raises UserError where no conversation is left, or more than the share `most` is not."""
+        count = self.counts.total()
+        reasons = "; ".join(
+            f"{reason} ({n}, the first in {self._rows.noun} {self.places[reason][0]})"
+            for reason, n in self.counts.most_common()
+        )
+        if not conversations:
+            because = f"refused: {reasons}" if reasons else "it is empty"
+            raise UserError(f"{self._rows} has no conversation that can be used: {because}")
+        share = count / (count + conversations)
+        if share > most:
+            raise UserError(
+                f"{self._rows}: {count} rows ({100 * share:.1f}%) cannot be used, more than"
+                f" --max-refused {most:g} allows: {reasons}"
+            )
+
+
+def _check_options(
+    max_tokens: int | None, too_long: str, workers: int, max_refused: float, encoding: Encoding
+) -> None:
+    """Raises UserError: a value that no preparation can have."""
+    if max_tokens is not None and max_tokens < 2:
+        raise UserError(
+            f"--max-tokens {max_tokens}: must be at least 2, one token to read and one to predict"
+        )
+    if too_long not in TOO_LONG:
+        raise UserError(f"--too-long {too_long}: must be one of {', '.join(TOO_LONG)}")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: must be at least 1")
+    if not 0 <= max_refused <= 1:
+        raise UserError(f"--max-refused {max_refused}: must be a share from 0 to 1")
+    try:
+        check_variables(encoding.variables)
+    except Refusal as refusal:
+        raise UserError(f"--chat-template-kwargs: {refusal.reason}") from refusal
 
 
 def _outcomes(
