@@ -20,7 +20,6 @@ Rows that cannot be used are left out; they are counted and named at the end.
 """
 
 import argparse
-import json
 import os
 from typing import Any
 
@@ -28,6 +27,8 @@ from megatron_tsft.data.chat import mark_supervised
 from megatron_tsft.data.formats import FORMATS, parse_columns
 from megatron_tsft.data.prepare import MAX_REFUSED, TOO_LONG, Encoding, prepare
 from megatron_tsft.data.prepared import DataCard, PreparedData
+from megatron_tsft.data.rows import parsed
+from megatron_tsft.data.turns import Refusal
 from megatron_tsft.data.written import HISTORY_THINKING, SUPERVISE
 from megatron_tsft.entry import run_command
 from megatron_tsft.errors import UserError
@@ -148,12 +149,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def variables_of(text: str) -> dict[str, Any]:
     """--chat-template-kwargs. Raises UserError: not a JSON object."""
     try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"--chat-template-kwargs {text}: is no JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"--chat-template-kwargs {text}: is not a JSON object")
-    return value
+        return parsed(text, "--chat-template-kwargs", dict)
+    except Refusal as refusal:
+        raise UserError(f"{refusal.reason}: {text}") from refusal
 
 
 def report(output: str, card: DataCard) -> None:

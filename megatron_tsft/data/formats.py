@@ -6,11 +6,11 @@ it does not know of a row is handed on, so that weights, tools and template vari
 format.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tsft.data.rows import parsed
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.errors import UserError
 from megatron_tsft.names import did_you_mean
@@ -81,10 +81,7 @@ def _sharegpt(row: Row) -> Row:
 
 def _calls(value: Any) -> list[Row]:
     """JSON text of one call or of several -> tool_calls."""
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise Refusal("a `function_call` is text that is no JSON") from error
+    calls = parsed(value, "function_call", object)
     return [
         {"type": "function", "function": call}
         for call in (calls if isinstance(calls, list) else [calls])

@@ -145,7 +145,7 @@ def _message(message: Message) -> Message:
     assistant = message["role"] == "assistant"
     calls = message.get("tool_calls")
     if calls is not None:
-        message["tool_calls"] = [_call(call) for call in _parsed(calls, "tool_calls", list)]
+        message["tool_calls"] = [_call(call) for call in parsed(calls, "tool_calls", list)]
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
     content = message.get("content")
@@ -197,8 +197,12 @@ def _call(call: Any) -> Any:
     return call
 
 
-def _parsed(value: Any, key: str, kind: type) -> Any:
-    """A value that may be given as JSON text."""
+def parsed(value: Any, key: str, kind: type) -> Any:
+    """A value that may be given as JSON text.
+
+    Raises:
+        Refusal: by `key`: no JSON, or none of `kind`.
+    """
     if isinstance(value, _WRITTEN):
         try:
             value = json.loads(value)
@@ -219,9 +223,9 @@ def _conversation(
     tools = row.get("tools")
     if tools is not None:
         tools = [
-            without_nulls(_parsed(tool, "tools", dict)) for tool in _parsed(tools, "tools", list)
+            without_nulls(parsed(tool, "tools", dict)) for tool in parsed(tools, "tools", list)
         ]
-    variables = _parsed(row.get("chat_template_kwargs", {}), "chat_template_kwargs", dict)
+    variables = parsed(row.get("chat_template_kwargs", {}), "chat_template_kwargs", dict)
     check_variables(variables)
     factors = [_factor(message) for message in messages]
     if not any(m["role"] == "assistant" for m in messages[first:]):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tsft.data.dropped import OPEN, dropped_thoughts, protect, restore
+from megatron_tsft.data.dropped import OPEN, Render, dropped_thoughts, protect, restore
 from megatron_tsft.data.marked_template import Message, Rendered
 from megatron_tsft.data.rows import Conversation, Spans
 from megatron_tsft.data.turns import REFUSES, ChatTemplate, Refusal, Turn
@@ -126,12 +126,8 @@ class ConversationWriter:
         template = self._template(conversation)
         messages, given = conversation.messages, _given(conversation)
         rendered = template.locate(messages, **given)
-
-        def render(changed: list[Message], tools: list[Any] | None) -> Rendered:
-            return template.locate(changed, **{**given, "tools": tools})
-
         try:
-            lost = dropped_thoughts(conversation, rendered, render)
+            lost = dropped_thoughts(conversation, rendered, _with_tools(template, given))
         except Refusal:
             if conversation.first:
                 return [self._behind_prompt(template, conversation, rendered)]
@@ -156,7 +152,7 @@ class ConversationWriter:
                     " (--chat-template)"
                 )
             rendered = self._with_thought(template, conversation, last)
-        return [self._finished(template, conversation, rendered, rendered.text)]
+        return [self._finished(template, conversation, rendered)]
 
     def _with_thought(
         self, template: ChatTemplate, conversation: Conversation, last: int
@@ -192,21 +188,14 @@ class ConversationWriter:
             factors=conversation.factors[:first],
             critical=conversation.critical[:first],
         )
-
-        def render(changed: list[Message], tools: list[Any] | None) -> Rendered:
-            variables = {**given, "tools": tools, "add_generation_prompt": True}
-            return template.locate(changed, **variables)
-
-        served = render(prompt, conversation.tools)
-        dropped_thoughts(asked, served, render)
-
-        def finished(changed: list[Message], tools: list[Any] | None) -> Rendered:
-            return template.locate(changed, **{**given, "tools": tools})
-
+        prompting = _with_tools(template, given | {"add_generation_prompt": True})
+        served = prompting(prompt, conversation.tools)
+        dropped_thoughts(asked, served, prompting)
+        finished = _with_tools(template, given)
         completion = range(first, len(conversation.messages))
         if dropped_thoughts(conversation, rendered, finished, completion):
             raise Refusal("the chat template drops the thought of the completion")
-        written = self._finished(template, conversation, rendered, rendered.text)
+        written = self._finished(template, conversation, rendered)
         begin = written.turns[0].start
         if not served.text.endswith(rendered.text[written.turns[0].written : begin]):
             raise Refusal("the chat template begins the completion otherwise than its prompt ends")
@@ -218,9 +207,9 @@ class ConversationWriter:
         return replace(written, text=served.text + rendered.text[begin:], turns=turns)
 
     def _finished(
-        self, template: ChatTemplate, conversation: Conversation, rendered: Rendered, text: str
+        self, template: ChatTemplate, conversation: Conversation, rendered: Rendered
     ) -> Written:
-        messages, given = conversation.messages, _given(conversation)
+        text, messages, given = rendered.text, conversation.messages, _given(conversation)
         check_text(text)
         turns = template.turns(rendered, messages, conversation.learnt, **given)
         if not turns:
@@ -275,6 +264,11 @@ class ConversationWriter:
                 following and self._special[following[0]] and following[0] != first[0]
             )
         return self._ends[template.source]
+
+
+def _with_tools(template: ChatTemplate, given: dict[str, Any]) -> Render:
+    """What the template writes of other messages with other tools."""
+    return lambda messages, tools: template.locate(messages, **{**given, "tools": tools})
 
 
 def _given(conversation: Conversation) -> dict[str, Any]:
