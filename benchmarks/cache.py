@@ -132,7 +132,7 @@ def writing(args: argparse.Namespace, data: PreparedData, top_k: int, folder: Pa
 def reading(args: argparse.Namespace, data: PreparedData, folder: Path) -> str:
     """A line about reading."""
     plain = PackedDataset(
-        data, seq_length=args.seq_length, global_batch_size=1, seed=0, truncate=True
+        data, seq_length=args.seq_length, global_batch_size=1, seed=0, long_samples="truncate"
     )
     taught = plain.with_teacher(
         CachedTeacher([TeacherCache.load(folder)], data), data.card.weighted

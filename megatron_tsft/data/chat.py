@@ -35,18 +35,13 @@ class Encoded:
     token_weights: np.ndarray | None
     end: int | None = None  # the token that ends the last supervised turn
     templated: bool = False  # a chat template wrote it
+    truncated: bool = False
 
-    def cut(self, length: int | None) -> "Encoded":
-        """The first `length` tokens."""
+    def cut(self, length: int) -> "Encoded":
+        """The first `length` tokens of more."""
         weights = None if self.token_weights is None else self.token_weights[:length]
-        whole = length is None or length >= len(self.input_ids)
-        return Encoded(
-            self.input_ids[:length],
-            self.loss_mask[:length],
-            weights,
-            self.end if whole else None,
-            self.templated,
-        )
+        ids, mask = self.input_ids[:length], self.loss_mask[:length]
+        return Encoded(ids, mask, weights, None, self.templated, truncated=True)
 
 
 class ChatEncoder:
@@ -239,16 +234,6 @@ class ChatEncoder:
                 weights *= chosen
             weights *= np.float32(1.0 if text.weight is None else text.weight)
         return replace(_encoded(ids, mask, weights), end=eos)
-
-
-def mark_supervised(tokenizer: Any, input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
-    """The decoded text of a conversation [n] with its supervised parts in [[...]]."""
-    borders = np.flatnonzero(np.diff(loss_mask.astype(np.int8), prepend=0, append=0)).tolist()
-    pieces = []
-    for start, stop in zip([0, *borders], [*borders, len(input_ids)], strict=True):
-        text = tokenizer.decode(input_ids[start:stop].tolist(), clean_up_tokenization_spaces=False)
-        pieces.append(f"[[{text}]]" if start < stop and loss_mask[start] else text)
-    return "".join(pieces)
 
 
 def _text_of(part: Written | Text) -> str:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from megatron_tsft.data.pack_writer import PackWriter
 from megatron_tsft.data.packing import EpochPlan, Ints, plan_epoch
+from megatron_tsft.data.pieces import pieces_of
 from megatron_tsft.data.prepared import PreparedData, Sample
 from megatron_tsft.data.teacher_rows import (
     TeacherRows,
@@ -41,7 +42,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         seq_length: int,
         global_batch_size: int,
         seed: int,
-        truncate: bool = False,
+        long_samples: str = "refuse",
         document_multiple: int = 1,
         shuffle: bool = True,
     ):
@@ -53,30 +54,20 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
                 is only a label).
             global_batch_size: packs of a step; an epoch is filled up to a multiple of it.
             seed: with the epoch, decides the packs and their order.
-            truncate: cut conversations that are longer than a pack; else they are refused.
+            long_samples: what happens to conversations that are longer than a pack (pieces.py).
             document_multiple: each conversation is padded to a multiple of it, which divides
                 `seq_length`.
             shuffle: False repeats the same packs in the same order every epoch (evaluation).
 
         Raises:
-            UserError: a conversation is too long and `truncate` is False, or there is none.
+            UserError: a conversation is too long and may not be cut, or there is none.
         """
-        longest = seq_length + 1
-        too_long = int((data.lengths > longest).sum())
-        if too_long and not truncate:
-            raise UserError(
-                f"{data.directory}: {too_long} of {len(data)} conversations have more than"
-                f" {longest} tokens (longest: {int(data.lengths.max())}), --seq-length is"
-                f" {seq_length}: raise it, prepare the data with --max-tokens {longest}, or pass"
-                " --tsft-long-samples truncate"
-            )
         self.data, self.seq_length, self.seed, self.shuffle = data, seq_length, seed, shuffle
         self.split: Any = None  # what Megatron's data loader reads
         self.teacher: TeacherSource | None = None
         self.weighted = data.card.weighted
-        self.truncated = too_long
-        self.positions: Ints = np.maximum(np.minimum(data.lengths, longest) - 1, 1)
-        self._room: Ints = -(-self.positions // document_multiple) * document_multiple
+        self.pieces = pieces_of(data, seq_length, long_samples)
+        self._room: Ints = -(-self.pieces.positions // document_multiple) * document_multiple
         self._plans: OrderedDict[int, EpochPlan] = OrderedDict()
         self.packs = len(self._plan(0))  # the same in every epoch: it follows from the lengths
         if not self.packs:
@@ -96,22 +87,29 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
                 self._plans.popitem(last=False)
         return self._plans[epoch]
 
+    def _pack(self, index: int) -> Ints:
+        """The pieces in the pack of that running number; none in a masked pack."""
+        epoch, slot = divmod(index, self.packs_per_epoch)
+        return self._plan(epoch).pack(slot) if slot < self.packs else np.zeros(0, np.int64)
+
     def rows(self, index: int) -> list[int]:
         """The data set's rows in the pack of that running number; none in a masked pack."""
-        epoch, slot = divmod(index, self.packs_per_epoch)
-        return self._plan(epoch).pack(slot).tolist() if slot < self.packs else []
+        return self.pieces.rows[self._pack(index)].tolist()
 
     @functools.cached_property
     def supervised(self) -> Ints:
-        """[rows] supervised tokens of each conversation, after truncation. Reads all masks once."""
-        counts = self.data.supervised()
-        for row in np.flatnonzero(self.data.lengths > self.seq_length + 1).tolist():
-            counts[row] = self.data.row(row).loss_mask[1 : self.positions[row] + 1].sum()
+        """[pieces] supervised tokens of each. Reads all masks once."""
+        rows, starts, positions = self.pieces.rows, self.pieces.starts, self.pieces.positions
+        counts = self.data.supervised()[rows]
+        for piece in np.flatnonzero(positions < self.data.lengths[rows] - 1).tolist():
+            first = int(starts[piece]) + 1
+            mask = self.data.row(int(rows[piece])).loss_mask
+            counts[piece] = mask[first : first + int(positions[piece])].sum()
         return counts
 
     def supervised_tokens(self, index: int) -> int:
         """Supervised tokens of one pack."""
-        return sum(int(self.supervised[row]) for row in self.rows(index))
+        return int(self.supervised[self._pack(index)].sum())
 
     def where(self, index: int) -> str:
         """What a pack holds, for messages."""
@@ -145,17 +143,18 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         size = self.seq_length
         pack, weights = PackWriter(size), np.ones(size, np.float32)
         taught = absent_rows(size, self.teacher.top_k) if self.teacher else None
-        for row in self.rows(index):
-            sample, n = self.data.row(row), int(self.positions[row])
-            mask = sample.loss_mask[: n + 1]
-            place = pack.add(sample.input_ids[: n + 1], mask, int(self._room[row]))
+        for piece in self._pack(index).tolist():
+            row, start = int(self.pieces.rows[piece]), int(self.pieces.starts[piece])
+            sample, stop = self.data.row(row), start + int(self.pieces.positions[piece]) + 1
+            mask = sample.loss_mask[start:stop]
+            place = pack.add(sample.input_ids[start:stop], mask, int(self._room[piece]))
             if sample.token_weights is not None:
-                weights[place] = sample.token_weights[1 : n + 1]
+                weights[place] = sample.token_weights[start + 1 : stop]
             records = self.teacher.rows(row) if self.teacher else None
             if taught is not None and records is not None:
                 _check_length(records, sample)
-                # a truncated conversation has its first ones
-                put_rows(taught, place.start + np.flatnonzero(mask[1:]), records)
+                before = int(sample.loss_mask[: start + 1].sum())
+                put_rows(taught, place.start + np.flatnonzero(mask[1:]), records, before)
         item = pack.arrays()
         if taught is not None:
             item |= to_pack(taught)

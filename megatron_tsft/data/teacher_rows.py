@@ -24,13 +24,13 @@ def absent_rows(n: int, top_k: int) -> TeacherRows:
     )
 
 
-def put_rows(into: TeacherRows, places: np.ndarray, rows: TeacherRows) -> None:
-    """Write the first records of `rows` to `places` [m] int of `into`, one to each place."""
-    count = len(places)
-    into.ids[places] = rows.ids[:count]
-    into.logprobs[places] = rows.logprobs[:count]
-    into.label_logp[places] = rows.label_logp[:count]
-    into.tail_logmass[places] = rows.tail_logmass[:count]
+def put_rows(into: TeacherRows, places: np.ndarray, rows: TeacherRows, first: int = 0) -> None:
+    """Write the records of `rows` from `first` on to `places` [m] int of `into`, one to each."""
+    part = slice(first, first + len(places))
+    into.ids[places] = rows.ids[part]
+    into.logprobs[places] = rows.logprobs[part]
+    into.label_logp[places] = rows.label_logp[part]
+    into.tail_logmass[places] = rows.tail_logmass[part]
 
 
 def to_pack[Array: Sized](records: TeacherRecords[Array]) -> dict[str, Array]:

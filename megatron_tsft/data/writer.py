@@ -2,7 +2,6 @@
 saves as its folder."""
 
 import contextlib
-import dataclasses
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -36,7 +35,13 @@ class PreparedWriter:
             self.vocab_size
         ) = 0
         self.weighted = self.negative_weights = self.templated = False
+        self.truncated = 0
         self.ends = Counter[int]()
+
+    @property
+    def spare_file(self) -> Path:
+        """Where the caller may have a file until `finish`."""
+        return (self._folder / STREAM).with_name("spare")
 
     def add(self, row: Encoded) -> None:
         """Append one conversation; its arrays are kept until the batch is full."""
@@ -47,6 +52,7 @@ class PreparedWriter:
         self.longest = max(self.longest, length)
         self.vocab_size = max(self.vocab_size, int(row.input_ids.max()) + 1)
         self.templated |= row.templated
+        self.truncated += row.truncated
         if row.end is not None:
             self.ends[row.end] += 1
         if row.token_weights is not None:
@@ -63,8 +69,8 @@ class PreparedWriter:
             self._writer.close()
             self._stream.close()
 
-    def finish(self, tokenizer_fingerprint: str, *, progress: bool, **counts: Any) -> DataCard:
-        """Save the folder and its card, which comes last. counts: the card's fields that only the
+    def finish(self, *, progress: bool, **facts: Any) -> DataCard:
+        """Save the folder and its card, which comes last. facts: the card's fields that only the
         caller knows."""
         from datasets import Dataset
         from datasets.table import MemoryMappedTable
@@ -87,7 +93,6 @@ class PreparedWriter:
         del table, ids
         shutil.rmtree((self._folder / STREAM).parent)
         card = DataCard(
-            tokenizer_fingerprint=tokenizer_fingerprint,
             vocab_size=self.vocab_size,
             fingerprint=fingerprint,
             conversations=self.conversations,
@@ -97,9 +102,10 @@ class PreparedWriter:
             weighted=self.weighted,
             negative_weights=self.negative_weights,
             duplicates=duplicates,
+            truncated=self.truncated,
             files={path.name: path.stat().st_size for path in sorted(self._folder.glob("*.arrow"))},
+            **facts,
         )
-        card = dataclasses.replace(card, **counts)
         card.save(self._folder)
         return card
 

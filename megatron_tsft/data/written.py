@@ -5,9 +5,10 @@ model was given or has generated something else: a prompt that says more than th
 conversation does, and the thought of the last turn that the template would cut off.
 """
 
+import datetime
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,8 +30,8 @@ class ChatOptions:
 
     Attributes:
         chat_template: Jinja text in place of the tokenizer's own.
-        variables: of the template, for every row; a row's own win.
-        now: what the template's strftime_now gives, for all rows alike.
+        variables: `chat_template_kwargs` of every row; a row's own win.
+        date: the day that templates are told, YYYY-MM-DD; "" is now.
         history_thinking: what happens to a conversation whose template drops the thoughts of
             earlier turns: it stays as the template writes it, becomes a row for each turn, or is
             refused.
@@ -38,10 +39,15 @@ class ChatOptions:
     """
 
     chat_template: str | None = None
-    variables: dict[str, Any] | None = None
-    now: Callable[[str], str] | None = None
+    variables: dict[str, Any] = field(default_factory=dict[str, Any])
+    date: str = ""
     history_thinking: str = "template"
     supervise: str = "all"
+
+    @property
+    def now(self) -> Callable[[str], str] | None:
+        """What a template's strftime_now gives, for all rows alike; None for the clock."""
+        return datetime.date.fromisoformat(self.date).strftime if self.date else None
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ class ConversationWriter:
             last = conversation.learnt[-1]
             factors = [f if i >= last else 0.0 for i, f in enumerate(conversation.factors)]
             conversation = replace(conversation, factors=factors)
-        variables = (self._options.variables or {}) | conversation.variables
+        variables = self._options.variables | conversation.variables
         conversation = replace(conversation, variables=variables)
         refusals: list[Refusal] = []
         for candidate in _writings(conversation):

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tsft.data.pieces import LONG_SAMPLES
 from megatron_tsft.plan import teachers
 
 TAILS = ("uniform", "drop")
 DEVICES = ("cuda", "cpu")
-LONG_SAMPLES = ("refuse", "truncate")
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -97,7 +97,8 @@ class TsftConfig:
     )
     long_samples: str = flag(
         "refuse",
-        "What happens to conversations that are longer than --seq-length.",
+        "What happens to conversations that are longer than --seq-length. split is for plain text:"
+        " every token is learnt, in pieces.",
         choices=LONG_SAMPLES,
     )
     document_multiple: int = flag(

@@ -37,14 +37,14 @@ class PackRules:
     """What decides the packs and their order, beside the data.
 
     seq_length: positions of a pack. seed: with the epoch, decides packs and order.
-    document_multiple: each conversation is padded to a multiple of it. truncate: cut conversations
-    that are longer than a pack; else they are refused.
+    document_multiple: each conversation is padded to a multiple of it. long_samples: what happens
+    to conversations that are longer than a pack (data/pieces.py).
     """
 
     seq_length: int
     seed: int
     document_multiple: int
-    truncate: bool
+    long_samples: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Packs:
             PackedDataset,
             seq_length=rules.seq_length,
             seed=rules.seed,
-            truncate=rules.truncate,
+            long_samples=rules.long_samples,
             document_multiple=rules.document_multiple,
         )
 

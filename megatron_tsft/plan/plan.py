@@ -152,12 +152,16 @@ class Plan:
     def _data_line(self, packs: PackedDataset, share: float) -> str:
         """One data set: what it holds, and how often the run reads it."""
         length, multiple = self.packs.rules.seq_length, self.packs.rules.document_multiple
-        full = 100 * int(packs.positions.sum()) / (packs.packs * length)
+        full = 100 * int(packs.pieces.positions.sum()) / (packs.packs * length)
         padded = f"padded to multiples of {multiple}, " if multiple > 1 else ""
+        cut = f"{packs.pieces.long} truncated"
+        if packs.pieces.split:
+            parts = len(packs.pieces.rows) - len(packs.data) + packs.pieces.long
+            cut = f"{packs.pieces.long} split into {parts}"
         mixed = f"{100 * share:.3g}% of the packs; " if share < 1 else ""
         return (
             f"train: {packs.data.directory}, {len(packs.data)} conversations in {packs.packs} packs"
-            f" of {length} ({full:.0f}% full), {padded}{packs.truncated} truncated; {mixed}"
+            f" of {length} ({full:.0f}% full), {padded}{cut}; {mixed}"
             f"{epochs_text(self.steps, packs.packs_per_epoch, self.batch.size * share)}"
         )
 
@@ -218,7 +222,7 @@ def make_plan(line: CommandLine, device: str) -> Plan:
         flags.pack_length,
         flags.seed,
         document_multiple(flags, config.document_multiple),
-        truncate=config.long_samples == "truncate",
+        long_samples=config.long_samples,
     )
     members = [
         DataSet(data, source.share, objective.reads_teacher)

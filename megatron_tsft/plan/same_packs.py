@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tsft.data.pieces import LONG_SAMPLES
 from megatron_tsft.errors import UserError
 from megatron_tsft.plan.packs import Packs
 
@@ -42,6 +43,10 @@ def facts_of_packs(packs: Packs) -> dict[str, Any]:
         "--seq-length": rules.seq_length,
         "--seed": rules.seed,
         "--tsft-document-multiple": rules.document_multiple,
+        # where nothing is too long, the flag decides nothing
+        "--tsft-long-samples": rules.long_samples
+        if any(part.pieces.long for part in packs.members)
+        else LONG_SAMPLES[0],
         "--tsft-data": [
             f"{part.data.card.fingerprint}:{share / whole:.9g}" for part, share in parts
         ],

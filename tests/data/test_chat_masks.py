@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from megatron_tsft.data.chat import ChatEncoder, mark_supervised
+from megatron_tsft.data.chat import ChatEncoder
+from megatron_tsft.data.token_text import mark_supervised
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.errors import UserError
 from tests.data import chat_tokenizers as t

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tsft.data.chat import ChatEncoder, Encoded, mark_supervised
+from megatron_tsft.data.chat import ChatEncoder, Encoded
+from megatron_tsft.data.token_text import mark_supervised
 from megatron_tsft.data.turns import Refusal
 from tests.data import chat_tokenizers as t
 from tests.data.chat_tokenizers import assistant, byte_level, sentencepiece_like, user

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_tsft.data.chat import ChatEncoder, mark_supervised
+from megatron_tsft.data.chat import ChatEncoder
 from megatron_tsft.data.marked_template import MarkedTemplate
+from megatron_tsft.data.token_text import mark_supervised
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.data.written import ChatOptions
 from tests.data import chat_tokenizers as t
@@ -275,7 +276,7 @@ def test_variables_of_the_template() -> None:
 
 def test_the_day_is_the_same_for_all_rows() -> None:
     dated = "{{ strftime_now('%d %b %Y') + '\n' }}" + t.NO_SYSTEM
-    text = marked(dated, {"messages": TURN}, now=lambda form: "30 Nov 2026")
+    text = marked(dated, {"messages": TURN}, date="2026-11-30")
     assert text.startswith("30 Nov 2026\n<|im_start|>user")
 
 

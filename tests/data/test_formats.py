@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from megatron_tsft.data.encoding import Encoding
 from megatron_tsft.data.formats import FORMATS, detect, parse_columns
-from megatron_tsft.data.prepare import Encoding, prepare
+from megatron_tsft.data.prepare import prepare
 from megatron_tsft.data.prepared import DataCard, PreparedData
 from megatron_tsft.errors import UserError
 from tests.data.chat_tokenizers import NO_SYSTEM, assistant, byte_level, user

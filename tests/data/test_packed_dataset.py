@@ -13,6 +13,7 @@ from megatron_tsft.data.batch import MicroBatch
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepare import prepare
 from megatron_tsft.data.prepared import PreparedData
+from megatron_tsft.data.teacher_rows import TeacherRows, absent_rows
 from megatron_tsft.errors import UserError
 from tests.training.runs import make_tokenizer, write_rows
 
@@ -122,8 +123,8 @@ def test_too_long_is_refused_or_cut_and_counted(folder: Path) -> None:
         UserError, match=rf"{long} of 40 .* 17 tokens .*--seq-length is 16.*truncate"
     ):
         packed(data, seq_length=16)
-    cut = packed(data, seq_length=16, truncate=True)
-    assert cut.truncated == long
+    cut = packed(data, seq_length=16, long_samples="truncate")
+    assert cut.pieces.long == long
     row = int(data.lengths.argmax())
     index = next(i for i in range(cut.packs) if row in cut.rows(i))
     assert torch.equal(
@@ -132,6 +133,50 @@ def test_too_long_is_refused_or_cut_and_counted(folder: Path) -> None:
     assert cut.supervised.sum() < data.card.supervised_tokens
     for index in range(cut.packs):
         assert cut.supervised_tokens(index) == int((cut[index]["labels"] != -100).sum())
+
+
+class SaysTheLabel:
+    """A teacher whose first alternative is the token that its record belongs to."""
+
+    top_k = 2
+
+    def __init__(self, data: PreparedData) -> None:
+        self.data = data
+
+    def rows(self, index: int) -> TeacherRows:
+        sample = self.data.row(index)
+        labels = sample.input_ids[sample.loss_mask]
+        records = absent_rows(len(labels), self.top_k)
+        records.ids[:, 0] = labels
+        return records
+
+
+def test_long_documents_are_split_and_every_token_is_predicted_once(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"text": "one two three four five " * n, "weight": float(n)} for n in (1, 7, 20)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare(tmp_path / "in.jsonl", folder / "tokenizer", tmp_path / "text", progress=False)
+    data = PreparedData.load(tmp_path / "text")
+    packs = packed(data, seq_length=16, long_samples="split", global_batch_size=1)
+    packs = packs.with_teacher(SaysTheLabel(data), weighted=True)
+    found: Counter[tuple[int, int, int]] = Counter()
+    for index in range(packs.packs):
+        item = packs[index]
+        assert packs.supervised_tokens(index) == int((item["labels"] != -100).sum())
+        known = item["labels"] != -100
+        assert torch.equal(item["teacher_ids"][known, 0].long(), item["labels"][known])
+        for name, label, weight in zip(
+            item["tokens"][known], item["labels"][known], item["token_weights"][known], strict=True
+        ):
+            found[int(name), int(label), int(weight)] += 1
+    wanted: Counter[tuple[int, int, int]] = Counter()
+    for number, row in enumerate(rows):
+        ids = data.row(number).input_ids.tolist()
+        wanted.update((a, b, int(row["weight"])) for a, b in zip(ids, ids[1:], strict=False))
+    assert found == wanted and packs.pieces.split and packs.pieces.long == 2
+    with pytest.raises(UserError, match="of them are not plain text, whose pieces would lack"):
+        packed(PreparedData.load(folder / "plain"), seq_length=16, long_samples="split")
 
 
 def test_a_micro_batch_lays_packs_end_to_end(folder: Path) -> None:

@@ -114,11 +114,8 @@ def test_how_rows_are_encoded(
         assert "30 Nov 2026<|user|>one plus two?!<|end|><|assistant|>[[three!<|end|>]]" in out
         cards.append(DataCard.load(tmp_path / "out"))
     assert cards[0] == cards[1] and cards[0].date == "2026-11-30"
-    assert cards[0].made_with == {
-        "chat_template": str(template),
-        "variables": {"tone": "!"},
-        "format": "messages",
-    }
+    assert cards[0].made_with == {"variables": {"tone": "!"}, "format": "messages"}
+    assert cards[0].chat_template == template.read_text()
     for bad, text in (
         (["--chat-template", "nowhere"], "--chat-template nowhere cannot be read"),
         (["--chat-template-kwargs", "{"], "is no JSON"),
@@ -128,6 +125,64 @@ def test_how_rows_are_encoded(
     ):
         assert tool.main([*arguments, *bad]) == 2
         assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_folder_that_is_there_is_shown(
+    tool: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main([*arguments, "--no-progress"]) == 0
+    looking = arguments[2:-2]
+    name = PreparedData.load(tmp_path / "out").row(1).sample_id
+    capsys.readouterr()
+    assert tool.main([*looking, "--show", name[:9]]) == 0
+    out, _ = capsys.readouterr()
+    assert f"--- conversation 1, {len(PreparedData.load(tmp_path / 'out').row(1).input_ids)}" in out
+    assert "The answer[[ is five.<|im_end|>]]" in out and "]]x2" in out.splitlines()[-1]
+    for bad, text in (
+        (["--show", "zz"], "--show zz: give a number, or a conversation's sample_id"),
+        (["--show", "f" * 32], "has no conversation of that sample_id"),
+        ([], "--input is missing"),
+        (["--report", str(tmp_path / "no" / "a.html")], "its folder does not exist"),
+    ):
+        assert tool.main([*looking, *bad]) == 2
+        assert text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_share_is_held_out(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An exact share, whole groups, and the same conversations whatever the order and the
+    workers."""
+    byte_level().save_pretrained(str(tmp_path / "tokenizer"))
+    rows = [{"messages": [user(f"{i} plus one?"), assistant(f"{i + 1}")]} for i in range(60)]
+    rows += [rows[i] | {"id": i} for i in range(0, 60, 2)] + [{"messages": []}]
+
+    def run(name: str, order: list[int], *more: str) -> tuple[set[str], set[str]]:
+        lines = [json.dumps(rows[i]) + "\n" for i in order]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        words = ["--input", tmp_path / f"{name}.jsonl", "--tokenizer", tmp_path / "tokenizer"]
+        words += ["--output", tmp_path / name, "--no-progress", "--heldout", "0.1", *more]
+        assert tool.main([str(word) for word in words]) == 0
+        sides = [PreparedData.load(tmp_path / end) for end in (name, f"{name}-heldout")]
+        assert sum(map(len, sides)) == 90 and len(sides[1]) in (9, 10)
+        assert sides[0].card.refused == {"no assistant turn": 1} and not sides[1].card.refused
+        assert sides[0].card.made_with["heldout"] == 0.1
+        train, held = (set(side.sample_ids.to_pylist()) for side in sides)
+        return train, held
+
+    there = list(range(len(rows)))
+    train, held = run("there", there)
+    assert not train & held and len(train | held) == 60
+    assert run("back", there[::-1]) == run("two", there, "--workers", "2") == (train, held)
+    assert "conversations held out" in capsys.readouterr().out
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]) + "\n")
+    words = ["--input", tmp_path / "one.jsonl", "--tokenizer", tmp_path / "tokenizer"]
+    words += ["--output", tmp_path / "one", "--no-progress", "--heldout"]
+    assert tool.main([*map(str, words), "0.5"]) == 2
+    assert "2 conversations, all alike" in capsys.readouterr().err
+    assert tool.main([*map(str, words), "1"]) == 2
+    assert "--heldout 1.0: must be a share" in capsys.readouterr().err
+    assert not (tmp_path / "one").exists() and not (tmp_path / "one-heldout").exists()
 
 
 def test_errors_are_one_line(

@@ -60,11 +60,11 @@ def test_records_lie_at_their_tokens(
         data,
         teacher,
         seq_length=seq_length,
-        truncate=truncate,
+        long_samples="truncate" if truncate else "refuse",
         seed=seed,
         document_multiple=multiple,
     )
-    assert (packs.truncated > 0) == truncate
+    assert (packs.pieces.long > 0) == truncate
     taught = 0
     for index in range(
         packs.packs_per_epoch + 2

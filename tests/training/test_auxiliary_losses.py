@@ -168,7 +168,7 @@ def test_the_scale_of_a_step() -> None:
 
     class Packs:
         asked: list[tuple[int, int]] = []
-        rules = PackRules(seq_length=64, seed=1, document_multiple=1, truncate=False)
+        rules = PackRules(seq_length=64, seed=1, document_multiple=1, long_samples="refuse")
 
         def supervised_tokens(self, start: int, stop: int) -> int:
             self.asked.append((start, stop))

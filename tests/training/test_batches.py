@@ -187,7 +187,7 @@ def test_the_way_out_that_a_refusal_names_works(train: Train) -> None:
 def run_of(world: World, members: int = 1, seed: int = 1234, multiple: int = 1) -> Packs:
     """The packs of a run with batches of 8."""
     data = PreparedData.load(world.train)
-    rules = PackRules(seq_length=64, seed=seed, document_multiple=multiple, truncate=False)
+    rules = PackRules(seq_length=64, seed=seed, document_multiple=multiple, long_samples="refuse")
     return Packs([DataSet(data, 1.0, False)] * members, None, rules, Batch(8, 8))
 
 
