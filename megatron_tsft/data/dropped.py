@@ -1,10 +1,11 @@
 """What a chat template leaves out of a conversation.
 
 Each content, thought, tool call and `tools` that is given must leave its mark on the text: a long
-text is looked for where its message was written; what is short or is no text is tried by rendering
-once more without it, and where that changes nothing, outer white space apart, the template drops
-it. Only two drops have another end than a refusal: thoughts of earlier turns, which templates leave
-out by design, and the thought in the content of the last turn, which the model does generate.
+text is looked for where its message was written, and so is a short one within what the template
+was seen to write around such messages (`Frames`); all else is tried by rendering once more without
+it, and where that changes nothing, outer white space apart, the template drops it. Only two drops
+have another end than a refusal: thoughts of earlier turns, which templates leave out by design, and
+the thought in the content of the last turn, which the model does generate.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +23,34 @@ LONG = 16
 Render = Callable[[list[Message], list[Any] | None], Rendered]
 
 
+class Frames:
+    """What a template writes before and behind the text of a message, as it was seen to. Between
+    them stands the text, so a message of that form that has nothing else was written with it,
+    however short."""
+
+    MOST = 16  # of a role: frames that hold more than a form are of no use
+
+    def __init__(self) -> None:
+        self._seen: dict[str, set[tuple[str, str]]] = {}
+
+    def has(self, role: str, written: str, text: str) -> bool:
+        """Whether a message was written as a frame with `text` in it."""
+        return any(
+            len(written) == len(before) + len(text) + len(behind)
+            and written.startswith(before)
+            and written.endswith(behind)
+            and written.startswith(text, len(before))
+            for before, behind in self._seen.get(role, ())
+        )
+
+    def learn(self, role: str, written: str, text: str) -> None:
+        """The frame of a message whose text the template reads."""
+        frames = self._seen.setdefault(role, set())
+        if len(frames) < self.MOST and written.count(text) == 1:
+            before, _, behind = written.partition(text)
+            frames.add((before, behind))
+
+
 @dataclass(frozen=True)
 class Thought:
     """A thought that the template leaves out.
@@ -37,9 +66,11 @@ def dropped_thoughts(
     conversation: Conversation,
     rendered: Rendered,
     render: Render,
+    frames: Frames,
     places: Sequence[int] | None = None,
 ) -> list[Thought]:
-    """The thoughts that the template leaves out; of the messages at `places`, or of all.
+    """The thoughts that the template leaves out; of the messages at `places`, or of all. `frames`
+    are the template's.
 
     Raises:
         Refusal: it leaves out anything else.
@@ -56,12 +87,21 @@ def dropped_thoughts(
     def dropped(i: int, text: str, key: str, value: Any) -> bool:
         """Whether message i's `text` is left out; it is gone where `key` is `value`."""
         text = text.strip()
-        if not text or (len(text) >= LONG and text in written(i)):
+        if not text:
+            return False
+        role, found = messages[i]["role"], written(i)
+        # a message that has nothing but this text
+        alone = len(messages[i]) == 2 and text == (messages[i].get("content") or "").strip()
+        if (len(text) >= LONG and text in found) or (alone and frames.has(role, found, text)):
             return False
         message = {name: entry for name, entry in messages[i].items() if name != key}
         if value is not None:
             message[key] = value
-        return unread([*messages[:i], message, *messages[i + 1 :]], tools)
+        if unread([*messages[:i], message, *messages[i + 1 :]], tools):
+            return True
+        if alone and i in rendered.messages:
+            frames.learn(role, found, text)
+        return False
 
     def written(i: int) -> str:
         spans = rendered.messages.get(i, [])

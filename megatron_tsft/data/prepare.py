@@ -109,7 +109,7 @@ def prepare(
             }
             if not cards:  # what was left out is left out of the first
                 own |= {"refused": dict(refused.counts), "refused_lines": dict(refused.places)}
-            cards.append(writer.finish(progress=progress, **facts, **own))
+            cards.append(writer.finish(**facts, **own))
     return cards[0]
 
 

@@ -1,8 +1,12 @@
-"""Writes the prepared format (prepared.py): rows go to one Arrow stream, which `datasets` then
-saves as its folder."""
+"""Writes the prepared format (prepared.py), one Arrow file after the other, in a constant amount of
+memory; only the description beside them is made by `datasets`."""
 
 import contextlib
+import hashlib
+import json
+import os
 import shutil
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,36 +16,44 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_tsft.data.chat import Encoded
-from megatron_tsft.data.prepared import SCHEMA, DataCard, dataset_fingerprint, sample_id
+from megatron_tsft.data.prepared import SCHEMA, DataCard, sample_id
 
 BATCH_ROWS = 1000
 BATCH_TOKENS = 1 << 22  # what is held in memory
-STREAM = (
-    "tmp/rows.arrow"  # a folder of its own: datasets refuses to save beside the file that it reads
-)
+FILE_BYTES = 500 << 20
+WEIGHTS = SCHEMA.get_field_index("token_weights")
 
 
 class PreparedWriter:
-    """Collects conversations in `folder`; `finish` turns them into a data set with its card."""
+    """Collects conversations in `folder`; `finish` completes it to a data set with its card."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        (folder / STREAM).parent.mkdir()
-        self._stream = pa.OSFile(str(folder / STREAM), "wb")
-        self._writer = pa.ipc.new_stream(self._stream, SCHEMA)
+        self._files: list[Path] = []
+        self._stream: pa.OSFile | None = None
+        self._writer: Any = None
+        # without weights, until a row has some
+        self._schema = SCHEMA.remove(WEIGHTS)
         self._rows: list[Encoded] = []
         self._held = 0
+        self._digest = hashlib.blake2b(digest_size=16)  # prepared.dataset_fingerprint
+        self._ids = array("Q")  # the first half of every sample_id, to count equal ones
         self.conversations = self.tokens = self.supervised_tokens = self.longest = (
             self.vocab_size
         ) = 0
         self.weighted = self.negative_weights = self.templated = False
         self.truncated = 0
         self.ends = Counter[int]()
+        self._spare.mkdir()
+
+    @property
+    def _spare(self) -> Path:
+        return self._folder / "tmp"
 
     @property
     def spare_file(self) -> Path:
         """Where the caller may have a file until `finish`."""
-        return (self._folder / STREAM).with_name("spare")
+        return self._spare / "spare"
 
     def add(self, row: Encoded) -> None:
         """Append one conversation; its arrays are kept until the batch is full."""
@@ -64,34 +76,25 @@ class PreparedWriter:
             self._flush()
 
     def close(self) -> None:
-        """Close the stream; safe to call again."""
-        if not self._stream.closed:
+        """Close what is open; safe to call again."""
+        if self._stream is not None:
             self._writer.close()
             self._stream.close()
+            self._stream = None
 
-    def finish(self, *, progress: bool, **facts: Any) -> DataCard:
-        """Save the folder and its card, which comes last. facts: the card's fields that only the
-        caller knows."""
-        from datasets import Dataset
-        from datasets.table import MemoryMappedTable
-
+    def finish(self, **facts: Any) -> DataCard:
+        """Complete the folder; its card comes last. facts: the card's fields that only the caller
+        knows."""
         if self._rows:
             self._flush()
         self.close()
-        table = MemoryMappedTable.from_file(str(self._folder / STREAM))
-        if not self.weighted:  # known at the end only, so the stream always has the column
-            table = table.drop(["token_weights"])
-        ids = table.column("sample_id")
-        # one fingerprint for the content, where datasets' own
-        # would hash the time: equal inputs give equal folders
-        fingerprint = dataset_fingerprint(
-            chunk_id for chunk in ids.chunks for chunk_id in chunk.to_pylist()
-        )
-        with _progress_bars(progress):
-            Dataset(table, fingerprint=fingerprint).save_to_disk(str(self._folder))
-        duplicates = self.conversations - len(ids.unique())
-        del table, ids
-        shutil.rmtree((self._folder / STREAM).parent)
+        count = len(self._files)
+        names = [f"data-{i:05d}-of-{count:05d}.arrow" for i in range(count)]
+        for path, name in zip(self._files, names, strict=True):
+            os.replace(path, self._folder / name)
+        fingerprint = self._digest.hexdigest()
+        self._describe(names, fingerprint)
+        shutil.rmtree(self._spare)
         card = DataCard(
             vocab_size=self.vocab_size,
             fingerprint=fingerprint,
@@ -101,36 +104,70 @@ class PreparedWriter:
             longest=self.longest,
             weighted=self.weighted,
             negative_weights=self.negative_weights,
-            duplicates=duplicates,
+            duplicates=self.conversations - len(np.unique(np.array(self._ids, np.uint64))),
             truncated=self.truncated,
-            files={path.name: path.stat().st_size for path in sorted(self._folder.glob("*.arrow"))},
+            files={name: (self._folder / name).stat().st_size for name in names},
             **facts,
         )
         card.save(self._folder)
         return card
 
+    def _describe(self, names: list[str], fingerprint: str) -> None:
+        """Write what `datasets` reads beside the Arrow files: that of an empty data set of the same
+        columns, with our files' names. One fingerprint for the content, where datasets' own would
+        hash the time: equal inputs give equal folders."""
+        from datasets import Dataset
+        from datasets.table import InMemoryTable
+
+        empty, none = self._spare / "described", InMemoryTable(self._schema.empty_table())
+        with _no_progress_bars():
+            Dataset(none, fingerprint=fingerprint).save_to_disk(str(empty))
+        state = json.loads((empty / "state.json").read_text())
+        state["_data_files"] = [{"filename": name} for name in names]
+        (self._folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
+        os.replace(empty / "dataset_info.json", self._folder / "dataset_info.json")
+
     def _flush(self) -> None:
         rows, self._rows, self._held = self._rows, [], 0
+        if self.weighted and len(self._schema) < len(SCHEMA):  # the first weights
+            self.close()
+            self._schema = SCHEMA
+            for path in self._files:
+                _add_weights(path)
+        ids = [sample_id(row.input_ids, row.loss_mask) for row in rows]
+        self._digest.update("".join(ids).encode())
+        self._ids.extend(int(name[:16], 16) for name in ids)
         lengths = np.array([len(row.input_ids) for row in rows], np.int32)
         offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-        # in a weighted data set a row without weights counts fully
-        weights = [
-            row.loss_mask.astype(np.float32) if row.token_weights is None else row.token_weights
-            for row in rows
-        ]
         columns = [
-            pa.array([sample_id(row.input_ids, row.loss_mask) for row in rows]),
+            pa.array(ids),
             pa.array(lengths),
             pa.ListArray.from_arrays(offsets, np.concatenate([row.input_ids for row in rows])),
             pa.ListArray.from_arrays(offsets, np.concatenate([row.loss_mask for row in rows])),
-            pa.ListArray.from_arrays(offsets, np.concatenate(weights)),
         ]
-        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        if self.weighted:
+            weights = [
+                _full(row.loss_mask) if row.token_weights is None else row.token_weights
+                for row in rows
+            ]
+            columns.append(pa.ListArray.from_arrays(offsets, np.concatenate(weights)))
+        if self._stream is None:
+            self._open()
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        if self._stream is not None and self._stream.tell() >= FILE_BYTES:
+            self.close()
+
+    def _open(self) -> None:
+        """Begin another file."""
+        path = self._folder / f"part-{len(self._files):05d}.arrow"
+        self._files.append(path)
+        self._stream = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_stream(self._stream, self._schema)
 
 
 @contextlib.contextmanager
-def _progress_bars(show: bool) -> Iterator[None]:
-    """Inside, `datasets` shows its progress bars only where `show` says so."""
+def _no_progress_bars() -> Iterator[None]:
+    """Inside, `datasets` shows none."""
     from datasets.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -138,10 +175,28 @@ def _progress_bars(show: bool) -> Iterator[None]:
     )
 
     before = are_progress_bars_disabled()
-    if not show:
-        disable_progress_bars()
+    disable_progress_bars()
     try:
         yield
     finally:
-        if not show and not before:
+        if not before:
             enable_progress_bars()
+
+
+def _full(mask: np.ndarray) -> np.ndarray:
+    """In a weighted data set a row without weights counts fully."""
+    return mask.astype(np.float32)
+
+
+def _add_weights(path: Path) -> None:
+    """Give the rows of a file, which have none, weights."""
+    new = path.with_suffix(".new")
+    with pa.OSFile(str(path)) as source, pa.OSFile(str(new), "wb") as sink:
+        reader = pa.ipc.open_stream(source)
+        with pa.ipc.new_stream(sink, SCHEMA) as writer:
+            for batch in reader:
+                mask = batch.column("loss_mask")
+                flat = _full(mask.flatten().to_numpy(zero_copy_only=False))
+                weights = pa.ListArray.from_arrays(mask.offsets, flat)
+                writer.write_batch(pa.record_batch([*batch.columns, weights], schema=SCHEMA))
+    os.replace(new, path)

@@ -7,6 +7,7 @@ conversation does, and the thought of the last turn that the template would cut 
 
 import datetime
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tsft.data.dropped import OPEN, Render, dropped_thoughts, protect, restore
+from megatron_tsft.data.dropped import OPEN, Frames, Render, dropped_thoughts, protect, restore
 from megatron_tsft.data.marked_template import Message, Rendered
 from megatron_tsft.data.rows import Conversation, Spans
 from megatron_tsft.data.turns import REFUSES, ChatTemplate, Refusal, Turn
@@ -85,6 +86,7 @@ class ConversationWriter:
         self._options = options
         self._templates: dict[str, ChatTemplate] = {}
         self._ends: dict[str, bool] = {}
+        self._frames = defaultdict[str, Frames](Frames)
 
     def _template(self, conversation: Conversation) -> ChatTemplate:
         """The template of a conversation: a tokenizer may have another one for tools."""
@@ -133,7 +135,9 @@ class ConversationWriter:
         messages, given = conversation.messages, _given(conversation)
         rendered = template.locate(messages, **given)
         try:
-            lost = dropped_thoughts(conversation, rendered, _with_tools(template, given))
+            lost = dropped_thoughts(
+                conversation, rendered, _with_tools(template, given), self._frames[template.source]
+            )
         except Refusal:
             if conversation.first:
                 return [self._behind_prompt(template, conversation, rendered)]
@@ -195,11 +199,11 @@ class ConversationWriter:
             critical=conversation.critical[:first],
         )
         prompting = _with_tools(template, given | {"add_generation_prompt": True})
-        served = prompting(prompt, conversation.tools)
-        dropped_thoughts(asked, served, prompting)
+        served, frames = prompting(prompt, conversation.tools), self._frames[template.source]
+        dropped_thoughts(asked, served, prompting, frames)
         finished = _with_tools(template, given)
         completion = range(first, len(conversation.messages))
-        if dropped_thoughts(conversation, rendered, finished, completion):
+        if dropped_thoughts(conversation, rendered, finished, frames, completion):
             raise Refusal("the chat template drops the thought of the completion")
         written = self._finished(template, conversation, rendered)
         begin = written.turns[0].start

@@ -230,7 +230,7 @@ def test_a_killed_run_leaves_no_folder_that_loads(
     family: list[psutil.Process] = []
     try:
         while process.poll() is None:
-            stream = partial / "tmp" / "rows.arrow"
+            stream = partial / "part-00000.arrow"
             if stream.is_file() and stream.stat().st_size > 2000:  # some batches are written
                 break
             time.sleep(0.02)

@@ -109,7 +109,7 @@ def test_many_batches_and_files(
 ) -> None:
     """Rows of any batch and file are found, also with the weights of some of them."""
     monkeypatch.setattr(writer, "BATCH_ROWS", 7)
-    monkeypatch.setattr("datasets.config.MAX_SHARD_SIZE", 4000)
+    monkeypatch.setattr(writer, "FILE_BYTES", 4000)
     rows = [
         {"prompt": "two", "completion": " five" * (i % 5 + 1) + f" {i}", "weight": i / 4}
         for i in range(100)
