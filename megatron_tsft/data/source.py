@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
+from megatron_tsft.data.json_array import array_values
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.errors import UserError
 
@@ -60,9 +61,9 @@ class File:
                 yield from self._table(kind)
             elif kind in ARRAY and self._first_character() == b"[":
                 with self.path.open("rb") as raw:
-                    values = json.loads(self._unpacked(raw).read())
-                for number, value in enumerate(values, 1):
-                    yield number, _object(value), self.total * number // len(values)
+                    values = array_values(self._unpacked(raw).read)
+                    for number, value in enumerate(values, 1):
+                        yield number, _object(value), raw.tell()
             else:
                 with self.path.open("rb") as raw:
                     for number, line in enumerate(self._unpacked(raw), 1):
