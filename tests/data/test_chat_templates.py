@@ -443,3 +443,57 @@ def test_what_the_model_generates_is_supervised_and_nothing_else(
     assert MarkedTemplate(template).render(
         messages, **tokenizer.special_tokens_map, add_generation_prompt=False
     ) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """The stretches [start, stop) of a mask."""
+    borders = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).tolist()
+    return list(zip(borders[::2], borders[1::2], strict=True))
+
+
+@settings(max_examples=100)
+@given(
+    pairs=st.lists(
+        st.tuples(WORDS, ANSWERS, st.sampled_from([0.5, 1.0, 2.0, -1.0]), st.booleans()),
+        min_size=1,
+        max_size=3,
+    ),
+    name=st.sampled_from(sorted(TEMPLATES)),
+)
+def test_each_turn_is_one_stretch_and_carries_its_own_weight(
+    pairs: list[tuple[str, str, float, bool]], name: str
+) -> None:
+    """Every turn, also an earlier one, begins where its prompt ends, where the text goes on as the
+    prompt does; turns that are off, and weights, change no other turn."""
+    template = TEMPLATES[name]
+    tokenizer = byte_level(template)
+    messages = [m for q, a, _, _ in pairs for m in (user(q), assistant(a))]
+    plain = ChatEncoder(tokenizer).encode({"messages": messages})
+    whole, text = runs(plain.loss_mask), tokenizer.decode(plain.input_ids.tolist())
+    assert len(whole) == len(pairs)
+    for turn, (start, _) in enumerate(whole):
+        prompt = tokenizer.apply_chat_template(
+            messages[: 2 * turn + 1],
+            tokenize=False,
+            add_generation_prompt="add_generation_prompt" in template,
+        )
+        if text.startswith(prompt) and "mistral" not in name:
+            assert tokenizer.decode(plain.input_ids[:start].tolist()) == prompt
+    flagged = [
+        m for q, a, weight, on in pairs for m in (user(q), assistant(a, weight=weight, loss=on))
+    ]
+    on = [stretch for stretch, pair in zip(whole, pairs, strict=True) if pair[3]]
+    if not on:
+        with pytest.raises(Refusal, match="no assistant message is to be learnt"):
+            ChatEncoder(tokenizer).encode({"messages": flagged})
+        return
+    found = ChatEncoder(tokenizer).encode({"messages": flagged})
+    assert np.array_equal(found.input_ids[: on[-1][1]], plain.input_ids[: on[-1][1]])
+    assert runs(found.loss_mask) == on
+    want = np.zeros(len(found.input_ids), np.float32)
+    for (start, stop), (_, _, weight, flag) in zip(whole, pairs, strict=True):
+        want[start:stop] = weight if flag else 0
+    if found.token_weights is None:
+        assert all(pair[2] == 1 for pair in pairs if pair[3])
+    else:
+        assert np.array_equal(found.token_weights, want)

@@ -57,6 +57,8 @@ def test_it_is_what_json_reads(size: int, monkeypatch: pytest.MonkeyPatch) -> No
         b'["a',
         b"[tru]",
         b"\xff",
+        b"[1.]",
+        b"[1e]",
     ],
 )
 @pytest.mark.parametrize("size", [1, 1 << 20])
