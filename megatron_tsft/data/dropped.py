@@ -8,15 +8,15 @@ have another end than a refusal: thoughts of earlier turns, which templates leav
 the thought in the content of the last turn, which the model does generate.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_tsft.data.marked_template import Message, Rendered
-from megatron_tsft.data.rows import THOUGHTS, Conversation
-from megatron_tsft.data.turns import Refusal
+from megatron_tsft.data.rows import Conversation
+from megatron_tsft.data.turns import CLOSE, OPEN, PROBE, THOUGHTS, Refusal
 
-OPEN, CLOSE = "<think>", "</think>"
 # a text of so many characters does not stand in its message's output by chance
 LONG = 16
 # (messages, tools) -> what the template writes
@@ -78,11 +78,29 @@ def dropped_thoughts(
     messages, tools = conversation.messages, conversation.tools
 
     def unread(changed: list[Message], tools: list[Any] | None) -> bool:
-        """Whether the text is the same with these."""
-        try:
-            return render(changed, tools).text.strip() == rendered.text.strip()
-        except Refusal:
-            return False  # the template misses it, so it reads it
+        """Whether the text is the same with these.
+
+        Raises:
+            Refusal: the template refuses them.
+        """
+        return render(changed, tools).text.strip() == rendered.text.strip()
+
+    def with_key(i: int, key: str, value: Any) -> list[Message]:
+        """The messages with another `key` of message i; None takes it away."""
+        message = {name: entry for name, entry in messages[i].items() if name != key}
+        if value is not None:
+            message[key] = value
+        return [*messages[:i], message, *messages[i + 1 :]]
+
+    def unread_key(i: int, key: str, value: Any, other: Any) -> bool:
+        """Whether `key` of message i makes no difference. A template may need it, so where it
+        refuses `value`, it is asked with `other`."""
+        for tried in (value, other):
+            try:
+                return unread(with_key(i, key, tried), tools)
+            except Refusal:
+                continue
+        return False
 
     def dropped(i: int, text: str, key: str, value: Any) -> bool:
         """Whether message i's `text` is left out; it is gone where `key` is `value`."""
@@ -94,10 +112,7 @@ def dropped_thoughts(
         alone = len(messages[i]) == 2 and text == (messages[i].get("content") or "").strip()
         if (len(text) >= LONG and text in found) or (alone and frames.has(role, found, text)):
             return False
-        message = {name: entry for name, entry in messages[i].items() if name != key}
-        if value is not None:
-            message[key] = value
-        if unread([*messages[:i], message, *messages[i + 1 :]], tools):
+        if unread_key(i, key, value, PROBE):
             return True
         if alone and i in rendered.messages:
             frames.learn(role, found, text)
@@ -108,7 +123,13 @@ def dropped_thoughts(
         found = "".join(rendered.text[span.start : span.stop] for span in spans)
         return found or rendered.text  # a system message may stand before the loop
 
-    if tools and places is None and unread(messages, None):
+    def no_tools() -> bool:
+        try:
+            return unread(messages, None)
+        except Refusal:
+            return False  # the template misses them
+
+    if tools and places is None and no_tools():
         raise Refusal("the row has `tools`, which the chat template does not use")
     lost: list[Thought] = []
     for i in range(len(messages)) if places is None else places:
@@ -136,16 +157,60 @@ def dropped_thoughts(
             for key in THOUGHTS
             if isinstance(message.get(key), str) and dropped(i, message[key], key, None)
         ]
-        calls = message.get("tool_calls") or []
-        for place in range(len(calls)):
-            rest = [*calls[:place], *calls[place + 1 :]]
-            if dropped(i, "a call", "tool_calls", rest or None):
+        for key in SAID:
+            if message.get(key) and unread_key(i, key, None, PROBE):
                 raise Refusal(
-                    "the chat template drops `tool_calls`"
-                    + ("" if tools else " of a row without `tools`")
-                    + ": give `tools`, or a template that writes them (--chat-template)"
+                    f"the chat template drops `{key}` of a message: write it into the content, or"
+                    " leave it out"
                 )
+        calls = message.get("tool_calls") or []
+        for place, call in enumerate(calls):
+            for part, tried in _lesser(call, written(i)):
+                rest = [*calls[:place], *([tried] if tried else []), *calls[place + 1 :]]
+                if unread_key(i, "tool_calls", rest or None, None):
+                    raise Refusal(
+                        f"the chat template drops {part}"
+                        + ("" if tools else " of a row without `tools`")
+                        + ": give `tools`, or a template that writes them (--chat-template)"
+                    )
     return lost
+
+
+# what beside content, thought and calls a message may say
+SAID = ("refusal", "thought", "thoughts", "reasoning_details", "audio")
+
+
+def _lesser(call: Any, written: str) -> list[tuple[str, Any]]:
+    """(what is missing, the call without it) of a tool call and its parts, which a template must
+    not write alike; without parts that stand in the text, as JSON or as they are."""
+    holder = call.get("function", call) if isinstance(call, dict) else None
+    lesser: list[tuple[str, Any]] = [("`tool_calls`", None)]
+    if not isinstance(holder, dict):
+        return lesser
+
+    def changed(key: str, value: Any) -> Any:
+        inner = {**holder, key: value}
+        return inner if holder is call else {**call, "function": inner}
+
+    name, arguments = holder.get("name"), holder.get("arguments")
+    if isinstance(name, str) and name and name not in written:
+        lesser.append(("the name of a tool call", changed("name", PROBE)))
+    if arguments and not _stands(arguments, written):
+        other = {PROBE: PROBE} if isinstance(arguments, dict) else json.dumps({PROBE: PROBE})
+        lesser.append(("the arguments of a tool call", changed("arguments", other)))
+    return lesser
+
+
+def _stands(arguments: Any, written: str) -> bool:
+    """Whether arguments stand in a text as JSON, or all their keys and plain values do."""
+    if isinstance(arguments, str):
+        return arguments in written
+    if json.dumps(arguments, ensure_ascii=False) in written or json.dumps(arguments) in written:
+        return True
+    return all(
+        key in written and (isinstance(value, bool | dict | list) or str(value) in written)
+        for key, value in arguments.items()
+    )
 
 
 SYSTEM = (

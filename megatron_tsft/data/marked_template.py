@@ -2,8 +2,9 @@
 text.
 
 The template is parsed with transformers' own Jinja environment. In every loop over the messages the
-body is put between two marks, and so is the inside of a {% generation %} block; a mark is a short
-text that no template writes, and is cut out of the rendered text again. Marks that stand where
+body is put between two marks, a third stands behind the loop, and the inside of a {% generation %}
+block is marked, too; a mark is a short text that no template writes, and is cut out of the rendered
+text again. Marks that stand where
 their text is handed straight to the output cannot change what the template writes around them;
 where a loop stands inside a macro, a block that is assigned to a variable or a filter, the text is
 compared with that of the template itself (`Rendered.text` is then asserted to be equal).
@@ -88,10 +89,11 @@ class MarkedTemplate:
         messages = list(messages)
         places = {id(message): place for place, message in enumerate(messages)}
 
-        def mark(kind: str, item: Any = None) -> str:
+        def mark(kind: str, item: Any = None, *lists: Any) -> str:
+            if type(item) is int:  # a loop over places in a list
+                among = next((found for found in lists if isinstance(found, list)), [])
+                item = among[item] if 0 <= item < len(among) else None
             place = places.get(id(item), "") if isinstance(item, dict) else ""
-            if type(item) is int and 0 <= item < len(messages):  # a loop over places
-                place = item
             return f"{_MARK}{kind},{place}{_END}"
 
         text = self.marked.render(messages=messages, _mark=mark, **self._now, **variables)
@@ -127,7 +129,7 @@ def _unmarked(text: str) -> Rendered:
                 generated.append((block[0], Span(block[1], length)))
         else:
             loop = kind.removeprefix("end")
-            close(loop)  # a `continue` of the turn before has left it open
+            close(loop)  # a `continue` or a `break` has left it open
             if kind == loop:
                 loops[loop] = (int(place) if place else None, length)
         pieces.append(rest)
@@ -149,17 +151,22 @@ def _mark(tree: Any) -> _Marking:
     marking = _Marking(exact=True, generation=False)
     inner = (nodes.Macro, nodes.CallBlock, nodes.AssignBlock, nodes.FilterBlock)
     count = 0
+    behind: dict[int, str] = {}  # loop node -> its end
 
-    def output(kind: str, item: Any = None) -> Any:
-        words: list[Any] = [nodes.Const(kind)] + ([] if item is None else [item])
-        call = nodes.Call(nodes.Name("_mark", "load"), words, [], None, None)
+    def output(kind: str, *words: Any) -> Any:
+        words = (nodes.Const(kind), *words)
+        call = nodes.Call(nodes.Name("_mark", "load"), list(words), [], None, None)
         return nodes.Output([call])
 
     def visit(node: Any, plain: bool) -> None:
         nonlocal count
         generation = _is_generation(node)
-        for child in node.iter_child_nodes():
-            visit(child, plain and not (isinstance(node, inner) and not generation))
+        inside = plain and not (isinstance(node, inner) and not generation)
+        for child in list(node.iter_child_nodes()):
+            visit(child, inside)
+        for field, children in list(node.iter_fields()):
+            if isinstance(children, list):
+                setattr(node, field, [part for child in children for part in ended(child)])
         if generation:
             marking.generation = True
             marking.exact &= plain
@@ -171,9 +178,16 @@ def _mark(tree: Any) -> _Marking:
             if isinstance(item, nodes.Name):
                 loop = f"loop{count}"
                 count += 1
-                node.body = [output(loop, nodes.Name(item.name, "load")), *node.body]
-                node.body.append(output(f"end{loop}"))
+                # part of the messages, where the loop counts through one, before all of them
+                lists = sorted(names & _loaded(node.iter), key=lambda name: name == "messages")
+                begin = output(loop, *(nodes.Name(name, "load") for name in (item.name, *lists)))
+                node.body = [begin, *node.body, output(f"end{loop}")]
+                behind[id(node)] = f"end{loop}"
                 marking.exact &= plain
+
+    def ended(node: Any) -> list[Any]:
+        """A node, and behind a loop over the messages its last mark, which a `break` passes."""
+        return [node, output(behind[id(node)])] if id(node) in behind else [node]
 
     visit(tree, True)
     tree.set_environment(tree.environment)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_tsft.data.marked_template import Message
-from megatron_tsft.data.turns import Refusal
+from megatron_tsft.data.turns import THOUGHTS, Refusal
 from megatron_tsft.names import did_you_mean
 
 Spans = list[tuple[int, int]]
@@ -76,15 +76,18 @@ def read_row(row: dict[str, Any]) -> Conversation | Text:
     weight = read_weight(row)
     _check_known(row, ("weight",), "the row")
     if "messages" in row:
-        return _conversation(_messages(row["messages"]), 0, row, weight)
+        return _conversation(_with_system(_messages(row["messages"]), row), 0, row, weight)
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion.strip():
                 raise Refusal("the completion is empty")
+            if str(row.get("system") or "").strip():
+                raise Refusal("the row has `system`, for which raw text has no place: leave it out")
             return Text(prompt, completion, read_critical(row, completion), weight)
         if isinstance(prompt, list) and isinstance(completion, list):
-            before, after = _messages(prompt), _messages(completion)
+            before = _with_system(_messages(prompt), row)
+            after = _messages(completion)
             return _conversation(before + after, len(before), row, weight)
         raise Refusal("`prompt` and `completion` are neither two strings nor two lists of messages")
     if isinstance(row.get("text"), str):
@@ -143,6 +146,11 @@ def _message(message: Message) -> Message:
     if not isinstance(message.get("role"), str):
         raise Refusal("a message has no `role`")
     assistant = message["role"] == "assistant"
+    if "function_call" in message:  # OpenAI's earlier form of one call
+        call = parsed(message.pop("function_call"), "function_call", dict)
+        message.setdefault("tool_calls", [{"type": "function", "function": call}])
+    if message["role"] == "function":
+        message["role"] = "tool"
     calls = message.get("tool_calls")
     if calls is not None:
         message["tool_calls"] = [_call(call) for call in parsed(calls, "tool_calls", list)]
@@ -152,9 +160,13 @@ def _message(message: Message) -> Message:
     if isinstance(content, list):
         message["content"] = _joined(content)
     if content is None and assistant:
-        message["content"] = ""  # null beside tool calls or a thought, as OpenAI's format writes it
-    if not isinstance(message.get("content"), str):
+        # null beside tool calls or a thought, as OpenAI's format writes it
+        message["content"] = None if message.get("tool_calls") else ""
+    elif not isinstance(message.get("content"), str):
         raise Refusal("a message's `content` is neither a string nor a list of text parts")
+    for key in THOUGHTS:
+        if isinstance(message.get(key), list):
+            message[key] = _joined(message[key])
     if not assistant and "critical" in message:
         raise Refusal("`critical` stands in a message that is not the assistant's")
     _check_known(message, OF_MESSAGES, "a message")
@@ -220,11 +232,7 @@ def _conversation(
         raise Refusal(
             "`critical` stands in the row: write it into the assistant message whose offsets it has"
         )
-    tools = row.get("tools")
-    if tools is not None:
-        tools = [
-            without_nulls(parsed(tool, "tools", dict)) for tool in parsed(tools, "tools", list)
-        ]
+    tools = _tools(row)
     variables = parsed(row.get("chat_template_kwargs", {}), "chat_template_kwargs", dict)
     check_variables(variables)
     factors = [_factor(message) for message in messages]
@@ -236,7 +244,7 @@ def _conversation(
         [{k: v for k, v in m.items() if k not in OF_MESSAGES} for m in messages],
         first,
         factors,
-        [read_critical(message, message["content"]) for message in messages],
+        [read_critical(message, message["content"] or "") for message in messages],
         tools or None,
         variables,
         weight,
@@ -244,6 +252,32 @@ def _conversation(
     if not conversation.learnt:
         raise Refusal("no assistant message is to be learnt: `loss`, `train` or `weight` is off")
     return conversation
+
+
+def _tools(row: dict[str, Any]) -> list[Any] | None:
+    """`tools` of a row, or `functions`, OpenAI's earlier name and form of them."""
+    tools = None
+    for key in ("tools", "functions"):
+        if row.get(key) is not None:
+            found = [without_nulls(parsed(tool, key, dict)) for tool in parsed(row[key], key, list)]
+            if tools and found:
+                raise Refusal("the row has `tools` and `functions`: leave one out")
+            tools = found or tools
+    if tools and "functions" in row:
+        return [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    return tools
+
+
+def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
+    """The messages behind the row's `system`, where it has one."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"].strip() == system.strip():
+            return messages
+        raise Refusal("the row has `system` and a system message: leave one out")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def check_variables(variables: dict[str, Any]) -> None:
@@ -256,11 +290,7 @@ def check_variables(variables: dict[str, Any]) -> None:
 def _says(message: Message) -> bool:
     """Whether an assistant message has anything to learn; an empty one is context."""
     thought = any(str(message.get(key) or "").strip() for key in THOUGHTS)
-    return bool(message["content"].strip() or message.get("tool_calls") or thought)
-
-
-# where a message's thought stands beside its content
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+    return bool((message["content"] or "").strip() or message.get("tool_calls") or thought)
 
 
 def _factor(message: Message) -> float:

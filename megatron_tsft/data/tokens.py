@@ -55,7 +55,8 @@ def end_token(text: str, tokens: Tokens, turn: Turn) -> int | None:
     stand behind the stop, where it is the next role's, but not the one that a turn begins with."""
     places, starts = tokens.special_places, tokens.special_starts
     behind = bisect.bisect_left(starts, turn.stop)
-    if bisect.bisect_left(starts, turn.start) < behind:
+    follows = behind < len(places) and starts[behind] == turn.stop
+    if bisect.bisect_left(starts, turn.start) < behind and not (turn.cut and follows):
         last = places[behind - 1]
         if not text[tokens.span(last)[1] : turn.stop].strip():
             return last

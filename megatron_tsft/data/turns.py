@@ -21,6 +21,9 @@ from typing import Any
 from megatron_tsft.data.marked_template import MarkedTemplate, Message, Rendered, Span
 from megatron_tsft.errors import UserError
 
+OPEN, CLOSE = "<think>", "</think>"
+# where a message's thought stands beside its content
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 PROBE = "0a1b2c3d4e5f"
 QUESTION: Message = {"role": "user", "content": "question"}
 REFUSES = "the chat template refuses it"
@@ -48,12 +51,14 @@ class Turn:
         message: the message's place in the conversation; None of a {% generation %} block outside
             the loop over the messages.
         written: where the message's whole text begins, its header included.
+        cut: other messages follow within the turn, and what they begin with ends this part.
     """
 
     message: int | None
     start: int
     stop: int
     written: int
+    cut: bool = False
 
 
 def content_place(text: str, start: int, stop: int, content: str) -> Span | None:
@@ -137,21 +142,55 @@ class ChatTemplate:
         """
         if self.template.has_generation:
             return self._blocks(rendered, messages, wanted, given)
-        return [self._turn(rendered, messages, i, given) for i in wanted]
+        return [turn for i in wanted for turn in self._turns(rendered, messages, i, given)]
 
-    def _turn(
+    def _turns(
         self, rendered: Rendered, messages: list[Message], i: int, given: dict[str, Any]
-    ) -> Turn:
-        spans = rendered.messages.get(i, [])
+    ) -> list[Turn]:
+        """Message i's turn; in several parts where other messages are written within it."""
+        text = rendered.text
+        spans = [s for s in rendered.messages.get(i, []) if text[s.start : s.stop].strip()]
+        others = [s for j, found in rendered.messages.items() if j != i for s in found]
+        if len(spans) > 1:  # what is written of it within another message is that message's
+            spans = [s for s in spans if not any(_within(s, other) for other in others)]
         if len(spans) != 1:
-            raise Refusal(
-                "the chat template writes an assistant message "
-                + ("in several places" if spans else "outside a loop over the messages")
-                + ", so its turn cannot be told: use a template with {% generation %} blocks"
-            )
+            behind = self._behind_loop(rendered, messages, i, given) if not spans else None
+            if behind is None:
+                raise Refusal(
+                    "the chat template writes an assistant message "
+                    + ("in several places" if spans else "outside a loop over the messages")
+                    + ", so its turn cannot be told: use a template with {% generation %} blocks"
+                )
+            return [behind]
         [span] = spans
-        start = span.start + self._header(rendered.text, span, messages, i, given)
-        return Turn(i, start, span.stop, span.start)
+        start = span.start + self._header(text, span, messages, i, given)
+        # Gemma 4 writes the results of a call within the turn that calls
+        turns, written = [], span.start
+        for other in sorted(others, key=lambda other: other.start):
+            if not _within(other, span) or other.stop <= start:
+                continue
+            if text[start : other.start].strip():
+                turns.append(Turn(i, start, other.start, written, cut=True))
+            start = written = max(start, other.stop)
+        if not turns or text[start : span.stop].strip():
+            turns.append(Turn(i, start, span.stop, written))
+        return turns
+
+    def _behind_loop(
+        self, rendered: Rendered, messages: list[Message], i: int, given: dict[str, Any]
+    ) -> Turn | None:
+        """The last message's turn, where the template writes it behind its loop and just as the
+        generation prompt of the messages before it goes on."""
+        if i + 1 < len(messages) or not i:
+            return None
+        try:
+            prompted = self.prompted(messages[:i], **given)
+        except Refusal:
+            return None
+        if not rendered.text.startswith(prompted):
+            return None
+        before = max((s.stop for found in rendered.messages.values() for s in found), default=0)
+        return Turn(i, len(prompted), len(rendered.text), before)
 
     def _blocks(
         self, rendered: Rendered, messages: list[Message], wanted: list[int], given: dict[str, Any]
@@ -161,12 +200,11 @@ class ChatTemplate:
             if message is None:
                 turns.append(Turn(None, block.start, block.stop, block.start))
             elif message in wanted:
-                written = rendered.messages[message][0].start
-                start = block.start
-                span = Span(written, block.stop)
+                written = max(s.start for s in rendered.messages[message] if s.start <= block.start)
+                start, span = block.start, Span(written, block.stop)
                 if all(turn.message != message for turn in turns):  # its first block
-                    header = self._prompt(messages, message, given)
-                    start = max(start, written + self._common(rendered.text, span, header))
+                    header = self._prompted_header(rendered.text, span, messages, message, given)
+                    start = max(start, written + header)
                 if start < block.stop:
                     turns.append(Turn(message, start, block.stop, written))
         return turns
@@ -176,10 +214,62 @@ class ChatTemplate:
     ) -> int:
         """How many characters of a turn are its header."""
         prompt = self._prompt(messages, i, given)
-        common = self._common(text, span, prompt)
+        common = self._prompted_header(text, span, messages, i, given)
         if common or (prompt and text.endswith(prompt, 0, span.start)):
             return common
         return self._common(text, span, self._before_values(messages, i, given))
+
+    def _prompted_header(
+        self, text: str, span: Span, messages: list[Message], i: int, given: dict[str, Any]
+    ) -> int:
+        """How many characters at the beginning of a turn the model is given, and does not write.
+
+        Raises:
+            Refusal: the generation prompt closes a thought that the turn has.
+        """
+        prompt = self._prompt(messages, i, given)
+        common = self._common(text, span, prompt)
+        if prompt and common == len(prompt):
+            return common
+        if prompt and not i:  # a first message may stand behind a system message of the template
+            at = text.find(prompt, span.start, span.stop)
+            content = text.rfind((messages[i].get("content") or "").strip(), span.start, span.stop)
+            if span.start < at < content:
+                return at - span.start + len(prompt)
+        if common:
+            return self._parting(text, span, prompt, common, messages[i])
+        behind = self._behind_finished(messages, i, given)
+        if not behind.strip() or not text.startswith(behind, span.start, span.stop):
+            return 0
+        follows = self._common(text, Span(span.start + len(behind), span.stop), prompt)
+        return len(behind) + follows if follows or not prompt else 0
+
+    def _parting(self, text: str, span: Span, prompt: str, common: int, message: Message) -> int:
+        """The header of a turn that goes on otherwise than the prompt, behind `common`
+        characters."""
+        rest, written = prompt[common:], text[span.start + common : span.stop]
+        if CLOSE in rest and CLOSE in written:
+            if written[: written.index(CLOSE)].replace(OPEN, "").strip():
+                raise Refusal(
+                    "the generation prompt closes the thought, and the row has one: set"
+                    " chat_template_kwargs for thinking, or leave the thought out"
+                )
+            ends = [part.index(CLOSE) + len(CLOSE) for part in (written, rest)]
+            behind, prompted = written[ends[0] :], rest[ends[1] :]
+            same = next(
+                (k for k, (x, y) in enumerate(zip(behind, prompted, strict=False)) if x != y),
+                min(len(behind), len(prompted)),
+            )
+            return common + ends[0] + same
+        # an answer may begin as the prompt goes on ("<svg>", "<think>"); a mark that the prompt has
+        # whole is the prompt's
+        for key in ("content", *THOUGHTS):
+            value = message.get(key)
+            value = value.strip() if isinstance(value, str) else ""
+            at = text.rfind(value, span.start, span.stop) - span.start if value else -1
+            if 0 <= at < common and not prompt[at:common].startswith(OPEN):
+                common = at
+        return common
 
     def _common(self, text: str, span: Span, prompt: str) -> int:
         """How many characters at the beginning of a span are those of whole tokens of `prompt`."""
@@ -238,6 +328,24 @@ class ChatTemplate:
                 return self._headers[key]
         return ""
 
+    def _behind_finished(self, messages: list[Message], i: int, given: dict[str, Any]) -> str:
+        """What a finished conversation of the messages before i has behind them: the prompt of
+        templates that always write one, or the end of a tool's results; "" where it cannot be
+        told."""
+        if not i:
+            return ""
+        key = _key(given, "finished", messages[i - 1]["role"])
+        if key not in self._headers:
+            self._headers[key] = ""
+            try:
+                rendered = self.locate(messages[:i], **given)
+            except Refusal:
+                return ""
+            spans = rendered.messages.get(i - 1, [])
+            if spans:
+                self._headers[key] = rendered.text[spans[-1].stop :]
+        return self._headers[key]
+
     def behind_last(self, messages: list[Message], **given: Any) -> str | None:
         """What the template writes behind the last message once a user answers; None where it
         cannot be told."""
@@ -258,6 +366,10 @@ class ChatTemplate:
             return render(messages, **self._variables, **(given | variables))
         except (TemplateError, RecursionError, *FAILURES) as error:
             raise Refusal(f"{REFUSES}: {str(error)[:120]}") from error
+
+
+def _within(inner: Span, outer: Span) -> bool:
+    return outer.start <= inner.start and inner.stop <= outer.stop
 
 
 def _key(given: dict[str, Any], *more: str) -> str:

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_tsft.data.dropped import OPEN, Frames, Render, dropped_thoughts, protect, restore
+from megatron_tsft.data.dropped import Frames, Render, dropped_thoughts, protect, restore
 from megatron_tsft.data.marked_template import Message, Rendered
 from megatron_tsft.data.rows import Conversation, Spans
-from megatron_tsft.data.turns import REFUSES, ChatTemplate, Refusal, Turn
+from megatron_tsft.data.turns import CLOSE, OPEN, REFUSES, ChatTemplate, Refusal, Turn
 from megatron_tsft.errors import UserError
 
 HISTORY_THINKING = ("template", "one-row-per-turn", "refuse")
@@ -122,11 +122,15 @@ class ConversationWriter:
         variables = self._options.variables | conversation.variables
         conversation = replace(conversation, variables=variables)
         refusals: list[Refusal] = []
-        for candidate in _writings(conversation):
-            try:
-                return self._write(candidate)
-            except Refusal as refusal:
-                refusals.append(refusal)
+        for ways in _writings(conversation):
+            found: list[list[Written]] = []
+            for candidate in ways:
+                try:
+                    found.append(self._write(candidate))
+                except Refusal as refusal:
+                    refusals.append(refusal)
+            if found:
+                return min(found, key=_size)
         # why the template could not be used says more than why one way of writing failed
         raise next((r for r in refusals if not r.reason.startswith(REFUSES)), refusals[0])
 
@@ -158,8 +162,8 @@ class ConversationWriter:
             if thought.key != "content":
                 raise Refusal(
                     f"the chat template drops `{thought.key}` of the last turn: write the thought"
-                    " into the content as <think>...</think>, or give a template that writes it"
-                    " (--chat-template)"
+                    " where it reads one (gpt-oss: `thinking`; others: the content, as"
+                    " <think>...</think>), or give a template that writes it (--chat-template)"
                 )
             rendered = self._with_thought(template, conversation, last)
         return [self._finished(template, conversation, rendered)]
@@ -170,18 +174,25 @@ class ConversationWriter:
         """The conversation with the thought of the last turn, which the template would cut off:
         the model generates it behind the generation prompt."""
         messages, given = conversation.messages, _given(conversation)
+        prompted = template.prompted(messages[:last], **given)
         content = messages[last]["content"]
-        if OPEN not in content:  # the generation prompt has opened it
+        before, opened, thought = content.rpartition(OPEN)
+        begun = prompted.rfind(OPEN)
+        if begun >= 0 and not prompted[begun + len(OPEN) :].strip() and not before.strip():
+            # the generation prompt has opened it, perhaps with white space of its own
+            content = prompted[begun:] + thought.lstrip()
+        elif not opened:
             content = f"{OPEN}\n{content}"
         message = messages[last] | {"content": protect(content)}
         rendered = template.locate([*messages[:last], message, *messages[last + 1 :]], **given)
+        at = rendered.text.rfind(protect(content).strip())
         rendered = replace(rendered, text=restore(rendered.text))
-        prompted = template.prompted(messages[:last], **given)
-        if not rendered.text.startswith(prompted) or prompted.rstrip().endswith("</think>"):
+        follows = rendered.text.startswith(prompted) and 0 <= at
+        if not follows or rendered.text[len(prompted) : at].strip() or _closed(prompted):
             raise Refusal(
                 "the chat template drops the thought of the last turn, and its generation prompt"
-                " has no place for one: set chat_template_kwargs for thinking, or give another"
-                " template (--chat-template)"
+                " has no place for one, with these chat_template_kwargs: leave the thought out, or"
+                " give another template (--chat-template)"
             )
         return rendered
 
@@ -205,9 +216,12 @@ class ConversationWriter:
         completion = range(first, len(conversation.messages))
         if dropped_thoughts(conversation, rendered, finished, frames, completion):
             raise Refusal("the chat template drops the thought of the completion")
+        if conversation.messages[first]["role"] != "assistant":
+            raise Refusal("the completion does not begin with an assistant message")
         written = self._finished(template, conversation, rendered)
-        begin = written.turns[0].start
-        if not served.text.endswith(rendered.text[written.turns[0].written : begin]):
+        beginning = template.turns(rendered, conversation.messages, [first], **given)[0]
+        begin = beginning.start
+        if not served.text.endswith(rendered.text[beginning.written : begin]):
             raise Refusal("the chat template begins the completion otherwise than its prompt ends")
         shift = len(served.text) - begin
         turns = [
@@ -236,7 +250,7 @@ class ConversationWriter:
             place = turn.message
             weights.append(1.0 if place is None else conversation.factors[place])
             spans = None if place is None else conversation.critical[place]
-            content = "" if place is None else str(messages[place]["content"])
+            content = "" if place is None else messages[place]["content"] or ""
             critical.append((content, spans or []) if named else None)
         weighted = any(factor != 1 for factor in weights)
         weight = conversation.weight
@@ -285,6 +299,11 @@ def _given(conversation: Conversation) -> dict[str, Any]:
     return {"tools": conversation.tools, "variables": conversation.variables}
 
 
+def _closed(prompted: str) -> bool:
+    """Whether a generation prompt has closed the thought."""
+    return prompted.rstrip().endswith(CLOSE)
+
+
 def check_text(text: str) -> None:
     try:
         text.encode()
@@ -292,9 +311,15 @@ def check_text(text: str) -> None:
         raise Refusal("the text has half of a surrogate pair, which no tokenizer takes") from None
 
 
-def _writings(conversation: Conversation) -> list[Conversation]:
-    """The ways to write tool calls that templates are made for, the usual one first: arguments as
-    objects or as JSON text, an empty content or none."""
+def _size(texts: list[Written]) -> int:
+    """How much a template writes, white space aside: of equal ones the first is taken."""
+    return sum(len("".join(written.text.split())) for written in texts)
+
+
+def _writings(conversation: Conversation) -> list[list[Conversation]]:
+    """The ways to write tool calls that templates are made for, the usual ones first: arguments as
+    objects or as JSON text; each of these with an empty content as it was given and the other way
+    (null or ""), of which a template may write more: "None", or an empty answer behind the call."""
 
     def arguments(message: Message) -> Message:
         calls = []
@@ -308,24 +333,23 @@ def _writings(conversation: Conversation) -> list[Conversation]:
             calls.append(call)
         return {**message, "tool_calls": calls}
 
-    def silent(message: Message) -> Message:
-        return message if message["content"] else {**message, "content": None}
+    def other(message: Message) -> Message:
+        if message["content"]:
+            return message
+        return {**message, "content": "" if message["content"] is None else None}
 
-    ways: list[list[Callable[[Message], Message]]] = [
-        [],
-        [arguments],
-        [silent],
-        [silent, arguments],
-    ]
-    if not any(message.get("tool_calls") for message in conversation.messages):
-        return [conversation]
-    out = []
-    for way in ways:
+    def changed(*changes: Callable[[Message], Message]) -> Conversation:
         messages = list(conversation.messages)
-        for change in way:
+        for change in changes:
             messages = [change(m) if m.get("tool_calls") else m for m in messages]
-        out.append(replace(conversation, messages=messages))
-    return out
+        return replace(conversation, messages=messages)
+
+    calling = [m for m in conversation.messages if m.get("tool_calls")]
+    if not calling:
+        return [[conversation]]
+    if all(m["content"] for m in calling):
+        return [[conversation], [changed(arguments)]]
+    return [[conversation, changed(other)], [changed(arguments), changed(arguments, other)]]
 
 
 def _rounds(conversation: Conversation) -> list[Conversation]:
