@@ -44,6 +44,14 @@ class Encoded:
         return Encoded(ids, mask, weights, None, self.templated, truncated=True)
 
 
+@dataclass(frozen=True)
+class Planned:
+    """Rows as texts: `plans` has each row's parts or its refusal, `texts` those of all parts."""
+
+    plans: list[list[Written | Text] | Refusal]
+    texts: list[str]
+
+
 class ChatEncoder:
     """Rows -> tokens, with one tokenizer."""
 
@@ -98,6 +106,11 @@ class ChatEncoder:
         Raises:
             UserError: no row can be used: the tokenizer lacks what the format needs.
         """
+        planned = self.plan(rows)
+        return self.finish(planned, self.tokenise(planned))
+
+    def plan(self, rows: Iterable[dict[str, Any] | Refusal]) -> "Planned":
+        """The texts of some rows, not yet tokenised."""
         plans: list[list[Written | Text] | Refusal] = []
         texts: list[str] = []
         for row in rows:
@@ -114,20 +127,29 @@ class ChatEncoder:
                 texts += [_text_of(part) for part in parts]
             except Refusal as refusal:
                 plans.append(refusal)
-        encodings = iter(self._plain.encode_batch(texts, add_special_tokens=False))
+        return Planned(plans, texts)
+
+    def tokenise(self, planned: "Planned") -> list[Any]:
+        """The encodings of all texts, in the tokenizer's own threads; another thread may plan
+        meanwhile."""
+        return self._plain.encode_batch(planned.texts, add_special_tokens=False)
+
+    def finish(self, planned: "Planned", found: list[Any]) -> list[list[Encoded] | Refusal]:
+        """What becomes of the planned rows, given their encodings."""
+        encodings, plans = iter(found), planned.plans
         out: list[list[Encoded] | Refusal] = []
         for plan in plans:
             if isinstance(plan, Refusal):
                 out.append(plan)
                 continue
-            found = [(part, next(encodings)) for part in plan]
+            parts = [(part, next(encodings)) for part in plan]
             try:
                 out.append(
                     [
                         self._text(part, encoding)
                         if isinstance(part, Text)
                         else self._chat(part, encoding)
-                        for part, encoding in found
+                        for part, encoding in parts
                     ]
                 )
             except Refusal as refusal:

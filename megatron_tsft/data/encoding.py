@@ -1,11 +1,13 @@
 """How rows become tokens: what decides it for all of a job, and what becomes of a block of rows."""
 
+import contextlib
 import datetime
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_tsft.data import formats
-from megatron_tsft.data.chat import ChatEncoder, Encoded
+from megatron_tsft.data.chat import ChatEncoder, Encoded, Planned
 from megatron_tsft.data.prepared import sample_id
 from megatron_tsft.data.source import Block, decode
 from megatron_tsft.data.turns import Refusal
@@ -87,22 +89,41 @@ def encode_block(encoder: ChatEncoder, job: Job, block: Block) -> list[Outcome]:
     Raises:
         UserError: no row can be encoded with this tokenizer.
     """
+    planned = plan_block(encoder, job, block)
+    return finish_block(encoder, job, block, planned, encoder.tokenise(planned))
+
+
+def plan_block(encoder: ChatEncoder, job: Job, block: Block) -> Planned:
+    """A block's rows as texts."""
+    with _naming(block):
+        return encoder.plan(_decoded(row, job.encoding) for _, row in block.rows)
+
+
+def finish_block(
+    encoder: ChatEncoder, job: Job, block: Block, planned: Planned, encodings: list[Any]
+) -> list[Outcome]:
+    """The outcomes of a block that was planned and tokenised."""
     outcomes: list[Outcome] = []
-    numbers = [number for number, _ in block.rows]
-    rows = [_decoded(row, job.encoding) for _, row in block.rows]
-    try:
-        encoded_rows = encoder.encode_rows(rows)
-    except Exception as error:
-        if numbers:
-            error.add_note(f"in {numbers[0]} to {numbers[-1]} of the input")
-        raise
-    for number, found in zip(numbers, encoded_rows, strict=True):
+    with _naming(block):
+        encoded_rows = encoder.finish(planned, encodings)
+    for (number, _), found in zip(block.rows, encoded_rows, strict=True):
         if isinstance(found, Refusal):
             outcomes.append(Outcome(number, None, reason=found.reason, detail=found.detail))
             continue
         group = int(sample_id(found[0].input_ids, found[0].loss_mask)[:16], 16)
         outcomes += [_fitted(Outcome(number, encoded, group), job) for encoded in found]
     return outcomes
+
+
+@contextlib.contextmanager
+def _naming(block: Block) -> Iterator[None]:
+    """What is raised inside says which rows it was about."""
+    try:
+        yield
+    except Exception as error:
+        if block.rows:
+            error.add_note(f"in {block.rows[0][0]} to {block.rows[-1][0]} of the input")
+        raise
 
 
 def _decoded(row: Any, encoding: Encoding) -> dict[str, Any] | Refusal:

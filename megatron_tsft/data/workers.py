@@ -5,14 +5,14 @@ import os
 import threading
 from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from typing import Any
 
 from megatron_tsft.checkpoint.tokenizer import load_tokenizer
-from megatron_tsft.data.chat import ChatEncoder
-from megatron_tsft.data.encoding import Job, Outcome, encode_block
+from megatron_tsft.data.chat import ChatEncoder, Planned
+from megatron_tsft.data.encoding import Job, Outcome, encode_block, finish_block, plan_block
 from megatron_tsft.data.source import Block, Source
 from megatron_tsft.errors import UserError
 
@@ -28,8 +28,7 @@ def outcomes_of(
         UserError: a worker died, or the input or the tokenizer is not what it should be.
     """
     if workers == 1:
-        for block in rows.blocks():
-            yield encode_block(encoder, job, block), block.done
+        yield from _one_ahead(rows, encoder, job)
         return
     # A fork of this process, with its threads, may hang, and every
     # spawned one would import transformers anew, which takes seconds and
@@ -53,6 +52,28 @@ def outcomes_of(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _one_ahead(
+    rows: Source, encoder: ChatEncoder, job: Job
+) -> Generator[tuple[list[Outcome], int]]:
+    """In this process: while the tokenizer's threads work on a block, the next one is planned."""
+    with ThreadPoolExecutor(1) as thread:
+        before: tuple[Block, Planned, Future[list[Any]]] | None = None
+        for block in rows.blocks():
+            planned = plan_block(encoder, job, block)
+            started = thread.submit(encoder.tokenise, planned)
+            if before is not None:
+                yield _finished(encoder, job, *before)
+            before = block, planned, started
+        if before is not None:
+            yield _finished(encoder, job, *before)
+
+
+def _finished(
+    encoder: ChatEncoder, job: Job, block: Block, planned: Planned, started: "Future[list[Any]]"
+) -> tuple[list[Outcome], int]:
+    return finish_block(encoder, job, block, planned, started.result()), block.done
 
 
 # of a worker process: what `encode_block` needs beside the block, sent once and not with each
