@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_tsft.errors import UserError
+from megatron_tsft.trust import trusting
 
 INTERRUPTED = 130  # as shells say it
 # what a disk or a folder refuses: the user can mend it
@@ -20,7 +21,9 @@ USERS |= {errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
 PATIENCE = 30  # seconds that other ranks leave to rank 0, which says what all of them met
 
 
-def run_command(body: Callable[[], int], *, name: str = "", left: str = "") -> int:
+def run_command(
+    body: Callable[[], int], *, name: str = "", left: str = "", trust: bool = False
+) -> int:
     """The exit status of `body`; 2 for what a user can mend, 130 for Ctrl-C, 1 for a defect.
 
     The last line on standard error says what was wrong; a defect has its traceback before it.
@@ -29,9 +32,11 @@ def run_command(body: Callable[[], int], *, name: str = "", left: str = "") -> i
         body: the command.
         name: what stopped, for messages about Ctrl-C and about the disk.
         left: what has become of the files then, such as "; nothing is left half-written".
+        trust: whether the folders that are named are trusted with code.
     """
     try:
-        return body()
+        with trusting(trust):
+            return body()
     except UserError as error:
         return report(str(error), everywhere=not error.met_here_alone)
     except KeyboardInterrupt:

@@ -5,8 +5,6 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from megatron_tsft.atomic import write_text
 
 # Colours are those of Okabe and Ito, which the colour-blind tell apart; what a colour says is also
@@ -61,34 +59,30 @@ def table(rows: Mapping[str, object], caption: str) -> str:
     return f"<section><table><caption>{text(caption)}</caption>{cells}</table></section>"
 
 
-def histogram(values: np.ndarray, edges: np.ndarray, title: str, labels: Sequence[str]) -> str:
+def histogram(counts: Sequence[int], edges: Sequence[float], title: str) -> str:
     """A histogram as SVG.
 
     Args:
-        values: [n] numbers.
-        edges: [bins + 1] ascending; what lies outside is counted in the outer bins.
+        counts: [bins].
+        edges: [bins + 1] where the bins end.
         title: what is counted.
-        labels: [bins + 1] of the edges.
     """
-    bins = np.clip(np.searchsorted(edges, values, "right") - 1, 0, len(edges) - 2)
-    counts = np.bincount(bins, minlength=len(edges) - 1)
+    labels = [f"{edge:g}" for edge in edges]
     width, height, bar = 420, 160, 400 / len(counts)
-    tallest = max(int(counts.max()), 1)
+    tallest = max(1, *counts)
     bars = "".join(
         f'<rect x="{10 + i * bar:.1f}" y="{20 + 120 * (1 - count / tallest):.1f}"'
         f' width="{max(bar - 1, 1):.1f}" height="{120 * count / tallest:.1f}">'
         f"<title>{labels[i]} to {labels[i + 1]}: {count}</title></rect>"
-        for i, count in enumerate(counts.tolist())
+        for i, count in enumerate(counts)
     )
     step = max(1, len(labels) // 6)
     ticks = "".join(
-        f'<text x="{10 + i * bar:.1f}" y="155" text-anchor="middle">{text(labels[i])}</text>'
+        f'<text x="{10 + i * bar:.1f}" y="155" text-anchor="middle">{labels[i]}</text>'
         for i in range(0, len(labels), step)
     )
     counted = "; ".join(
-        f"{labels[i]} to {labels[i + 1]}: {count}"
-        for i, count in enumerate(counts.tolist())
-        if count
+        f"{labels[i]} to {labels[i + 1]}: {count}" for i, count in enumerate(counts) if count
     )
     return (
         f"<figure><figcaption>{text(title)}</figcaption>"

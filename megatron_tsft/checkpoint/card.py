@@ -9,6 +9,7 @@ from typing import Any
 from megatron_tsft.atomic import new_directory
 from megatron_tsft.cards import load_card, save_card
 from megatron_tsft.errors import UserError
+from megatron_tsft.inside import check_links
 
 CARD_FILE = "tsft_model.json"
 HF_FOLDER = "hf"
@@ -94,6 +95,7 @@ def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:
             )
         if (target / HF_FOLDER).is_dir():
             return
+    check_links(source / HF_FOLDER)
     target.mkdir(parents=True, exist_ok=True)
     with new_directory(target / HF_FOLDER, overwrite=True) as folder:
         shutil.copytree(source / HF_FOLDER, folder, dirs_exist_ok=True)

@@ -3,20 +3,22 @@
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_tsft.checkpoint.pickles import check_objects, load_description
 from megatron_tsft.errors import UserError
+from megatron_tsft.inside import inside
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
 def latest_checkpoint(directory: Path | str, iteration: int | None = None) -> Path:
-    """The folder of the checkpoint that the tracker file names, or of `iteration`; it is whole.
+    """The folder of the checkpoint that the tracker file names, or of `iteration`; it is whole, and
+    none of its pickles makes what a checkpoint has no need of.
 
     Raises:
         UserError: no folder, no tracker, a tracker that says neither a number nor "release", or a
-            checkpoint that is missing or was cut short.
+            checkpoint that is missing, was cut short or holds another pickle (pickles.py).
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -43,7 +45,7 @@ def latest_checkpoint(directory: Path | str, iteration: int | None = None) -> Pa
         raise UserError(
             f"{path} does not exist: {directory} holds {', '.join(present) or 'no checkpoint'}"
         )
-    read_metadata(path)
+    check_objects(path, read_metadata(path))
     return path
 
 
@@ -51,11 +53,9 @@ def read_metadata(checkpoint: Path | str) -> Metadata:
     """The `.metadata` of one torch_dist checkpoint folder; every data file is there and long
     enough.
 
-    The file is a pickle, which Megatron itself reads the same way: open only checkpoints that you
-    trust.
-
     Raises:
-        UserError: the folder is no torch_dist checkpoint, or saving it was interrupted.
+        UserError: the folder is no torch_dist checkpoint, saving it was interrupted, its pickle is
+            not one of pickles.py, or it names a file outside the folder.
     """
     checkpoint = Path(checkpoint)
     hint = "saving it was interrupted, or the copy is incomplete: use another iteration"
@@ -63,7 +63,9 @@ def read_metadata(checkpoint: Path | str) -> Metadata:
         if not (checkpoint / name).is_file():
             raise UserError(f"{checkpoint} has no {name}: not a torch_dist checkpoint, or {hint}")
     try:
-        metadata: Metadata = FileSystemReader(str(checkpoint)).read_metadata()
+        metadata = load_description(checkpoint / ".metadata")
+    except UserError:
+        raise
     except Exception as error:  # a damaged pickle may raise almost anything
         raise UserError(f"{checkpoint / '.metadata'} cannot be read ({error}): {hint}") from error
     ends: dict[str, int] = {}
@@ -71,7 +73,7 @@ def read_metadata(checkpoint: Path | str) -> Metadata:
     for info in storage.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     for name, end in ends.items():
-        file = checkpoint / name
+        file = inside(checkpoint, name)
         if not file.is_file() or file.stat().st_size < end:
             raise UserError(f"{file} is missing or shorter than {end} bytes: {hint}")
     return metadata

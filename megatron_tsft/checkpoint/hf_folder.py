@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_tsft.checkpoint.tokenizer import own_code
 from megatron_tsft.errors import UserError
+from megatron_tsft.inside import check_links, inside
+from megatron_tsft.trust import trusted
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -62,7 +65,7 @@ class HfWeights:
         self._open: dict[Path, Any] = {}
         index = self._index()
         for file in sorted(
-            {directory / name for name in index.values()} or {directory / "model.safetensors"}
+            {inside(directory, name) for name in index.values() or ["model.safetensors"]}
         ):
             if not file.is_file():
                 raise UserError(
@@ -202,7 +205,8 @@ def _same(weights: HfWeights, one: str, other: str, rows: int = 4096) -> bool:
 
 
 def load_config(directory: Path) -> Any:
-    """The transformers config of a local folder; never a hub, never remote code.
+    """The transformers config of a local folder; never a hub, and none of the folder's own Python,
+    unless folders are trusted.
 
     Raises:
         UserError: the folder or config.json is missing, or transformers cannot read it.
@@ -220,18 +224,23 @@ def load_config(directory: Path) -> Any:
         raise UserError(f"{directory} has no config.json: name a Hugging Face model folder")
     try:
         return AutoConfig.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
+            str(directory), local_files_only=True, trust_remote_code=trusted()
         )
     except (
         Exception
     ) as error:  # transformers raises its own, huggingface_hub's and json's errors for a bad config
-        raise UserError(
+        raise own_code(error, f"the config.json of {directory}") or UserError(
             f"{directory / 'config.json'} cannot be read: {' '.join(str(error).split())}"
         ) from error
 
 
 def copy_side_files(source: Path, target: Path) -> list[str]:
-    """Copy what is not weights (config, tokenizer, templates, licence, ...); returns the names."""
+    """Copy what is not weights (config, tokenizer, templates, licence, ...); returns the names.
+
+    Raises:
+        UserError: one is a link that leaves the folder.
+    """
+    check_links(source)
     target.mkdir(parents=True, exist_ok=True)
     copied = []
     for path in sorted(source.iterdir()):

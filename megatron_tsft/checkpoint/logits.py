@@ -20,6 +20,7 @@ from megatron_tsft.checkpoint.megatron_model import (
     load_weights,
 )
 from megatron_tsft.checkpoint.units import expected_keys
+from megatron_tsft.trust import trusted
 
 Observe = Callable[[int, torch.Tensor], None]  # (layer from 0, its output [b, s, h])
 
@@ -97,9 +98,16 @@ def hf_logits(
     plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
     logging.disable_progress_bar()  # of seconds, among ours
     try:
-        model: Any = load(str(hf_dir), dtype=torch.float32, **plain, local_files_only=True).eval()
+        model: Any = load(
+            str(hf_dir),
+            dtype=torch.float32,
+            **plain,
+            local_files_only=True,
+            trust_remote_code=trusted(),
+        )
     finally:
         logging.enable_progress_bar()
+    model.eval()
     if observe:
         _watch(model.model.layers, observe)
     with torch.no_grad():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tsft.errors import UserError
+from megatron_tsft.trust import trusted
 
 FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -16,7 +17,8 @@ def has_tokenizer(directory: str | Path) -> bool:
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The Hugging Face tokenizer of a local folder; never a hub.
+    """The Hugging Face tokenizer of a local folder; never a hub, and none of the folder's own
+    Python, unless folders are trusted.
 
     Raises:
         UserError: the folder is missing or holds no tokenizer.
@@ -28,11 +30,23 @@ def load_tokenizer(directory: str | Path) -> Any:
             f"tokenizer folder {directory} does not exist: pass a local Hugging Face folder"
         )
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=trusted()
+        )
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
-        raise UserError(
+        raise own_code(error, f"the tokenizer of {directory}") or UserError(
             f"no tokenizer could be loaded from {directory}: {' '.join(str(error).split())}"
         ) from error
+
+
+def own_code(error: Exception, what: str) -> UserError | None:
+    """What to say where transformers would have run a folder's own Python, and was not let."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return UserError(
+        f"{what} needs Python of its own, which was not run: if you trust whoever wrote the folder,"
+        " pass --trust (runs: --tsft-trust)"
+    )
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

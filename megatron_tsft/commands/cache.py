@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_tsft import entry
+from megatron_tsft import entry, trust
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.teacher.folder import (
@@ -130,6 +130,7 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         help="where the teacher is computed (default: cuda where there is a GPU)",
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    trust.add_flag(parser)
     return parser.parse_known_args(argv)
 
 
@@ -277,4 +278,4 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     args, flags = parse(argv)
     left = "; the same command goes on where it stopped"
-    return entry.run_command(lambda: run(args, flags), name="caching", left=left)
+    return entry.run_command(lambda: run(args, flags), name="caching", left=left, trust=args.trust)

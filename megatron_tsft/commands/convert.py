@@ -5,6 +5,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_tsft import trust
 from megatron_tsft.entry import run_command
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             "--megatron", required=True, metavar="DIR", help="the Megatron checkpoint folder"
         )
         sub.add_argument("--no-progress", action="store_true", help="show no progress bar")
+        trust.add_flag(sub)
         return sub
 
     importer = command(
@@ -153,4 +155,4 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns 0, 1 where a verification finds a difference, 2 for user errors."""
     args = parse(argv)
     left = "" if args.command == "verify" else "; nothing is left half-written"
-    return run_command(lambda: run(args), name=args.command, left=left)
+    return run_command(lambda: run(args), name=args.command, left=left, trust=args.trust)

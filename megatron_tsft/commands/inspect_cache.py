@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from megatron_tsft import trust
 from megatron_tsft.atomic import write_text
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.entry import run_command
@@ -40,6 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--json", metavar="FILE", help="also write everything to a JSON file")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    trust.add_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -151,4 +153,4 @@ def main(argv: list[str] | None = None) -> int:
     """Inspect; the exit status is 0, 1 where a data set is not covered, 2 for a user's error."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     args = parse(argv)
-    return run_command(lambda: run(args), name="inspecting")
+    return run_command(lambda: run(args), name="inspecting", trust=args.trust)

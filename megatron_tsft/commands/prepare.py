@@ -24,6 +24,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_tsft import trust
 from megatron_tsft.data.encoding import TOO_LONG, Encoding
 from megatron_tsft.data.formats import FORMATS, parse_columns
 from megatron_tsft.data.prepare import MAX_REFUSED, heldout_folder, prepare
@@ -39,9 +40,9 @@ from megatron_tsft.errors import UserError
 EXAMPLE = """examples:
   tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train \\
       --max-tokens 4096
-  tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/train \\
-      --workers 8 --heldout 0.02 --show 3 --report train.html
-  tools/prepare_data.py --output data/train --tokenizer SmolLM2-135M-Instruct --show 3f2a9c
+  tools/prepare_data.py --input train.jsonl --tokenizer SmolLM2-135M-Instruct --output data/more \\
+      --workers 8 --heldout 0.02 --show 3 --report more.html
+  tools/prepare_data.py --prepared data/train --tokenizer SmolLM2-135M-Instruct --show 2
 """
 
 
@@ -53,6 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _input_flags(parser.add_argument_group("input"))
     _encoding_flags(parser.add_argument_group("what becomes of a row"))
     _output_flags(parser.add_argument_group("output"))
+    trust.add_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -62,7 +64,7 @@ def _input_flags(group: Any) -> None:
         nargs="+",
         metavar="PATH",
         help="JSONL, JSON, Parquet or Arrow files (also .gz and .zst), folders of them, folders of"
-        " saved data sets. Without it, --show and --report read an --output that is there already",
+        " saved data sets",
     )
     group.add_argument(
         "--tokenizer", required=True, metavar="DIR", help="the Hugging Face folder of the tokenizer"
@@ -145,8 +147,11 @@ def _encoding_flags(group: Any) -> None:
 
 
 def _output_flags(group: Any) -> None:
+    group.add_argument("--output", metavar="DIR", help="the prepared folder, which is made")
     group.add_argument(
-        "--output", required=True, metavar="DIR", help="the prepared folder, which is made"
+        "--prepared",
+        metavar="DIR",
+        help="look at a folder that was prepared before, with --show or --report",
     )
     group.add_argument(
         "--heldout",
@@ -237,22 +242,28 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare; the exit status is 0, or 2 for a user's error."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; workers inherit it
     args = parse(argv)
-    output = Path(args.output)
 
     def run() -> int:
         if args.report and not Path(args.report).absolute().parent.is_dir():
             raise UserError(f"--report {args.report}: its folder does not exist")
-        if args.input:
-            prepare_and_say(output, args)
-        elif args.show == "0" and not args.report:
+        if args.prepared:
+            if args.input or args.output or (args.show == "0" and not args.report):
+                raise UserError(
+                    "--prepared is for --show and --report of a folder that is there: pass one of"
+                    " them, and no --input or --output"
+                )
+        elif not (args.input and args.output):
             raise UserError(
-                "--input is missing: name the rows to prepare, or look at an --output that is there"
-                " with --show or --report"
+                "name the rows (--input) and the folder that is made of them (--output), or look at"
+                " one that is there (--prepared DIR --show N)"
             )
-        look(output, args)
+        else:
+            prepare_and_say(Path(args.output), args)
+        look(Path(args.prepared or args.output), args)
         return 0
 
-    return run_command(run, name="prepare", left="; nothing is left half-written")
+    left = "; nothing is left half-written"
+    return run_command(run, name="prepare", left=left, trust=args.trust)
 
 
 def prepare_and_say(output: Path, args: argparse.Namespace) -> None:

@@ -55,12 +55,13 @@ class Encoding(ChatOptions):
 
 @dataclass(frozen=True)
 class Job:
-    """What every process does with a row; the fields are those of `prepare`."""
+    """What every process does with a row; the first fields are those of `prepare`."""
 
     tokenizer_dir: str
     max_tokens: int | None
     too_long: str
     encoding: Encoding
+    trust: bool = False  # whether the tokenizer may run Python of its own
 
 
 @dataclass(frozen=True)

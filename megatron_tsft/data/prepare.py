@@ -21,6 +21,7 @@ from megatron_tsft.data.turns import Refusal
 from megatron_tsft.data.workers import outcomes_of
 from megatron_tsft.data.writer import PreparedWriter
 from megatron_tsft.errors import UserError
+from megatron_tsft.trust import trusted
 
 LINES_KEPT = 5  # first line numbers of each reason
 MAX_REFUSED = 0.1
@@ -71,7 +72,7 @@ def prepare(
         found = formats.detect(rows.first_rows(), encoding.columns, str(rows))
         encoding = replace(encoding, format=found)
     tokenizer = load_tokenizer(tokenizer_dir)
-    job = Job(str(tokenizer_dir), max_tokens, too_long, encoding)
+    job = Job(str(tokenizer_dir), max_tokens, too_long, encoding, trusted())
     results = outcomes_of(rows, ChatEncoder(tokenizer, encoding), job, workers)
     refused = _Refused(rows, strict=strict)
     facts = {

@@ -26,6 +26,7 @@ import pyarrow as pa
 
 from megatron_tsft.cards import load_card, save_card
 from megatron_tsft.errors import UserError
+from megatron_tsft.inside import inside
 
 CARD_FILE = "tsft_data.json"
 FORMAT_VERSION = 1
@@ -233,7 +234,7 @@ def _read_table(directory: Path, card: DataCard) -> pa.Table:
     """The rows of all Arrow files, memory-mapped, with the columns of SCHEMA."""
     tables = []
     for name, size in card.files.items():
-        path = directory / name
+        path = inside(directory, name)
         on_disk = path.stat().st_size if path.is_file() else None
         if on_disk != size:
             state = "is missing" if on_disk is None else f"has {on_disk} bytes instead of {size}"

@@ -30,11 +30,10 @@ def write_report(path: Path, data: PreparedData, tokenizer: Any) -> None:
         pages.table(_facts(data.card), "What was prepared"),
         "<h2>Lengths and what is supervised</h2>",
         _lengths(lengths),
-        pages.histogram(
+        _histogram(
             100 * shares,
             np.arange(0, 101, 5),
             "Supervised share of each conversation, in percent",
-            [str(edge) for edge in range(0, 101, 5)],
         ),
         f"<h2>{len(picked)} of {len(data)} conversations</h2>",
         '<p class="quiet">Underlined on colour: supervised. A small ×N: its weight where it is not'
@@ -72,8 +71,13 @@ def _lengths(lengths: np.ndarray) -> str:
     """Bins double, because lengths spread over orders of magnitude; two to each doubling."""
     low, high = np.floor(np.log2(lengths.min())), np.ceil(np.log2(lengths.max() + 1))
     edges = np.unique(np.round(2 ** np.arange(low, max(high, low + 1) + 0.25, 0.5)).astype(int))
-    labels = [str(edge) for edge in edges.tolist()]
-    return pages.histogram(lengths, edges, "Tokens of each conversation", labels)
+    return _histogram(lengths, edges, "Tokens of each conversation")
+
+
+def _histogram(values: np.ndarray, edges: np.ndarray, title: str) -> str:
+    """Of values [n], with those outside of the edges [bins + 1] in the outer bins."""
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    return pages.histogram(counts.tolist(), edges.tolist(), title)
 
 
 def _conversation(sample: Sample, row: int, texts: TokenTexts) -> str:

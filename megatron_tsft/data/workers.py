@@ -15,6 +15,7 @@ from megatron_tsft.data.chat import ChatEncoder, Planned
 from megatron_tsft.data.encoding import Job, Outcome, encode_block, finish_block, plan_block
 from megatron_tsft.data.source import Block, Source
 from megatron_tsft.errors import UserError
+from megatron_tsft.trust import trusting
 
 PRELOAD = ["__main__", "megatron_tsft.data.workers", "transformers.models.auto.tokenization_auto"]
 
@@ -84,9 +85,9 @@ def _start_worker(job: Job) -> None:
     global _encode
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # no pool of threads in every worker
-    _encode = partial(
-        encode_block, ChatEncoder(load_tokenizer(job.tokenizer_dir), job.encoding), job
-    )
+    with trusting(job.trust):
+        encoder = ChatEncoder(load_tokenizer(job.tokenizer_dir), job.encoding)
+    _encode = partial(encode_block, encoder, job)
 
 
 def _end_with_parent() -> None:

@@ -109,6 +109,12 @@ class TsftConfig:
         type=int,
         metavar="N",
     )
+    trust: bool = flag(
+        False,
+        "Trust whoever wrote the folders: run a tokenizer's or model's own Python, read pickles of"
+        " any class, follow links out of a folder.",
+        action="store_true",
+    )
     check: bool = flag(
         False,
         "Check everything that can be checked, print the plan and stop.",

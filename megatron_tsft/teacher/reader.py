@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
+from megatron_tsft.inside import inside
 from megatron_tsft.teacher.format import CacheCard, sample_keys, schema
 from megatron_tsft.teacher.writer import file_digest, wrong_rows
 
@@ -45,7 +46,7 @@ class TeacherCache:
         directory = Path(directory)
         card = CacheCard.load(directory)
         batches = [
-            _open_shard(directory / name, facts, card.identity.top_k)
+            _open_shard(inside(directory, name), facts, card.identity.top_k)
             for name, facts in card.shards.items()
         ]
         cache = TeacherCache(directory, card, batches)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_tsft.checkpoint.tokenizer import own_code
 from megatron_tsft.data.pack_writer import IGNORED, write_pack
 from megatron_tsft.data.prepared import Sample
 from megatron_tsft.data.teacher_rows import TeacherRows
@@ -16,6 +17,7 @@ from megatron_tsft.loss.records import TeacherRecords
 from megatron_tsft.teacher.job import Progress, Share, as_rows
 from megatron_tsft.teacher.request import Question
 from megatron_tsft.teacher.topk import teacher_topk
+from megatron_tsft.trust import trusted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,9 +47,14 @@ class TransformersTeacher:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=DTYPES[dtype], local_files_only=True
+                str(folder),
+                dtype=DTYPES[dtype],
+                local_files_only=True,
+                trust_remote_code=trusted(),
             )
         except (OSError, ValueError, KeyError) as error:
+            if refusal := own_code(error, f"the model in {folder}"):
+                raise refusal from error
             text = " ".join(str(error).split())[:300]
             raise UserError(f"transformers cannot load {folder}: {text}") from error
         self.model = model.eval().requires_grad_(False).to(device)

@@ -19,13 +19,16 @@ import sys
 from megatron_tsft import console, entry
 from megatron_tsft.errors import UserError
 from megatron_tsft.plan.config import DEVICES, add_flags
+from megatron_tsft.trust import trusting
 from megatron_tsft.upstream.installed import check_megatron
 
 
 def before_parsing(argv: list[str]) -> argparse.Namespace:
-    """--tsft-device and --tsft-verbose, which are needed before Megatron's parser can be had."""
+    """--tsft-device, --tsft-trust and --tsft-verbose, which are needed before Megatron's parser can
+    be had."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--tsft-device", choices=DEVICES, default="")
+    parser.add_argument("--tsft-trust", action="store_true")
     parser.add_argument("--tsft-verbose", action="store_true")
     return parser.parse_known_args(argv)[0]
 
@@ -49,7 +52,8 @@ def train(argv: list[str]) -> int:
     early = before_parsing(argv)
     device = entry.choose_device(early.tsft_device, "--tsft-device")
     check_megatron()
-    with console.quiet(early.tsft_verbose or "--help-megatron" in argv):
+    verbose = early.tsft_verbose or "--help-megatron" in argv
+    with console.quiet(verbose), trusting(early.tsft_trust):
         if device == "cpu":
             from megatron_tsft.cpu import install
 

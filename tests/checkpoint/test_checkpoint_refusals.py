@@ -292,7 +292,7 @@ INDEXES: dict[str, tuple[Edit, str]] = {
     ),
     "a shard elsewhere": (
         lambda where, files: where.update({NORM: f"../{files[-1]}"}),
-        "is missing",
+        "lies outside of it",
     ),
     "a folder": (lambda where, files: where.update({NORM: ""}), "is missing"),
     "no file": (lambda where, files: where.update({NORM: None}), "index.json is damaged"),

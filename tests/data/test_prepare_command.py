@@ -131,9 +131,11 @@ def test_a_folder_that_is_there_is_shown(
     tool: ModuleType, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tool.main([*arguments, "--no-progress"]) == 0
-    looking = arguments[2:-2]
+    looking = ["--prepared", str(tmp_path / "out"), *arguments[2:4]]
     name = PreparedData.load(tmp_path / "out").row(1).sample_id
     capsys.readouterr()
+    assert tool.main(arguments[:4]) == 2
+    assert "name the rows (--input) and the folder" in capsys.readouterr().err
     assert tool.main([*looking, "--show", name[:9]]) == 0
     out, _ = capsys.readouterr()
     assert f"--- conversation 1, {len(PreparedData.load(tmp_path / 'out').row(1).input_ids)}" in out
@@ -141,7 +143,7 @@ def test_a_folder_that_is_there_is_shown(
     for bad, text in (
         (["--show", "zz"], "--show zz: give a number, or a conversation's sample_id"),
         (["--show", "f" * 32], "has no conversation of that sample_id"),
-        ([], "--input is missing"),
+        ([], "--prepared is for --show and --report of a folder that is there"),
         (["--report", str(tmp_path / "no" / "a.html")], "its folder does not exist"),
     ):
         assert tool.main([*looking, *bad]) == 2
