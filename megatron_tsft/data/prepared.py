@@ -10,8 +10,10 @@ the Arrow files. One row per conversation, in the order of the input:
     input_ids      list<int32>    [length]
     loss_mask      list<bool>     [length] True where the token is a target; never at 0, which
                                   nothing predicts
-    token_weights  list<float32>  [length] 0 outside the mask; the column is there only where a row
-                                  of the input had `weight` or `critical`
+    token_weights  list<float32>  [length] 0 outside the mask
+    weights_check  int64          a checksum over token_weights, as sample_id is one over the rest;
+                                  these two columns are there only where a row of the input had
+                                  `weight` or `critical`
 """
 
 import bisect
@@ -23,13 +25,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 from megatron_tsft.cards import load_card, save_card
 from megatron_tsft.errors import UserError
 from megatron_tsft.inside import inside
 
 CARD_FILE = "tsft_data.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SCHEMA = pa.schema(
     {
         "sample_id": pa.string(),
@@ -37,8 +40,11 @@ SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "loss_mask": pa.list_(pa.bool_()),
         "token_weights": pa.list_(pa.float32()),
+        "weights_check": pa.int64(),
     }
 )
+# the columns of data without weights
+UNWEIGHTED = SCHEMA.names[: SCHEMA.get_field_index("token_weights")]
 REMEDY = (
     "the copy is incomplete or the disk damaged it: prepare the data again with"
     " tools/prepare_data.py --overwrite"
@@ -130,6 +136,12 @@ def sample_id(input_ids: np.ndarray, loss_mask: np.ndarray) -> str:
     ).hexdigest()
 
 
+def weights_check(weights: np.ndarray) -> int:
+    """64 bits, as a signed number, over weights [n]."""
+    values = np.ascontiguousarray(weights, "<f4")
+    return int.from_bytes(xxhash.xxh3_64_digest(values.tobytes()), "little", signed=True)
+
+
 def dataset_fingerprint(sample_ids: Iterable[str | memoryview]) -> str:
     """32 hex digits over all sample_ids in order; pieces may hold several ids each."""
     digest = hashlib.blake2b(digest_size=16)
@@ -152,8 +164,8 @@ class PreparedData:
 
     @staticmethod
     def load(directory: Path | str) -> "PreparedData":
-        """Open a folder. Everything but the token values is checked here; `row` checks those of its
-        row.
+        """Open a folder. Everything but tokens, masks and weights is checked here; `row` checks
+        those of its row.
 
         Raises:
             UserError: no card, or an Arrow file that is missing, cut short or damaged.
@@ -162,8 +174,8 @@ class PreparedData:
         card = DataCard.load(directory)
         table = _read_table(directory, card)
         data = PreparedData(directory, card, table)
-        names = SCHEMA.names if card.weighted else SCHEMA.names[:-1]
-        lists = [table[name] for name in names[2:]]
+        lists = [table[name] for name in ("input_ids", "loss_mask")]
+        lists += [table["token_weights"]] if card.weighted else []
         ids = (memoryview(_text_bytes(chunk)) for chunk in table["sample_id"].chunks)
         whole = (
             len(data) == card.conversations
@@ -212,7 +224,7 @@ class PreparedData:
 
         Raises:
             IndexError: outside [0, len).
-            UserError: its tokens or its mask are not those that were written.
+            UserError: its tokens, its mask or its weights are not those that were written.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
@@ -222,11 +234,12 @@ class PreparedData:
         ids = batch.column("input_ids")[place].values.to_numpy()
         # Arrow stores bits, which are copied
         mask = batch.column("loss_mask")[place].values.to_numpy(zero_copy_only=False)
-        if sample_id(ids, mask) != name:  # microseconds, and a flipped bit never trains anything
+        whole, weights = sample_id(ids, mask) == name, None
+        if self.card.weighted:
+            weights = batch.column("token_weights")[place].values.to_numpy()
+            whole &= weights_check(weights) == batch.column("weights_check")[place].as_py()
+        if not whole:  # microseconds, and a flipped bit never trains anything
             raise UserError(f"conversation {index} of {self.directory} is damaged: {REMEDY}")
-        weights = (
-            batch.column("token_weights")[place].values.to_numpy() if self.card.weighted else None
-        )
         return Sample(name, ids, mask, weights)
 
 
@@ -242,7 +255,7 @@ def _read_table(directory: Path, card: DataCard) -> pa.Table:
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
             table.validate()  # the buffers are as long as the rows need
-            names = SCHEMA.names if card.weighted else SCHEMA.names[:-1]
+            names = SCHEMA.names if card.weighted else UNWEIGHTED
             tables.append(
                 table.select(names).cast(pa.schema([SCHEMA.field(name) for name in names]))
             )

@@ -16,12 +16,17 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_tsft.data.chat import Encoded
-from megatron_tsft.data.prepared import SCHEMA, DataCard, sample_id
+from megatron_tsft.data.prepared import (
+    SCHEMA,
+    UNWEIGHTED,
+    DataCard,
+    sample_id,
+    weights_check,
+)
 
 BATCH_ROWS = 1000
 BATCH_TOKENS = 1 << 22  # what is held in memory
 FILE_BYTES = 500 << 20
-WEIGHTS = SCHEMA.get_field_index("token_weights")
 
 
 class PreparedWriter:
@@ -33,7 +38,7 @@ class PreparedWriter:
         self._stream: pa.OSFile | None = None
         self._writer: Any = None
         # without weights, until a row has some
-        self._schema = SCHEMA.remove(WEIGHTS)
+        self._schema = pa.schema([SCHEMA.field(name) for name in UNWEIGHTED])
         self._rows: list[Encoded] = []
         self._held = 0
         self._digest = hashlib.blake2b(digest_size=16)  # prepared.dataset_fingerprint
@@ -151,6 +156,7 @@ class PreparedWriter:
                 for row in rows
             ]
             columns.append(pa.ListArray.from_arrays(offsets, np.concatenate(weights)))
+            columns.append(pa.array([weights_check(row) for row in weights], pa.int64()))
         if self._stream is None:
             self._open()
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
@@ -207,5 +213,7 @@ def _add_weights(path: Path) -> None:
                 mask = batch.column("loss_mask")
                 flat = _full(mask.flatten().to_numpy(zero_copy_only=False))
                 weights = pa.ListArray.from_arrays(mask.offsets, flat)
-                writer.write_batch(pa.record_batch([*batch.columns, weights], schema=SCHEMA))
+                checks = [weights_check(row.values.to_numpy()) for row in weights]
+                columns = [*batch.columns, weights, pa.array(checks, pa.int64())]
+                writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
     os.replace(new, path)

@@ -1,6 +1,7 @@
 """The job and the folder it writes: what is counted, that it is the same every time, and that
 damage is found."""
 
+import copy
 import gzip
 import json
 import pickle
@@ -350,14 +351,19 @@ def test_every_kind_of_damage_is_a_users_error(run: Prepare, tmp_path: Path) -> 
         PreparedData.load(tmp_path / "bad")
 
 
-def test_a_flipped_byte_never_passes_as_data(run: Prepare, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_flipped_byte_never_passes_as_data(run: Prepare, tmp_path: Path, weighted: bool) -> None:
     """At any place: it is refused at load or at its row, or what is read is still what was
     written."""
-    run(GOOD * 20)
+    extra: list[dict[str, Any]] = [{"weight": i / 4} if weighted else {} for i in range(20)]
+    run([row | weight for weight in extra for row in GOOD])
     (file,) = (tmp_path / "out").glob("*.arrow")
     whole = PreparedData.load(tmp_path / "out")
     rows = [whole.row(i) for i in range(60)]
-    truth = [(row.input_ids.copy(), row.loss_mask.copy()) for row in rows]
+    truth = [
+        (row.input_ids.copy(), row.loss_mask.copy(), copy.deepcopy(row.token_weights))
+        for row in rows
+    ]
     content, found = file.read_bytes(), {"load": 0, "row": 0}
     del whole, rows
     for place in range(0, len(content), len(content) // 400):
@@ -368,15 +374,18 @@ def test_a_flipped_byte_never_passes_as_data(run: Prepare, tmp_path: Path) -> No
         except UserError:
             found["load"] += 1
             continue
-        for i, (ids, mask) in enumerate(truth):
+        for i, (ids, mask, weights) in enumerate(truth):
             try:
                 sample = data.row(i)
             except UserError:
                 found["row"] += 1
             else:
-                assert np.array_equal(sample.input_ids, ids) and np.array_equal(
-                    sample.loss_mask, mask
-                ), place
+                assert np.array_equal(sample.input_ids, ids), place
+                assert np.array_equal(sample.loss_mask, mask), place
+                if weights is not None and sample.token_weights is not None:
+                    assert np.array_equal(
+                        sample.token_weights.view(np.int32), weights.view(np.int32)
+                    )
         del data
     assert found["load"] > 20 and found["row"] > 20
 
@@ -386,7 +395,7 @@ def test_a_card_of_another_version_or_data_set(run: Prepare, tmp_path: Path) -> 
     path = tmp_path / "out" / CARD_FILE
     card = json.loads(path.read_text())
     for change, message in (
-        ({"format_version": 2}, "format version 2, not 1"),
+        ({"format_version": 1}, "format version 1, not 2"),
         ({"unknown": 1}, "unknown"),
         ({"conversations": 4}, "does not hold the 4 conversations of its card"),
         ({"tokens": 4}, "does not hold"),
