@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_tsft.atomic import new_directory
 from megatron_tsft.cards import load_card, save_card
+from megatron_tsft.checkpoint.manifest import LISTS, write_list
 from megatron_tsft.errors import UserError
 from megatron_tsft.inside import check_links
 
@@ -93,10 +94,17 @@ def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:
                 f"{target} belongs to another model (weights {other.source_hash}, {source} is"
                 f" {card.source_hash}): save into another folder"
             )
-        if (target / HF_FOLDER).is_dir():
+        if (target / HF_FOLDER).is_dir() and any(target.glob(LISTS)):
             return
     check_links(source / HF_FOLDER)
     target.mkdir(parents=True, exist_ok=True)
     with new_directory(target / HF_FOLDER, overwrite=True) as folder:
         shutil.copytree(source / HF_FOLDER, folder, dirs_exist_ok=True)
-    card.save(target)  # last: a folder with a card has everything that export needs
+    card.save(target)
+    list_around(target)
+
+
+def list_around(folder: Path) -> None:
+    """Write the checksums of what stands around a folder's checkpoints."""
+    files = [path for path in (folder / HF_FOLDER).rglob("*") if path.is_file()]
+    write_list(folder, [CARD_FILE, *(path.relative_to(folder).as_posix() for path in files)])

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_tsft.atomic import new_directory
 from megatron_tsft.checkpoint.ahead import ahead
-from megatron_tsft.checkpoint.card import CARD_FILE, HF_FOLDER, ModelCard
+from megatron_tsft.checkpoint.card import CARD_FILE, HF_FOLDER, ModelCard, list_around
 from megatron_tsft.checkpoint.families import family_of
 from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
 from megatron_tsft.checkpoint.hf_folder import (
@@ -23,6 +23,7 @@ from megatron_tsft.checkpoint.hf_folder import (
     load_config,
 )
 from megatron_tsft.checkpoint.keys import compare_keys
+from megatron_tsft.checkpoint.manifest import check_folder, data_files, write_list
 from megatron_tsft.checkpoint.mapping import padded_vocab_size
 from megatron_tsft.checkpoint.safetensors_stream import SafetensorsStream, TensorSpec
 from megatron_tsft.checkpoint.served import Served
@@ -101,11 +102,13 @@ def import_hf(
         write_checkpoint(
             folder / "release", boxes, objects | {COMMON_STATE_KEY: common_state(card)}
         )
+        write_list(folder / "release", data_files(folder / "release"))
         copy_side_files(hf_dir, folder / HF_FOLDER)
         card = dataclasses.replace(
             card, dtype=dtype, other_dtypes=others, source_hash=content.digest()
         )
         card.save(folder)
+        list_around(folder)
         (folder / TRACKER).write_text("release")
     return card
 
@@ -130,13 +133,15 @@ def export_hf(
     overwrite: bool = False,
     progress: bool = True,
     max_shard_bytes: float = 5e9,
+    verify_files: str = "full",
 ) -> Export:
     """Write a Hugging Face folder from an imported or trained Megatron folder (any TP and PP,
     optimizer state or not).
 
     iteration: None takes the latest. dtype: bf16, fp16 or fp32; None takes the dtypes of the
-    original weights, so an untouched model comes back bit by bit. Nothing appears under `hf_dir`
-    before all is written.
+    original weights, so an untouched model comes back bit by bit. verify_files: how the files are
+    compared with their checksums, one of manifest.HOW. Nothing appears under `hf_dir` before all is
+    written.
 
     Raises:
         UserError: no card, no complete checkpoint, one that does not fit the card, or an unknown
@@ -153,6 +158,7 @@ def export_hf(
     served = Served.load(megatron_dir)
     one_dtype = None if dtype is None else _dtype_name(dtype)
     checkpoint = latest_checkpoint(megatron_dir, iteration)
+    check_folder(megatron_dir, checkpoint, verify_files)
     compare_keys(expected_keys(card), checkpoint)
     reader, steps = CheckpointReader(checkpoint), units(card)
     tensors = {

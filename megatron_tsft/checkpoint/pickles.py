@@ -206,7 +206,7 @@ def check_objects(checkpoint: Path, described: metadata.Metadata) -> None:
             file.seek(place.offset)
             data = io.BytesIO(file.read(place.length))
         try:
-            _check(data)
+            _check(data, pickled_tensors="_extra_state" in index.fqn)
         except Unlisted as error:
             raise _refusal(path, error, index.fqn) from error
         except Exception as error:  # a damaged pickle may raise almost anything
@@ -216,15 +216,17 @@ def check_objects(checkpoint: Path, described: metadata.Metadata) -> None:
             ) from error
 
 
-def _check(data: io.BytesIO) -> None:
+def _check(data: io.BytesIO, *, pickled_tensors: bool) -> None:
+    """Read an object and what is nested in it; pickled_tensors: tensors of bytes are pickles, which
+    Transformer Engine reads itself."""
     waiting: list[Any] = [load_object(data)]
     while waiting:
         value = waiting.pop()
         if isinstance(value, io.BytesIO) and value.getbuffer().nbytes:
             waiting.append(load_object(value))
-        elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel():
-            # Transformer Engine's extra state, which it unpickles itself
-            waiting.append(_Unpickler(io.BytesIO(value.numpy().tobytes())).load())
+        elif isinstance(value, torch.Tensor):
+            if pickled_tensors and value.dtype == torch.uint8 and value.numel():
+                waiting.append(_Unpickler(io.BytesIO(value.numpy().tobytes())).load())
         elif isinstance(value, dict):
             waiting += _values(value.values())
         elif isinstance(value, list | tuple | set):

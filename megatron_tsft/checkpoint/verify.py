@@ -17,6 +17,7 @@ from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors, load_config
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.logits import LogitDifference, compare_logits
+from megatron_tsft.checkpoint.manifest import check_folder
 from megatron_tsft.checkpoint.mapping import model_shapes
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
@@ -107,13 +108,15 @@ def verify(
     iteration: int | None = None,
     weights_only: bool = False,
     progress: bool = True,
+    verify_files: str = "full",
 ) -> Verification:
     """Compare a checkpoint of `megatron_dir` with `hf_dir`: tensors in a stream, then logits on a
     text.
 
     text_file: None takes a short text of ours (random tokens where the folder has no tokenizer).
     Logits need the model in memory as fp32; where it does not fit, a given text is an error, ours
-    is left out. iteration: None is the latest.
+    is left out. iteration: None is the latest. verify_files: how the files are compared with their
+    checksums, one of manifest.HOW.
 
     Raises:
         UserError: one of the folders is incomplete, the checkpoint does not fit its card, or the
@@ -121,6 +124,7 @@ def verify(
     """
     hf_dir, megatron_dir = Path(hf_dir), Path(megatron_dir)
     card, checkpoint = ModelCard.load(megatron_dir), latest_checkpoint(megatron_dir, iteration)
+    check_folder(megatron_dir, checkpoint, verify_files)
     compare_keys(expected_keys(card), checkpoint)
     hf_config = load_config(hf_dir)
     if (hf_config.architectures or [None])[0] != card.architecture:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_tsft import trust
+from megatron_tsft.checkpoint.manifest import HOW
 from megatron_tsft.entry import run_command
 
 if TYPE_CHECKING:
@@ -75,6 +76,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="the iteration of the checkpoint (default: the latest)",
     )
+    for sub in (exporter, checker):
+        sub.add_argument(
+            "--verify-files",
+            choices=HOW,
+            default=HOW[0],
+            help="compare the checkpoint's files with their checksums first: every byte, sizes, or"
+            " nothing (default: %(default)s)",
+        )
     for sub, when in ((importer, "with --verify: "), (checker, "")):
         sub.add_argument(
             "--text",
@@ -133,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             overwrite=overwrite,
             progress=bar,
+            verify_files=args.verify_files,
         )
         print(
             f"wrote {args.hf} from {done.checkpoint}: {done.tensors} tensors,"
@@ -147,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
             iteration=getattr(args, "iteration", None),
             weights_only=args.weights_only,
             progress=bar,
+            verify_files=getattr(args, "verify_files", "none"),  # what was just written is read
         )
     )
 

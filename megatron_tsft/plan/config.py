@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_tsft.checkpoint.manifest import HOW
 from megatron_tsft.data.pieces import LONG_SAMPLES
 from megatron_tsft.plan import teachers
 
@@ -108,6 +109,12 @@ class TsftConfig:
         " the same packs.",
         type=int,
         metavar="N",
+    )
+    verify: str = flag(
+        HOW[0],
+        "How checkpoints, imported models and teacher caches are compared with their checksums"
+        " before they are used: every byte (the ranks share it), sizes, or nothing.",
+        choices=HOW,
     )
     trust: bool = flag(
         False,

@@ -13,6 +13,7 @@ from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.plan import defaults
+from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.command_line import CommandLine
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
@@ -216,6 +217,9 @@ def make_plan(line: CommandLine, device: str) -> Plan:
     check_objectives(objectives, Trial(kind.name != "none", kind.top_k), train, held)
     local = device == "cpu" or not engine or flags.transformer_impl == "local"
     start = find_start_weights(config.model, card, flags, engine=not local)
+    check_weights(config.model, start.base, config.verify, line.ranks)
+    if start.checkpoint is not None and start.folder is not None:
+        check_weights(start.folder, start.checkpoint, config.verify, line.ranks)
     teacher = kind.find(Request(config, flags, line.ranks, card, start, used))
 
     rules = PackRules(

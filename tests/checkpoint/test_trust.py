@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,8 +84,16 @@ def hide(imported: Path, payload: Any, key: str = "common_state") -> None:
     (checkpoint / ".metadata").write_bytes(pickle.dumps(described))
 
 
-@pytest.mark.parametrize("key", ["common_state", "_extra_state"])
-@pytest.mark.parametrize("nested", ["plain", "bytes in bytes", "a tensor of bytes"])
+@pytest.mark.parametrize(
+    ("key", "nested"),
+    [
+        ("common_state", "plain"),
+        ("common_state", "bytes in bytes"),
+        ("_extra_state", "plain"),
+        ("_extra_state", "bytes in bytes"),
+        ("_extra_state", "a tensor of bytes"),
+    ],
+)
 def test_an_object_that_would_run_something(
     imported: Path, tmp_path: Path, nested: str, key: str
 ) -> None:
@@ -103,6 +112,12 @@ def test_an_object_that_would_run_something(
     with trusting(True):
         latest_checkpoint(imported)
     assert not (tmp_path / "ran").exists()  # trusted is whoever loads it, and that is not us
+
+
+def test_random_states_are_no_pickles(imported: Path) -> None:
+    """Tensors of bytes, which are what they are."""
+    hide(imported, [{"random": torch.get_rng_state(), "numpy": np.random.get_state()}])
+    latest_checkpoint(imported)
 
 
 @pytest.mark.parametrize(

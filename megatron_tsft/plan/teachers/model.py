@@ -5,6 +5,7 @@ from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.units import expected_keys
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.layout import heads_divide
@@ -21,6 +22,7 @@ def _find(request: Request) -> Teacher:
     config, student = request.config, request.student
     folder = config.teacher_load
     card, checkpoint = ModelCard.load(folder), latest_checkpoint(folder)
+    check_weights(folder, checkpoint, config.verify, request.ranks)
     compare_keys(expected_keys(card), checkpoint)
     _check_layout(request.flags, card, folder)
     token_map = None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.teachers.definition import Kind, Request, Riding, Teacher
@@ -80,7 +81,10 @@ def _checkpoint(request: Request) -> Path | None:
     # the run before this one may have kept them
     for folder in filter(None, (start.folder, request.flags.load)):
         if (Path(folder) / f"iter_{last:07d}").is_dir():
-            return latest_checkpoint(folder, last)
+            checkpoint = latest_checkpoint(folder, last)
+            if checkpoint != start.checkpoint:  # which was looked at
+                check_weights(folder, checkpoint, request.config.verify, request.ranks)
+            return checkpoint
     if over:
         return None
     raise UserError(

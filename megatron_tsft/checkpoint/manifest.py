@@ -1,0 +1,151 @@
+"""Checksums of a checkpoint's files, so that a damaged one is noticed before it is used.
+
+Every folder has lists of its own: a checkpoint of its data, the folder around it of the model card
+and of the Hugging Face files that an export takes. An import writes both; of a run's checkpoint
+each rank lists the files that it wrote, when they are on disk, beside the training. A checkpoint
+whose lists are not whole (the run was killed right behind the save) is told by the sizes that its
+.metadata needs, as one without lists is.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from megatron_tsft.atomic import write_text
+from megatron_tsft.errors import UserError
+from megatron_tsft.inside import inside
+
+HOW = ("full", "sizes", "none")
+LIST, LISTS = "tsft_files.{:05d}.json", "tsft_files.*.json"
+FORMAT_VERSION = 1
+ALGORITHM = "xxh3_128"
+CHUNK = 16 << 20  # bytes read at once
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A file as it was written: its bytes, and 32 hex digits over them."""
+
+    size: int
+    checksum: str
+
+
+def checksum(path: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
+    """32 hex digits over a file; `progress` is called with the bytes of each chunk."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
+
+
+def write_list(folder: Path, names: Iterable[str], part: int = 0) -> None:
+    """List files of a folder as they are now; `part` numbers the lists of several ranks.
+
+    Raises:
+        OSError: a file cannot be read, or the list not written.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        paths = {name: folder / name for name in sorted(names)}
+        files = {
+            name: {"size": paths[name].stat().st_size, "checksum": value}
+            for name, value in zip(paths, pool.map(checksum, paths.values()), strict=True)
+        }
+    values = {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, "files": files}
+    write_text(folder / LIST.format(part), json.dumps(values, indent=1) + "\n")
+
+
+def data_files(checkpoint: Path) -> list[str]:
+    """The files of a checkpoint that belong into lists."""
+    lists = {path.name for path in checkpoint.glob(LISTS)}
+    return sorted(p.name for p in checkpoint.iterdir() if p.is_file() and p.name not in lists)
+
+
+def read_lists(folder: Path) -> dict[str, Listed]:
+    """All files that are listed in a folder.
+
+    Raises:
+        UserError: a list is damaged.
+    """
+    found: dict[str, Listed] = {}
+    for path in sorted(folder.glob(LISTS)):
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if (values["format_version"], values["algorithm"]) != (FORMAT_VERSION, ALGORITHM):
+                raise ValueError(f"{values['algorithm']}, version {values['format_version']}")
+            found |= {
+                str(name): Listed(int(entry["size"]), str(entry["checksum"]))
+                for name, entry in values["files"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error!r}): {remedy(folder)}") from error
+    return found
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a damaged folder."""
+    if folder.name.startswith("iter_"):
+        return "copy it again, or use another one (--ckpt-step N, export: --iteration N)"
+    return "copy the folder again, or import the model again with --overwrite"
+
+
+def check_folder(
+    directory: Path,
+    checkpoint: Path,
+    how: str = "full",
+    *,
+    share: tuple[int, int] = (0, 1),
+    progress: Callable[[int], Any] = lambda size: None,
+) -> list[str]:
+    """`check_files` of a folder and of one checkpoint in it; returns what of the checkpoint is not
+    listed."""
+    check_files(directory, how)
+    return check_files(checkpoint, how, share=share, progress=progress)
+
+
+def check_files(
+    folder: Path,
+    how: str = "full",
+    *,
+    share: tuple[int, int] = (0, 1),
+    progress: Callable[[int], Any] = lambda size: None,
+) -> list[str]:
+    """Compare a folder's files with its lists; returns the names that are not listed.
+
+    Args:
+        folder: a checkpoint, or what is around one.
+        how: "full" reads every byte, "sizes" none, "none" looks at nothing.
+        share: (i, n) reads every n-th file from the i-th on.
+        progress: called with the bytes of each chunk that was read.
+
+    Raises:
+        UserError: the first file that is missing or not what was written, by name.
+    """
+    if how == "none":
+        return []
+    listed = read_lists(folder)
+    for name, entry in listed.items():
+        path = inside(folder, name)
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry.size:
+            state = "is missing" if size is None else f"has {size} bytes instead of {entry.size}"
+            raise UserError(f"{path} {state}: {remedy(folder)}")
+    if how == "full":
+        # the largest first, so that shares and threads end together
+        ordered = sorted(listed, key=lambda name: (-listed[name].size, name))
+        mine = ordered[share[0] :: share[1]]
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = pool.map(lambda name: checksum(folder / name, progress), mine)
+            for name, value in zip(mine, found, strict=True):
+                if value != listed[name].checksum:
+                    raise UserError(
+                        f"{folder / name} is damaged (its checksum differs): {remedy(folder)}"
+                    )
+    return [name for name in data_files(folder) if name not in listed]
