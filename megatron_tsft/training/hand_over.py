@@ -19,6 +19,7 @@ from megatron_tsft.plan.plan import Plan
 from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
 from megatron_tsft.training.metrics import install_metrics
+from megatron_tsft.training.save_lists import listing
 
 
 def hand_over(args: argparse.Namespace, config: GPTModelConfig, plan: Plan) -> None:
@@ -42,12 +43,13 @@ def hand_over(args: argparse.Namespace, config: GPTModelConfig, plan: Plan) -> N
     gc.freeze()  # what is there now stays: no later collection looks at it
     gc.enable()
     try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, config),
-            Datasets(plan.packs),
-            ModelType.encoder_or_decoder,
-            ForwardStep(step),
-        )
+        with listing(save, ranks.rank):
+            pretrain(
+                pretrain_cfg_container_from_args(args, config),
+                Datasets(plan.packs),
+                ModelType.encoder_or_decoder,
+                ForwardStep(step),
+            )
     except ValueError as error:
         # they are told apart by these (core/optimizer/optimizer.py)
         if "Could not find parameter group" not in str(error):
