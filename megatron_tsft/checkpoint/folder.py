@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_tsft.atomic import write_text
 from megatron_tsft.checkpoint.pickles import check_objects, load_description
 from megatron_tsft.errors import UserError
 from megatron_tsft.inside import inside
@@ -12,9 +13,65 @@ from megatron_tsft.inside import inside
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
+def tracked(directory: Path | str) -> str | None:
+    """What the tracker file says, "release" or an iteration; None where it is missing or torn."""
+    try:
+        text = (Path(directory) / TRACKER).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if text == "release" or text.isdecimal() else None
+
+
+def whole_iterations(directory: Path | str) -> list[int]:
+    """The iterations whose checkpoints are complete, the newest first."""
+    found = []
+    for path in Path(directory).glob("iter_*"):
+        if path.name.removeprefix("iter_").isdecimal():
+            try:
+                read_metadata(path)
+            except UserError:
+                continue  # a save was interrupted there
+            found.append(int(path.name.removeprefix("iter_")))
+    return sorted(found, reverse=True)
+
+
+def tracked_folder(directory: Path | str) -> Path | None:
+    """The checkpoint that the tracker file names; None where it is missing or torn, or that is not
+    there."""
+    said = tracked(directory)
+    if said is None:
+        return None
+    path = Path(directory) / ("release" if said == "release" else f"iter_{int(said):07d}")
+    return path if path.is_dir() else None
+
+
+def mend_tracker(directory: Path | str, *, write: bool) -> str:
+    """Make the tracker file of a run's folder name the newest whole checkpoint, where it is missing
+    or torn, or names one that is not there: a kill while Megatron writes it leaves that. Returns
+    what was done, "" for nothing.
+
+    write: whether this process writes the file; all of a job's come to the same.
+    """
+    directory = Path(directory)
+    if tracked_folder(directory) is not None:
+        return ""
+    whole = whole_iterations(directory)
+    if not whole:
+        begun = sorted(path.name for path in directory.glob("iter_*"))
+        if not begun:
+            return ""
+        return f"{directory}: {', '.join(begun)} is not whole, its save was interrupted"
+    said = tracked(directory)
+    if write:
+        write_text(directory / TRACKER, str(whole[0]))
+    state = "was missing or torn" if said is None else f"named {said}, which is not there"
+    return f"{directory / TRACKER} {state}: it names iteration {whole[0]} now, the newest whole one"
+
+
 def latest_checkpoint(directory: Path | str, iteration: int | None = None) -> Path:
     """The folder of the checkpoint that the tracker file names, or of `iteration`; it is whole, and
-    none of its pickles makes what a checkpoint has no need of.
+    none of its pickles makes what a checkpoint has no need of. Where the tracker file is missing or
+    torn, the newest whole iteration.
 
     Raises:
         UserError: no folder, no tracker, a tracker that says neither a number nor "release", or a
@@ -23,21 +80,7 @@ def latest_checkpoint(directory: Path | str, iteration: int | None = None) -> Pa
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"{directory} does not exist: name a Megatron checkpoint folder")
-    if iteration is None:
-        tracker = directory / TRACKER
-        if not tracker.is_file():
-            raise UserError(
-                f"{directory} has no {TRACKER}: no checkpoint was completed there, name another"
-                " folder"
-            )
-        text = tracker.read_text().strip()
-        if text != "release" and not text.isdecimal():
-            raise UserError(
-                f"{tracker} says {text!r}: it must say 'release' or an iteration, correct it"
-            )
-        path = directory / (text if text == "release" else f"iter_{int(text):07d}")
-    else:
-        path = directory / f"iter_{iteration:07d}"
+    path = directory / f"iter_{iteration:07d}" if iteration is not None else _newest(directory)
     if not path.is_dir():
         present = sorted(
             p.name for p in directory.iterdir() if p.name == "release" or p.name.startswith("iter_")
@@ -47,6 +90,25 @@ def latest_checkpoint(directory: Path | str, iteration: int | None = None) -> Pa
         )
     check_objects(path, read_metadata(path))
     return path
+
+
+def _newest(directory: Path) -> Path:
+    """The checkpoint to take from a folder; it need not be there."""
+    if (path := tracked_folder(directory)) is not None:
+        return path
+    if whole := whole_iterations(directory):
+        return directory / f"iter_{whole[0]:07d}"
+    tracker, said = directory / TRACKER, tracked(directory)
+    if not tracker.is_file():
+        raise UserError(
+            f"{directory} has no {TRACKER}: no checkpoint was completed there, name another folder"
+        )
+    if said is None:
+        raise UserError(
+            f"{tracker} says {tracker.read_bytes()[:40]!r}: it must say 'release' or an iteration,"
+            " correct it"
+        )
+    return directory / ("release" if said == "release" else f"iter_{int(said):07d}")
 
 
 def read_metadata(checkpoint: Path | str) -> Metadata:

@@ -13,7 +13,6 @@ from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
 from megatron_tsft.plan import defaults
-from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.command_line import CommandLine
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
@@ -31,7 +30,7 @@ from megatron_tsft.plan.run_objectives import (
 )
 from megatron_tsft.plan.same_packs import SAVED, check_same_packs, facts_of_packs
 from megatron_tsft.plan.sources import parse_sources
-from megatron_tsft.plan.start_weights import StartWeights, find_start_weights
+from megatron_tsft.plan.start_weights import StartWeights, find_whole_weights
 from megatron_tsft.plan.teachers.choose import choose_kind
 from megatron_tsft.plan.teachers.definition import Request, Teacher
 
@@ -100,6 +99,8 @@ class Plan:
         if self.start.resuming:
             settings |= {"load": self.flags.save, "finetune": False}
             settings |= {"no_load_optim": False, "no_load_rng": False}
+        if self.start.instead is not None:
+            settings["ckpt_step"] = self.start.instead
         argv = self.line.argv
         if self.config.check:
             argv = (*argv, "--tensorboard-dir", "")  # it would make that folder
@@ -125,6 +126,7 @@ class Plan:
         if self.flags.save:
             saves = f"{self.flags.save}, every {self.flags.save_interval} steps and at the end"
         lines = [
+            *self.start.notes,
             f"weights: {weights}; saves: {saves}",
             f"model: {self.config.model}; teacher: {self.teacher.text}",
         ]
@@ -216,10 +218,7 @@ def make_plan(line: CommandLine, device: str) -> Plan:
         _check_data(data, card)
     check_objectives(objectives, Trial(kind.name != "none", kind.top_k), train, held)
     local = device == "cpu" or not engine or flags.transformer_impl == "local"
-    start = find_start_weights(config.model, card, flags, engine=not local)
-    check_weights(config.model, start.base, config.verify, line.ranks)
-    if start.checkpoint is not None and start.folder is not None:
-        check_weights(start.folder, start.checkpoint, config.verify, line.ranks)
+    start = find_whole_weights(config, card, flags, line.ranks, engine=not local)
     teacher = kind.find(Request(config, flags, line.ranks, card, start, used))
 
     rules = PackRules(

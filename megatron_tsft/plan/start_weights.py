@@ -1,15 +1,25 @@
 """Which weights a run starts from: compared with the model, tensor by tensor, before they are
 loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_tsft.checkpoint.card import CARD_FILE, ModelCard
-from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint, read_metadata
+from megatron_tsft.checkpoint.folder import (
+    TRACKER,
+    latest_checkpoint,
+    mend_tracker,
+    read_metadata,
+    tracked,
+    whole_iterations,
+)
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.saved_arguments import saved_arguments
 from megatron_tsft.checkpoint.units import expected_keys, extra_states
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.checked import check_weights
+from megatron_tsft.plan.command_line import Ranks
+from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.same_packs import Resumed
 
@@ -25,6 +35,9 @@ class StartWeights:
         resuming: --save holds it, which wins over --load and --finetune.
         anew: only its weights are taken.
         resumed: the checkpoint whose place in the data the run goes on from, or None.
+        instead: the iteration that is loaded in place of newer ones, which are damaged; None where
+            the tracker file or the user decides.
+        notes: what a person should know of it.
     """
 
     base: Path
@@ -33,6 +46,8 @@ class StartWeights:
     resuming: bool = False
     anew: bool = False
     resumed: Resumed | None = None
+    instead: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -41,7 +56,44 @@ class StartWeights:
         return int(name.removeprefix("iter_")) if name.startswith("iter_") else 0
 
 
-def find_start_weights(model: str, card: ModelCard, flags: Flags, *, engine: bool) -> StartWeights:
+def find_whole_weights(
+    config: TsftConfig, card: ModelCard, flags: Flags, ranks: Ranks, *, engine: bool
+) -> StartWeights:
+    """`find_start_weights`, with every file compared with its checksum; where the newest checkpoint
+    of the run's own folder is damaged, the newest whole one before it.
+
+    Raises:
+        UserError: as `find_start_weights`; or a file is damaged, and no checkpoint can take its
+            place.
+    """
+    notes: list[str] = []
+    for folder in filter(None, (flags.save, flags.load if "load" in flags.named else None)):
+        if note := mend_tracker(folder, write=ranks.rank == 0):
+            notes.append(note)
+    instead: int | None = None
+    while True:
+        start = find_start_weights(config.model, card, flags, engine=engine, iteration=instead)
+        if start.checkpoint is None or start.folder is None:
+            break
+        try:
+            unlisted = check_weights(start.folder, start.checkpoint, config.verify, ranks)
+        except UserError as error:
+            older = [n for n in whole_iterations(start.folder) if n < start.step]
+            if start.folder != flags.save or flags.ckpt_step or not older:
+                raise
+            instead = older[0]
+            notes.append(f"WARNING: {error}; iteration {instead} takes its place")
+            continue
+        if unlisted and config.verify == "full":
+            notes.append(f"{start.checkpoint}: only sizes tell of {', '.join(sorted(unlisted))}")
+        break
+    check_weights(config.model, start.base, config.verify, ranks)
+    return replace(start, instead=instead, notes=tuple(notes))
+
+
+def find_start_weights(
+    model: str, card: ModelCard, flags: Flags, *, engine: bool, iteration: int | None = None
+) -> StartWeights:
     """Compare the weights that will be loaded with the model, key by key.
 
     Megatron itself loads a checkpoint that lacks keys of the model and reports success.
@@ -51,6 +103,7 @@ def find_start_weights(model: str, card: ModelCard, flags: Flags, *, engine: boo
         card: its card.
         flags: of the run.
         engine: the layers are Transformer Engine's.
+        iteration: in place of the one that the flags and the tracker file name.
 
     Raises:
         UserError: --load finds nothing, or a checkpoint is incomplete, without the optimizer state
@@ -81,7 +134,7 @@ def find_start_weights(model: str, card: ModelCard, flags: Flags, *, engine: boo
             )
     if not folder or not _has_checkpoint(folder):
         return StartWeights(base)
-    checkpoint = latest_checkpoint(folder, flags.ckpt_step)
+    checkpoint = latest_checkpoint(folder, iteration or flags.ckpt_step)
     compare_keys(expected_keys(card), checkpoint)
     anew = flags.finetune and not resuming
     fresh = anew or bool(flags.no_load_optim and not resuming)
@@ -95,7 +148,9 @@ def find_start_weights(model: str, card: ModelCard, flags: Flags, *, engine: boo
 
 
 def _has_checkpoint(folder: str | None) -> bool:
-    return bool(folder) and (Path(folder) / TRACKER).is_file()
+    if not folder:
+        return False
+    return tracked(folder) is not None or bool(whole_iterations(folder))
 
 
 def _check_states(

@@ -218,9 +218,14 @@ def test_checkpoints_that_are_not_complete(make_hf: Make, tmp_path: Path) -> Non
     assert latest_checkpoint(folder) == latest_checkpoint(folder, 20) == folder / "iter_0000020"
     with pytest.raises(UserError, match="iter_0000010 does not exist: .* holds iter_0000020"):
         latest_checkpoint(folder, 10)
+    for torn in ("yesterday", "", "30"):  # the newest that is whole
+        (folder / TRACKER).write_text(torn)
+        assert latest_checkpoint(folder) == folder / "iter_0000020"
+    (folder / "iter_0000020").rename(folder / "release")
     (folder / TRACKER).write_text("yesterday")
-    with pytest.raises(UserError, match="says 'yesterday'"):
+    with pytest.raises(UserError, match="says b'yesterday': it must say 'release' or an iteration"):
         latest_checkpoint(folder)
+    (folder / "release").rename(folder / "iter_0000020")
     (folder / TRACKER).write_text("20")
     data = folder / "iter_0000020" / "__0_0.distcp"
     data.write_bytes(data.read_bytes()[:-100])
