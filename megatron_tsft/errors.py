@@ -1,5 +1,7 @@
 """The one exception that means "the user can fix this": a line on the screen, exit status 2."""
 
+from pathlib import Path
+
 
 class UserError(ValueError):
     """Bad input or a combination that cannot work; the message is one line that says what was
@@ -16,3 +18,11 @@ class UserError(ValueError):
         if message.startswith("Caught UserError in "):
             message = message.strip().splitlines()[-1].partition("UserError: ")[2]
         super().__init__(message)
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was written; another one may take its place."""
+
+    def __init__(self, message: str, checkpoint: Path):
+        super().__init__(message)
+        self.checkpoint = checkpoint

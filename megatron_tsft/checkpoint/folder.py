@@ -6,8 +6,9 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_tsft.atomic import write_text
+from megatron_tsft.checkpoint.manifest import checksum, read_lists
 from megatron_tsft.checkpoint.pickles import check_objects, load_description
-from megatron_tsft.errors import UserError
+from megatron_tsft.errors import DamagedError, UserError
 from megatron_tsft.inside import inside
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -123,13 +124,22 @@ def read_metadata(checkpoint: Path | str) -> Metadata:
     hint = "saving it was interrupted, or the copy is incomplete: use another iteration"
     for name in ("metadata.json", ".metadata"):
         if not (checkpoint / name).is_file():
-            raise UserError(f"{checkpoint} has no {name}: not a torch_dist checkpoint, or {hint}")
+            raise DamagedError(
+                f"{checkpoint} has no {name}: not a torch_dist checkpoint, or {hint}", checkpoint
+            )
     try:
         metadata = load_description(checkpoint / ".metadata")
-    except UserError:
+    except UserError as refusal:
+        listed = read_lists(checkpoint).get(".metadata")
+        if listed is not None and checksum(checkpoint / ".metadata") != listed.checksum:
+            raise DamagedError(
+                f"{refusal}. Its checksum differs from that of what was saved", checkpoint
+            ) from refusal
         raise
     except Exception as error:  # a damaged pickle may raise almost anything
-        raise UserError(f"{checkpoint / '.metadata'} cannot be read ({error}): {hint}") from error
+        raise DamagedError(
+            f"{checkpoint / '.metadata'} cannot be read ({error}): {hint}", checkpoint
+        ) from error
     ends: dict[str, int] = {}
     storage: dict[Any, Any] = metadata.storage_data or {}
     for info in storage.values():
@@ -137,5 +147,5 @@ def read_metadata(checkpoint: Path | str) -> Metadata:
     for name, end in ends.items():
         file = inside(checkpoint, name)
         if not file.is_file() or file.stat().st_size < end:
-            raise UserError(f"{file} is missing or shorter than {end} bytes: {hint}")
+            raise DamagedError(f"{file} is missing or shorter than {end} bytes: {hint}", checkpoint)
     return metadata

@@ -63,9 +63,14 @@ def write_list(folder: Path, names: Iterable[str], part: int = 0) -> None:
 
 
 def data_files(checkpoint: Path) -> list[str]:
-    """The files of a checkpoint that belong into lists."""
+    """The files of a checkpoint that belong into lists: not the lists, and not one that another
+    rank is writing, which has a name of its own until it is whole."""
     lists = {path.name for path in checkpoint.glob(LISTS)}
-    return sorted(p.name for p in checkpoint.iterdir() if p.is_file() and p.name not in lists)
+    return sorted(
+        path.name
+        for path in checkpoint.iterdir()
+        if path.name not in lists and not path.name.startswith(".tsft_files") and path.is_file()
+    )
 
 
 def read_lists(folder: Path) -> dict[str, Listed]:

@@ -22,7 +22,7 @@ import torch
 from torch._utils import _rebuild_tensor_v2  # pyright: ignore[reportPrivateUsage]
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
-from megatron_tsft.errors import UserError
+from megatron_tsft.errors import DamagedError, UserError
 from megatron_tsft.trust import trusted
 
 
@@ -196,24 +196,27 @@ def check_objects(checkpoint: Path, described: metadata.Metadata) -> None:
     """
     if trusted():
         return
-    storage: dict[Any, Any] = described.storage_data or {}
-    kinds = described.state_dict_metadata
-    for index, place in storage.items():
-        if isinstance(kinds.get(index.fqn), metadata.TensorStorageMetadata):
-            continue  # torch reads tensors by a list of its own
-        path = checkpoint / place.relative_path
+    objects: dict[str, list[tuple[int, int, str]]] = {}  # file -> offset, length, key
+    for index, place in (described.storage_data or {}).items():
+        # torch reads tensors by a list of its own
+        kind = described.state_dict_metadata.get(index.fqn)
+        if not isinstance(kind, metadata.TensorStorageMetadata):
+            whole = (place.offset, place.length, index.fqn)
+            objects.setdefault(place.relative_path, []).append(whole)
+    for name, places in objects.items():
+        path = checkpoint / name
         with path.open("rb") as file:
-            file.seek(place.offset)
-            data = io.BytesIO(file.read(place.length))
-        try:
-            _check(data, pickled_tensors="_extra_state" in index.fqn)
-        except Unlisted as error:
-            raise _refusal(path, error, index.fqn) from error
-        except Exception as error:  # a damaged pickle may raise almost anything
-            raise UserError(
-                f"{path}: {index.fqn} is damaged ({' '.join(str(error).split())[:200]}): use"
-                " another checkpoint"
-            ) from error
+            for offset, length, key in sorted(places):
+                file.seek(offset)
+                try:
+                    _check(io.BytesIO(file.read(length)), pickled_tensors="_extra_state" in key)
+                except Unlisted as error:
+                    raise _refusal(path, error, key) from error
+                except Exception as error:  # a damaged pickle may raise almost anything
+                    text = " ".join(str(error).split())[:200]
+                    raise DamagedError(
+                        f"{path}: {key} is damaged ({text}): use another checkpoint", checkpoint
+                    ) from error
 
 
 def _check(data: io.BytesIO, *, pickled_tensors: bool) -> None:

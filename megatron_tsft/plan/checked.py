@@ -1,13 +1,14 @@
 """The folders that a run loads, compared with their checksums before it starts; the ranks share
 it, and agree on what they found."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_tsft import console
-from megatron_tsft.checkpoint.manifest import check_folder, read_lists
-from megatron_tsft.errors import UserError
+from megatron_tsft.checkpoint.manifest import check_files, read_lists
+from megatron_tsft.errors import DamagedError, UserError
 from megatron_tsft.plan.agreement import told_to_all
 from megatron_tsft.plan.command_line import Ranks
 
@@ -23,27 +24,34 @@ def check_weights(directory: Path | str, checkpoint: Path, how: str, ranks: Rank
         ranks: each reads its share, so that every byte is read once a job.
 
     Raises:
-        UserError: a file is missing or damaged, by name; on all ranks.
+        DamagedError: a file of the checkpoint is missing or damaged, by name; on all ranks.
+        UserError: one around it is.
     """
-    problem, unlisted = None, []
-    try:
+    share = (ranks.rank, ranks.size)
+
+    def problem_of(check: Callable[[], list[str]]) -> tuple[str | None, list[str]]:
+        try:
+            problem, unlisted = None, check()
+        except UserError as error:
+            problem, unlisted = str(error), []
+        return told_to_all(ranks, problem), unlisted
+
+    def checkpoint_files() -> list[str]:
         total = sum(entry.size for entry in read_lists(checkpoint).values())
-        bar = tqdm(
+        with tqdm(
             total=total // ranks.size,
             desc=f"checking {checkpoint}",
             unit="B",
             unit_scale=True,
             file=console.stream(),
             disable=ranks.rank > 0 or how != "full" or not total,
-        )
-        with bar:
-            share = (ranks.rank, ranks.size)
-            unlisted = check_folder(
-                Path(directory), checkpoint, how, share=share, progress=bar.update
-            )
-    except UserError as error:
-        problem = str(error)
-    problem = told_to_all(ranks, problem)
+        ) as bar:
+            return check_files(checkpoint, how, share=share, progress=bar.update)
+
+    problem, _ = problem_of(lambda: check_files(Path(directory), how, share=share))
     if problem is not None:
         raise UserError(problem)
+    problem, unlisted = problem_of(checkpoint_files)
+    if problem is not None:
+        raise DamagedError(problem, checkpoint)
     return unlisted

@@ -16,7 +16,7 @@ from megatron_tsft.checkpoint.folder import (
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.saved_arguments import saved_arguments
 from megatron_tsft.checkpoint.units import expected_keys, extra_states
-from megatron_tsft.errors import UserError
+from megatron_tsft.errors import DamagedError, UserError
 from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.command_line import Ranks
 from megatron_tsft.plan.config import TsftConfig
@@ -52,8 +52,13 @@ class StartWeights:
     @property
     def step(self) -> int:
         """Steps that the checkpoint was trained; 0 for imported weights."""
-        name = "" if self.checkpoint is None else self.checkpoint.name
-        return int(name.removeprefix("iter_")) if name.startswith("iter_") else 0
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Steps that a checkpoint was trained; 0 for imported weights."""
+    name = checkpoint.name
+    return int(name.removeprefix("iter_")) if name.startswith("iter_") else 0
 
 
 def find_whole_weights(
@@ -72,14 +77,16 @@ def find_whole_weights(
             notes.append(note)
     instead: int | None = None
     while True:
-        start = find_start_weights(config.model, card, flags, engine=engine, iteration=instead)
-        if start.checkpoint is None or start.folder is None:
-            break
         try:
+            start = find_start_weights(config.model, card, flags, engine=engine, iteration=instead)
+            if start.checkpoint is None or start.folder is None:
+                break
             unlisted = check_weights(start.folder, start.checkpoint, config.verify, ranks)
-        except UserError as error:
-            older = [n for n in whole_iterations(start.folder) if n < start.step]
-            if start.folder != flags.save or flags.ckpt_step or not older:
+        except DamagedError as error:
+            damaged = error.checkpoint
+            older = [n for n in whole_iterations(damaged.parent) if n < step_of(damaged)]
+            own = bool(flags.save) and damaged.parent == Path(flags.save or "")
+            if not own or flags.ckpt_step or not older:
                 raise
             instead = older[0]
             notes.append(f"WARNING: {error}; iteration {instead} takes its place")

@@ -52,9 +52,9 @@ class SaveLists:
         folder = self._folder(iteration)
         try:
             write_list(folder, own_files(folder, self._rank), self._rank)
-        except FileNotFoundError:
-            return  # a later save has removed it (--save-retain-interval)
         except OSError as error:
+            if not folder.is_dir():
+                return  # a later save has removed it (--save-retain-interval)
             console.say(f"{folder} has no checksums of rank {self._rank}: {error}")
 
 

@@ -22,8 +22,6 @@ from megatron_tsft.checkpoint.manifest import (
 )
 from megatron_tsft.checkpoint.verify import verify
 from megatron_tsft.errors import UserError
-from megatron_tsft.plan.checked import check_weights
-from megatron_tsft.plan.command_line import Ranks
 
 Make = Callable[..., Path]
 
@@ -106,10 +104,9 @@ def test_ranks_share_the_reading(tmp_path: Path) -> None:
     failed = 0
     for rank in range(4):
         try:
-            check_weights(folder, folder, "full", Ranks(rank, 4))
+            check_files(folder, share=(rank, 4))
         except UserError as error:
             assert "__5_0.distcp is damaged" in str(error) and "--ckpt-step" in str(error)
-            assert error.met_here_alone
             failed += 1
     assert failed >= 1
     (folder / "__9_0.distcp").write_bytes(b"new")
@@ -161,3 +158,10 @@ def test_the_checksum_is_of_the_whole_file(tmp_path: Path) -> None:
     assert checksum(tmp_path / "file", seen.append) == xxhash.xxh3_128_hexdigest(content)
     assert sum(seen) == len(content) and len(seen) == 2
     (tmp_path / "file").unlink()
+
+
+def test_a_list_that_another_rank_is_writing_is_no_file_of_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"1")
+    (tmp_path / f".{LIST.format(1)}.77.tmp").write_bytes(b"{")
+    (tmp_path / LIST.format(2)).write_bytes(b"{}")
+    assert data_files(tmp_path) == [".metadata"]

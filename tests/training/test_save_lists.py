@@ -52,11 +52,18 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
     last = [json.loads(text.splitlines()[-1]) for text in (left, right)]
     assert last[0]["loss"] == last[1]["loss"] and last[0]["grad_norm"] == last[1]["grad_norm"]
     assert check_files(save / "iter_0000004") == []  # saved again, and listed again
-    for number in (2, 4, 6):
+    described = save / "iter_0000006" / ".metadata"
+    flip(described, 30, 5)  # the newest again: what describes it
+    (save / "iter_0000004" / "__0_0.distcp").write_bytes(b"cut")
+    run = check_ran(train(save, *words, ranks=ranks, steps=8, keep=True))
+    assert f"WARNING: {described} " in run.logs[0], run.logs[0][-2000:]
+    assert "iteration 2 takes its place" in run.logs[0] and steps(save) == list(range(1, 9))
+    for number in (2, 4, 6, 8):
         file = save / f"iter_{number:07d}" / "__0_0.distcp"
         flip(file, file.stat().st_size // 2, 5)
-    run = train(save, *words, ranks=ranks, steps=8, keep=True)
-    assert run.codes[0] == 2 and "is damaged (its checksum differs)" in run.error
+    run = train(save, *words, ranks=ranks, steps=10, keep=True)
+    assert run.codes[0] == 2, run.logs[0][-3000:]
+    assert "is damaged (its checksum differs)" in run.error
 
 
 @pytest.mark.parametrize("text", [None, "", "12", b"\xff\xfe", "release"])
