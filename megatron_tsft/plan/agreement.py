@@ -18,9 +18,10 @@ _asked = 0
 
 def told_to_all(ranks: Ranks, problem: str | None) -> str | None:
     """A problem that some rank has, on every rank; None where none has one. Every rank calls it,
-    as often as the others."""
+    as often as the others. A plan for ranks that are not there (no launcher has set where they
+    meet) is one process's own."""
     global _asked
-    if ranks.size == 1:
+    if ranks.size == 1 or "MASTER_ADDR" not in os.environ:
         return problem
     if not _stores:
         store, _, _ = next(iter(rendezvous("env://", ranks.rank, ranks.size)))
