@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tsft import entry, trust
+from megatron_tsft.checkpoint.manifest import HOW
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
+from megatron_tsft.plan.checked import check_weights
+from megatron_tsft.plan.command_line import Ranks
 from megatron_tsft.teacher.folder import (
     MegatronFolder,
     TeacherFolder,
@@ -130,6 +133,13 @@ def parse(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]
         help="where the teacher is computed (default: cuda where there is a GPU)",
     )
     parser.add_argument("--no-progress", action="store_true", help="show no progress bar")
+    parser.add_argument(
+        "--verify-files",
+        choices=HOW,
+        default=HOW[0],
+        help="compare a Megatron teacher's files with their checksums first: every byte (the ranks"
+        " share it), sizes, or nothing (default: %(default)s)",
+    )
     trust.add_flag(parser)
     return parser.parse_known_args(argv)
 
@@ -168,7 +178,8 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
             from megatron_tsft.cpu import install
 
             install()
-        folder = read_megatron_folder(Path(args.teacher))
+        folder = found = read_megatron_folder(Path(args.teacher))
+        check_weights(found.path, found.checkpoint, args.verify_files, Ranks.of_environment())
     else:
         folder = read_hf_folder(Path(args.teacher))
     job = plan_job(

@@ -1,6 +1,9 @@
 """A run's checkpoints have checksums, and a damaged one is never resumed."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ import pytest
 from megatron_tsft.checkpoint.folder import TRACKER
 from megatron_tsft.checkpoint.manifest import LISTS, check_files, read_lists
 from tests.checkpoint.test_manifest import flip
-from tests.training.runs import Train, check_ran
+from tests.training.runs import CACHE_TOOL, Train, World, check_ran
 
 
 @pytest.mark.parametrize(
@@ -81,3 +84,14 @@ def test_a_tracker_that_is_gone_or_torn(
         tracker.write_bytes(text if isinstance(text, bytes) else text.encode())
     run = check_ran(train(save, *words, steps=4, keep=True))
     assert "it names iteration 2 now" in run.logs[0] and steps(save) == [1, 2, 3, 4]
+
+
+def test_a_damaged_teacher_is_not_asked(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.base, tmp_path / "teacher")
+    (file,) = (tmp_path / "teacher" / "release").glob("*.distcp")
+    flip(file, file.stat().st_size // 2, 5)
+    words = ["--teacher", tmp_path / "teacher", "--data", world.held, "--output", tmp_path / "out"]
+    line = [sys.executable, CACHE_TOOL, *words, "--top-k", "4", "--device", "cpu"]
+    done = subprocess.run([str(word) for word in line], capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "is damaged (its checksum differs)" in done.stderr.strip().splitlines()[-1]
