@@ -1,7 +1,6 @@
 """The folders that a run loads, compared with their checksums before it starts; the ranks share
-it, and agree on what they found."""
+it."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,7 +8,6 @@ from tqdm import tqdm
 from megatron_tsft import console
 from megatron_tsft.checkpoint.manifest import check_files, read_lists
 from megatron_tsft.errors import DamagedError, UserError
-from megatron_tsft.plan.agreement import told_to_all
 from megatron_tsft.plan.command_line import Ranks
 
 
@@ -24,17 +22,11 @@ def check_weights(directory: Path | str, checkpoint: Path, how: str, ranks: Rank
         ranks: each reads its share, so that every byte is read once a job.
 
     Raises:
-        DamagedError: a file of the checkpoint is missing or damaged, by name; on all ranks.
+        DamagedError: a file of the checkpoint is missing or damaged, by name; on the rank that
+            read it.
         UserError: one around it is.
     """
     share = (ranks.rank, ranks.size)
-
-    def problem_of(check: Callable[[], list[str]]) -> tuple[str | None, list[str]]:
-        try:
-            problem, unlisted = None, check()
-        except UserError as error:
-            problem, unlisted = str(error), []
-        return told_to_all(ranks, problem), unlisted
 
     def checkpoint_files() -> list[str]:
         total = sum(entry.size for entry in read_lists(checkpoint).values())
@@ -48,10 +40,13 @@ def check_weights(directory: Path | str, checkpoint: Path, how: str, ranks: Rank
         ) as bar:
             return check_files(checkpoint, how, share=share, progress=bar.update)
 
-    problem, _ = problem_of(lambda: check_files(Path(directory), how, share=share))
-    if problem is not None:
-        raise UserError(problem)
-    problem, unlisted = problem_of(checkpoint_files)
-    if problem is not None:
-        raise DamagedError(problem, checkpoint)
-    return unlisted
+    try:
+        check_files(Path(directory), how, share=share)
+        return checkpoint_files()
+    except UserError as error:
+        if ranks.size > 1:  # the others do not know of it, and none can choose another checkpoint
+            error.met_here_alone = True
+            raise
+        if str(checkpoint) in str(error):
+            raise DamagedError(str(error), checkpoint) from error
+        raise

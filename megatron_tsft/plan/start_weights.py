@@ -86,7 +86,7 @@ def find_whole_weights(
             damaged = error.checkpoint
             older = [n for n in whole_iterations(damaged.parent) if n < step_of(damaged)]
             own = bool(flags.save) and damaged.parent == Path(flags.save or "")
-            if not own or flags.ckpt_step or not older:
+            if not own or flags.ckpt_step or not older or ranks.size > 1:
                 raise
             instead = older[0]
             notes.append(f"WARNING: {error}; iteration {instead} takes its place")
