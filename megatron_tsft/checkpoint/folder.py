@@ -40,10 +40,13 @@ def tracked_folder(directory: Path | str) -> Path | None:
     """The checkpoint that the tracker file names; None where it is missing or torn, or that is not
     there."""
     said = tracked(directory)
-    if said is None:
-        return None
-    path = Path(directory) / ("release" if said == "release" else f"iter_{int(said):07d}")
-    return path if path.is_dir() else None
+    path = None if said is None else _named(directory, said)
+    return path if path is not None and path.is_dir() else None
+
+
+def _named(directory: Path | str, said: str) -> Path:
+    """The checkpoint of what a tracker file says."""
+    return Path(directory) / ("release" if said == "release" else f"iter_{int(said):07d}")
 
 
 def mend_tracker(directory: Path | str, *, write: bool) -> str:
@@ -109,7 +112,7 @@ def _newest(directory: Path) -> Path:
             f"{tracker} says {tracker.read_bytes()[:40]!r}: it must say 'release' or an iteration,"
             " correct it"
         )
-    return directory / ("release" if said == "release" else f"iter_{int(said):07d}")
+    return _named(directory, said)
 
 
 def read_metadata(checkpoint: Path | str) -> Metadata:

@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from megatron_tsft.atomic import write_text
-from megatron_tsft.errors import UserError
+from megatron_tsft.errors import DamagedError
 from megatron_tsft.inside import inside
 
 HOW = ("full", "sizes", "none")
@@ -77,7 +77,7 @@ def read_lists(folder: Path) -> dict[str, Listed]:
     """All files that are listed in a folder.
 
     Raises:
-        UserError: a list is damaged.
+        DamagedError: a list is damaged.
     """
     found: dict[str, Listed] = {}
     for path in sorted(folder.glob(LISTS)):
@@ -90,7 +90,9 @@ def read_lists(folder: Path) -> dict[str, Listed]:
                 for name, entry in values["files"].items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error!r}): {remedy(folder)}") from error
+            raise DamagedError(
+                f"{path} is damaged ({error!r}): {remedy(folder)}", folder
+            ) from error
     return found
 
 
@@ -105,14 +107,11 @@ def check_folder(
     directory: Path,
     checkpoint: Path,
     how: str = "full",
-    *,
-    share: tuple[int, int] = (0, 1),
-    progress: Callable[[int], Any] = lambda size: None,
 ) -> list[str]:
     """`check_files` of a folder and of one checkpoint in it; returns what of the checkpoint is not
     listed."""
     check_files(directory, how)
-    return check_files(checkpoint, how, share=share, progress=progress)
+    return check_files(checkpoint, how)
 
 
 def check_files(
@@ -131,7 +130,7 @@ def check_files(
         progress: called with the bytes of each chunk that was read.
 
     Raises:
-        UserError: the first file that is missing or not what was written, by name.
+        DamagedError: the first file that is missing or not what was written, by name.
     """
     if how == "none":
         return []
@@ -141,7 +140,7 @@ def check_files(
         size = path.stat().st_size if path.is_file() else None
         if size != entry.size:
             state = "is missing" if size is None else f"has {size} bytes instead of {entry.size}"
-            raise UserError(f"{path} {state}: {remedy(folder)}")
+            raise DamagedError(f"{path} {state}: {remedy(folder)}", folder)
     if how == "full":
         # the largest first, so that shares and threads end together
         ordered = sorted(listed, key=lambda name: (-listed[name].size, name))
@@ -150,7 +149,8 @@ def check_files(
             found = pool.map(lambda name: checksum(folder / name, progress), mine)
             for name, value in zip(mine, found, strict=True):
                 if value != listed[name].checksum:
-                    raise UserError(
-                        f"{folder / name} is damaged (its checksum differs): {remedy(folder)}"
+                    raise DamagedError(
+                        f"{folder / name} is damaged (its checksum differs): {remedy(folder)}",
+                        folder,
                     )
     return [name for name in data_files(folder) if name not in listed]

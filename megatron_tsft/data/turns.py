@@ -14,6 +14,7 @@ less what the generation prompt writes at their beginning.
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -256,11 +257,7 @@ class ChatTemplate:
                 )
             ends = [part.index(CLOSE) + len(CLOSE) for part in (written, rest)]
             behind, prompted = written[ends[0] :], rest[ends[1] :]
-            same = next(
-                (k for k, (x, y) in enumerate(zip(behind, prompted, strict=False)) if x != y),
-                min(len(behind), len(prompted)),
-            )
-            return common + ends[0] + same
+            return common + ends[0] + len(os.path.commonprefix([behind, prompted]))
         # an answer may begin as the prompt goes on ("<svg>", "<think>"); a mark that the prompt has
         # whole is the prompt's
         for key in ("content", *THOUGHTS):
@@ -273,8 +270,8 @@ class ChatTemplate:
 
     def _common(self, text: str, span: Span, prompt: str) -> int:
         """How many characters at the beginning of a span are those of whole tokens of `prompt`."""
-        length = min(len(prompt), span.stop - span.start)
-        found = next((k for k in range(length) if text[span.start + k] != prompt[k]), length)
+        begins = text[span.start : min(span.stop, span.start + len(prompt))]
+        found = len(os.path.commonprefix([begins, prompt]))
         if found == len(prompt):
             return found
         return max((b for b in self._borders(prompt) if b <= found), default=0)

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from megatron_tsft import console
 from megatron_tsft.checkpoint.manifest import check_files, read_lists
-from megatron_tsft.errors import DamagedError, UserError
+from megatron_tsft.errors import UserError
 from megatron_tsft.plan.command_line import Ranks
 
 
@@ -22,9 +22,8 @@ def check_weights(directory: Path | str, checkpoint: Path, how: str, ranks: Rank
         ranks: each reads its share, so that every byte is read once a job.
 
     Raises:
-        DamagedError: a file of the checkpoint is missing or damaged, by name; on the rank that
-            read it.
-        UserError: one around it is.
+        DamagedError: a file of the checkpoint, or of the folder around it, is missing or damaged,
+            by name; on the rank that read it.
     """
     share = (ranks.rank, ranks.size)
 
@@ -46,7 +45,4 @@ def check_weights(directory: Path | str, checkpoint: Path, how: str, ranks: Rank
     except UserError as error:
         if ranks.size > 1:  # the others do not know of it, and none can choose another checkpoint
             error.met_here_alone = True
-            raise
-        if str(checkpoint) in str(error):
-            raise DamagedError(str(error), checkpoint) from error
         raise

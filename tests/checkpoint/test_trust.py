@@ -117,7 +117,7 @@ def test_an_object_that_would_run_something(
 def test_random_states_are_no_pickles(imported: Path) -> None:
     """Tensors of bytes, which are what they are."""
     hide(imported, [{"random": torch.get_rng_state(), "numpy": np.random.get_state()}])
-    latest_checkpoint(imported)
+    assert latest_checkpoint(imported) == imported / "release"
 
 
 @pytest.mark.parametrize(
