@@ -1,6 +1,7 @@
 """A name never holds something half-written, whatever stops the writer, and a link stays a link."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def test_a_writer_killed_while_it_deletes_the_old_folder_leaves_the_new_one(
     target = tmp_path / "target"
     with new_directory(target) as folder:
         (folder / "a").write_text("old")
-    monkeypatch.setattr(os, "unlink", killed)  # what rmtree deletes files with
+    monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt), new_directory(target, overwrite=True) as folder:
         (folder / "a").write_text("new")
     monkeypatch.undo()
@@ -80,3 +81,47 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     write_text(path, "n\u00e9w")
     assert path.read_text(encoding="utf-8") == "n\u00e9w"
+
+
+def test_one_writer_at_a_time_and_the_second_is_told(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    with new_directory(target) as folder:
+        (folder / "a").touch()
+        for name in (target, link):  # by any name
+            with (
+                pytest.raises(UserError, match=f"{name} is in use by process {os.getpid()} on"),
+                new_directory(name, overwrite=True),
+            ):
+                raise AssertionError("not reached")
+        with new_directory(tmp_path / "target.b"):  # whose name begins like it
+            pass
+    assert [path.name for path in target.iterdir()] == ["a"]
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "target.b", "link"}
+
+
+def test_what_killed_writers_left_is_swept(tmp_path: Path) -> None:
+    for name in (".target.partial", ".target.0a.partial", ".target.0a.replaced"):
+        (tmp_path / name).mkdir()
+    with new_directory(tmp_path / "target") as folder:
+        (folder / "a").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_writer_that_was_robbed_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="was taken over"), new_directory(tmp_path / "target"):
+        (tmp_path / ".target.lock").write_text("{}")
+    assert [path.name for path in tmp_path.iterdir()] == [".target.lock"]
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_text(tmp_path / "file", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(descriptor: int) -> None:
+    raise OSError(28, "no space")

@@ -17,6 +17,7 @@ from megatron_tsft.plan.command_line import CommandLine
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.layout import Batch, check_layout
+from megatron_tsft.plan.meeting import Meeting
 from megatron_tsft.plan.pack_length import check_pack, document_multiple
 from megatron_tsft.plan.packs import DataSet, PackRules, Packs
 from megatron_tsft.plan.precision import check_precision
@@ -177,7 +178,7 @@ def epochs_text(steps: int, packs_per_epoch: int, packs_per_step: float) -> str:
     return f"{per_epoch:.4g} steps an epoch, {steps} steps are {epochs:.2f} epochs{part}"
 
 
-def make_plan(line: CommandLine, device: str) -> Plan:
+def make_plan(line: CommandLine, device: str, meeting: Meeting | None = None) -> Plan:
     """Check everything that can be checked without Megatron, and decide.
 
     Nothing is written.
@@ -185,6 +186,7 @@ def make_plan(line: CommandLine, device: str) -> Plan:
     Args:
         line: the command line.
         device: "cuda" or "cpu".
+        meeting: where the ranks of this job agree; None where the others are not there.
 
     Raises:
         UserError: something is missing, or does not fit.
@@ -218,7 +220,7 @@ def make_plan(line: CommandLine, device: str) -> Plan:
         _check_data(data, card)
     check_objectives(objectives, Trial(kind.name != "none", kind.top_k), train, held)
     local = device == "cpu" or not engine or flags.transformer_impl == "local"
-    start = find_whole_weights(config, card, flags, line.ranks, engine=not local)
+    start = find_whole_weights(config, card, flags, line.ranks, meeting, engine=not local)
     teacher = kind.find(Request(config, flags, line.ranks, card, start, used))
 
     rules = PackRules(

@@ -21,6 +21,7 @@ from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.command_line import Ranks
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
+from megatron_tsft.plan.meeting import Meeting
 from megatron_tsft.plan.same_packs import Resumed
 
 
@@ -62,38 +63,53 @@ def step_of(checkpoint: Path) -> int:
 
 
 def find_whole_weights(
-    config: TsftConfig, card: ModelCard, flags: Flags, ranks: Ranks, *, engine: bool
+    config: TsftConfig,
+    card: ModelCard,
+    flags: Flags,
+    ranks: Ranks,
+    meeting: Meeting | None = None,
+    *,
+    engine: bool,
 ) -> StartWeights:
     """`find_start_weights`, with every file compared with its checksum; where the newest checkpoint
     of the run's own folder is damaged, the newest whole one before it.
+
+    meeting: where the ranks agree which one that is; without it, a damaged one is an error.
 
     Raises:
         UserError: as `find_start_weights`; or a file is damaged, and no checkpoint can take its
             place.
     """
-    notes: list[str] = []
-    for folder in filter(None, (flags.save, flags.load if "load" in flags.named else None)):
-        if note := mend_tracker(folder, write=ranks.rank == 0):
-            notes.append(note)
+    meeting, agreed = meeting or Meeting(), meeting is not None or ranks.size == 1
+    folders = filter(None, (flags.save, flags.load if "load" in flags.named else None))
+    # rank 0 writes, before the others look
+    notes: list[str] = meeting.share(
+        lambda: [note for f in folders if (note := mend_tracker(f, write=ranks.rank == 0))]
+    )
     instead: int | None = None
     while True:
+        start, unlisted, damage = StartWeights(Path(config.model)), list[str](), None
         try:
             start = find_start_weights(config.model, card, flags, engine=engine, iteration=instead)
-            if start.checkpoint is None or start.folder is None:
-                break
-            unlisted = check_weights(start.folder, start.checkpoint, config.verify, ranks)
+            if start.checkpoint is not None and start.folder is not None:
+                unlisted = check_weights(start.folder, start.checkpoint, config.verify, ranks)
         except DamagedError as error:
-            damaged = error.checkpoint
-            older = [n for n in whole_iterations(damaged.parent) if n < step_of(damaged)]
-            own = bool(flags.save) and damaged.parent == Path(flags.save or "")
-            if not own or flags.ckpt_step or not older or ranks.size > 1:
-                raise
-            instead = older[0]
-            notes.append(f"WARNING: {error}; iteration {instead} takes its place")
-            continue
-        if unlisted and config.verify == "full":
-            notes.append(f"{start.checkpoint}: only sizes tell of {', '.join(sorted(unlisted))}")
-        break
+            damage = [str(error), str(error.checkpoint)]
+        # each rank has read its share of the files
+        found = next(filter(None, meeting.gather(damage)), None)
+        if found is None:
+            break
+        text, damaged = found[0], Path(found[1])
+        older = [n for n in whole_iterations(damaged.parent) if n < step_of(damaged)]
+        own = bool(flags.save) and damaged.parent == Path(flags.save or "")
+        if not own or flags.ckpt_step or not older or not agreed:
+            error = DamagedError(text, damaged)
+            error.met_here_alone = not agreed
+            raise error
+        instead = older[0]
+        notes.append(f"WARNING: {text}; iteration {instead} takes its place")
+    if unlisted and config.verify == "full":
+        notes.append(f"{start.checkpoint}: only sizes tell of {', '.join(sorted(unlisted))}")
     check_weights(config.model, start.base, config.verify, ranks)
     return replace(start, instead=instead, notes=tuple(notes))
 

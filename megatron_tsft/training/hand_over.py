@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_tsft import console
 from megatron_tsft.checkpoint.card import copy_card
 from megatron_tsft.errors import UserError
+from megatron_tsft.lock import Lock
 from megatron_tsft.model.target_step import TargetStep
+from megatron_tsft.plan.meeting import Meeting
 from megatron_tsft.plan.plan import Plan
 from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
@@ -22,8 +25,21 @@ from megatron_tsft.training.metrics import install_metrics
 from megatron_tsft.training.save_lists import listing
 
 
-def hand_over(args: argparse.Namespace, config: GPTModelConfig, plan: Plan) -> None:
+def hand_over(
+    args: argparse.Namespace,
+    config: GPTModelConfig,
+    plan: Plan,
+    meeting: Meeting,
+    lock: Lock | None,
+) -> None:
     """Train, evaluate and save in Megatron's loop.
+
+    Args:
+        args: Megatron's.
+        config: of the model.
+        plan: of the run.
+        meeting: of its ranks.
+        lock: of the save folder, on rank 0.
 
     Raises:
         UserError: the checkpoint's optimizer belongs to other settings.
@@ -43,12 +59,13 @@ def hand_over(args: argparse.Namespace, config: GPTModelConfig, plan: Plan) -> N
     gc.freeze()  # what is there now stays: no later collection looks at it
     gc.enable()
     try:
-        with listing(save, ranks.rank):
+        with listing(save, ranks.rank, lock):
             pretrain(
                 pretrain_cfg_container_from_args(args, config),
                 Datasets(plan.packs),
                 ModelType.encoder_or_decoder,
                 ForwardStep(step),
+                store=meeting.torchs_store(timedelta(minutes=args.distributed_timeout_minutes)),
             )
     except ValueError as error:
         # they are told apart by these (core/optimizer/optimizer.py)

@@ -1,11 +1,17 @@
 """A run from its command line to its last checkpoint: plan, start Megatron, hand over."""
 
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_tsft import console
+from megatron_tsft.lock import Lock
+from megatron_tsft.plan.command_line import CommandLine
+from megatron_tsft.plan.meeting import Meeting, meet
 from megatron_tsft.plan.plan import make_plan
 from megatron_tsft.training.hand_over import hand_over
 from megatron_tsft.training.read_flags import read_flags
+from megatron_tsft.training.save_lock import only_run_in
 from megatron_tsft.training.start import start
 from megatron_tsft.training.student import student_config
 
@@ -21,12 +27,31 @@ def run(argv: Sequence[str], device: str) -> None:
         UserError: something does not fit; nothing has been trained then, and nothing written unless
             Megatron found it while it loaded the checkpoint.
     """
-    plan = make_plan(read_flags(argv), device)
-    args = start(plan.startup)
-    config = student_config(plan, args)
-    if plan.line.ranks.rank == 0:
-        console.say(*plan.lines())
-        if plan.config.check:
-            console.say("everything fits; nothing was started (--tsft-check)")
-    if not plan.config.check:
-        hand_over(args, config, plan)
+    line = read_flags(argv)
+    meeting = meet(line.ranks)
+    with contextlib.ExitStack() as stack:
+        lock = _lock(line, meeting, stack)
+        plan = make_plan(line, device, meeting)
+        args = start(plan.startup)
+        config = student_config(plan, args)
+        if line.ranks.rank == 0:
+            console.say(*plan.lines())
+            if plan.config.check:
+                console.say("everything fits; nothing was started (--tsft-check)")
+        if not plan.config.check:
+            hand_over(args, config, plan, meeting, lock)
+
+
+def _lock(line: CommandLine, meeting: Meeting, stack: contextlib.ExitStack) -> Lock | None:
+    """The save folder's lock on rank 0, before any rank looks at what is there; None on the others,
+    and where nothing is saved."""
+    save = line.given.get("save")
+    locks: list[Lock] = []
+
+    def take() -> None:
+        # what is no folder is refused by the plan, with the reason
+        if save and not line.config.check and (Path(save).is_dir() or not Path(save).exists()):
+            locks.append(stack.enter_context(only_run_in(save)))
+
+    meeting.share(take)
+    return next(iter(locks), None)

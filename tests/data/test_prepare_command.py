@@ -228,10 +228,11 @@ def test_a_killed_run_leaves_no_folder_that_loads(
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))
     process = start(*arguments, "--workers", workers)
-    partial = tmp_path / ".out.partial"
+    partial = tmp_path / "none yet"
     family: list[psutil.Process] = []
     try:
         while process.poll() is None:
+            partial = next(tmp_path.glob(".out.*.partial"), partial)
             stream = partial / "part-00000.arrow"
             if stream.is_file() and stream.stat().st_size > 2000:  # some batches are written
                 break

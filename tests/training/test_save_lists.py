@@ -35,7 +35,7 @@ def steps(save: Path) -> list[int]:
     return [row["step"] for row in rows if row.get("split") != "heldout"]
 
 
-@pytest.mark.parametrize("ranks", [1])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
     train: Train, tmp_path: Path, ranks: int
 ) -> None:

@@ -1,0 +1,76 @@
+"""Where the ranks of a job meet before Megatron starts: a few words through torchrun's store, no
+collective."""
+
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from megatron_tsft.plan.command_line import Ranks
+
+# a rank that compares checksums comes late, and one that fails is ended by torchrun
+PATIENCE = timedelta(days=1)
+
+
+class Meeting:
+    """One process alone: what `share` and `gather` give is its own."""
+
+    def torchs_store(self, patience: timedelta) -> Any:
+        """The store for torch's process group, which meets there, too; None: its own."""
+        return None
+
+    def share(self, what: Callable[[], Any]) -> Any:
+        """What rank 0 makes of it (JSON), on all ranks."""
+        return what()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (JSON), in their order, on all ranks."""
+        return [value]
+
+
+class StoreMeeting(Meeting):
+    """Several ranks, which call the same methods in the same order."""
+
+    def __init__(self, ranks: Ranks):
+        from torch.distributed import PrefixStore, rendezvous
+
+        whole, *_ = next(rendezvous("env://", ranks.rank, ranks.size))
+        whole.set_timeout(PATIENCE)
+        # what torchrun starts again may meet the same store
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._ranks, self._times, self._whole = ranks, 0, whole
+        self._store = PrefixStore(f"tsft/{attempt}", whole)
+        self._torchs = PrefixStore(f"torch/{attempt}", whole)
+
+    def torchs_store(self, patience: timedelta) -> Any:
+        """The store for torch's process group; ours is not for use afterwards."""
+        self._whole.set_timeout(patience)
+        return self._torchs
+
+    def share(self, what: Callable[[], Any]) -> Any:
+        """What rank 0 makes of it (JSON), on all ranks."""
+        key = self._key()
+        if self._ranks.rank == 0:
+            value = what()
+            self._store.set(key, json.dumps(value))
+            return value
+        return json.loads(self._store.get(key))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (JSON), in their order, on all ranks."""
+        key, ranks = self._key(), self._ranks
+        self._store.set(f"{key}/{ranks.rank}", json.dumps(value))
+        # rank 0 reads them, so that a large job does not ask for the square of its ranks
+        return self.share(
+            lambda: [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(ranks.size)]
+        )
+
+    def _key(self) -> str:
+        self._times += 1
+        return str(self._times)
+
+
+def meet(ranks: Ranks) -> Meeting:
+    """Where the ranks of this job meet."""
+    return StoreMeeting(ranks) if ranks.size > 1 else Meeting()
