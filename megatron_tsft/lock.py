@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_tsft.errors import UserError
 
 BEAT = 10.0  # seconds between signs of life
 STALE = 60.0  # seconds without one after which a holder that cannot be asked is dead
+INSIDE = ".tsft_lock"  # the lock file of a folder that jobs write into, in it
 LOOK = 0.5  # seconds between two looks at a lock that somebody holds
 
 
@@ -165,6 +167,33 @@ class Lock:
                 return
             with contextlib.suppress(OSError):  # a disk that does not answer is not another holder
                 os.utime(self._path)
+
+
+@contextlib.contextmanager
+def hold_inside(folder: Path, what: str, **options: Any) -> Iterator[Lock]:
+    """`hold` by a file in the folder itself, which is made where it is missing; one that was made
+    and stays empty is removed again.
+
+    Raises:
+        UserError: somebody else holds it, or the folder cannot be written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(hold(folder / INSIDE, what, **options))
+        except OSError as error:
+            raise UserError(
+                f"{what} cannot be written ({error.strerror}): name another folder, or mend this"
+                " one"
+            ) from error
+        try:
+            yield lock
+        finally:
+            stack.close()
+            with contextlib.suppress(OSError):
+                for path in made:
+                    path.rmdir()
 
 
 @contextlib.contextmanager

@@ -21,8 +21,10 @@ from megatron_tsft import entry, trust
 from megatron_tsft.checkpoint.manifest import HOW
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
+from megatron_tsft.lock import hold_inside
 from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.command_line import Ranks
+from megatron_tsft.plan.meeting import meet
 from megatron_tsft.teacher.folder import (
     MegatronFolder,
     TeacherFolder,
@@ -194,17 +196,12 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         shard_bytes=args.shard_bytes,
     )
     writer = CacheWriter(args.output, job.identity, job.plan)
-    if rank == 0:
-        writer.begin()
-    if writer.finished:
-        TeacherCache.load(args.output)
-        if rank == 0:
-            print(f"{args.output} is finished already: nothing to do")
-        return 0
-    if rank == 0:
-        announce(job, writer)
     started = time.monotonic()
     with contextlib.ExitStack() as stack:
+        meeting = meet(Ranks.of_environment())  # its store lives until the end
+        if meeting.share(lambda: begin(writer, job, stack)):
+            TeacherCache.load(args.output)
+            return 0
         teacher = load_teacher(job, flags, device, stack)
         try:
             tokens = fill(writer, teacher, progress=rank == 0 and not args.no_progress)
@@ -214,6 +211,21 @@ def run(args: argparse.Namespace, flags: list[str]) -> int:
         if rank == 0:
             finish(writer, tokens * teacher.share.ranks / (time.monotonic() - started))
     return 0
+
+
+def begin(writer: CacheWriter, job: CacheJob, stack: contextlib.ExitStack) -> bool:
+    """On rank 0: take the folder's lock, which `stack` gives back, and make the plan there; whether
+    the cache is finished already."""
+    folder = writer.directory
+    # what is no folder is refused below; one that is finished is only read
+    if not writer.finished and (folder.is_dir() or not folder.exists()):
+        stack.enter_context(hold_inside(folder, f"--output {folder}"))
+    writer.begin()
+    if writer.finished:
+        print(f"{folder} is finished already: nothing to do")
+        return True
+    announce(job, writer)
+    return False
 
 
 def load_teacher(

@@ -16,6 +16,7 @@ from megatron_tsft.atomic import fsync_path, write_text
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
+from megatron_tsft.lock import INSIDE
 from megatron_tsft.teacher.format import (
     CARD_FILE,
     PLAN_FILE,
@@ -143,13 +144,14 @@ class CacheWriter:
         return any(path not in self._temporary() for path in self.directory.iterdir())
 
     def _temporary(self) -> list[Path]:
-        patterns = (".shard-*.tmp", f".{PLAN_FILE}.*.tmp", f".{CARD_FILE}.*.tmp")
+        patterns = (INSIDE, ".shard-*.tmp", f".{PLAN_FILE}.*.tmp", f".{CARD_FILE}.*.tmp")
         return [path for pattern in patterns for path in self.directory.glob(pattern)]
 
     def _sweep(self) -> None:
         """Remove what a killed job left half-written; only while no other rank writes."""
         for path in self._temporary():
-            path.unlink()
+            if path.name != INSIDE:
+                path.unlink()
 
     def _sample_id(self, index: int) -> str:
         data: PreparedData = self.plan.data[self.plan.of[index]]

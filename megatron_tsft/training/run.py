@@ -2,16 +2,13 @@
 
 import contextlib
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_tsft import console
-from megatron_tsft.lock import Lock
-from megatron_tsft.plan.command_line import CommandLine
-from megatron_tsft.plan.meeting import Meeting, meet
+from megatron_tsft.plan.meeting import meet
 from megatron_tsft.plan.plan import make_plan
 from megatron_tsft.training.hand_over import hand_over
 from megatron_tsft.training.read_flags import read_flags
-from megatron_tsft.training.save_lock import only_run_in
+from megatron_tsft.training.save_lock import lock_save_folder
 from megatron_tsft.training.start import start
 from megatron_tsft.training.student import student_config
 
@@ -30,7 +27,7 @@ def run(argv: Sequence[str], device: str) -> None:
     line = read_flags(argv)
     meeting = meet(line.ranks)
     with contextlib.ExitStack() as stack:
-        lock = _lock(line, meeting, stack)
+        lock = lock_save_folder(line, meeting, stack)
         plan = make_plan(line, device, meeting)
         args = start(plan.startup)
         config = student_config(plan, args)
@@ -40,18 +37,3 @@ def run(argv: Sequence[str], device: str) -> None:
                 console.say("everything fits; nothing was started (--tsft-check)")
         if not plan.config.check:
             hand_over(args, config, plan, meeting, lock)
-
-
-def _lock(line: CommandLine, meeting: Meeting, stack: contextlib.ExitStack) -> Lock | None:
-    """The save folder's lock on rank 0, before any rank looks at what is there; None on the others,
-    and where nothing is saved."""
-    save = line.given.get("save")
-    locks: list[Lock] = []
-
-    def take() -> None:
-        # what is no folder is refused by the plan, with the reason
-        if save and not line.config.check and (Path(save).is_dir() or not Path(save).exists()):
-            locks.append(stack.enter_context(only_run_in(save)))
-
-    meeting.share(take)
-    return next(iter(locks), None)
