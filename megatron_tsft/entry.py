@@ -5,13 +5,14 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_tsft.errors import UserError
+from megatron_tsft.errors import Interrupted, UserError
 from megatron_tsft.trust import trusting
 
 INTERRUPTED = 130  # as shells say it
@@ -38,7 +39,11 @@ def run_command(
         with trusting(trust):
             return body()
     except UserError as error:
-        return report(str(error), everywhere=not error.met_here_alone)
+        everywhere = error.met_by_all or not (error.met_here_alone or _in_group())
+        return report(str(error), everywhere=everywhere)
+    except Interrupted as stop:
+        text = str(stop) or f"{name} stopped by {signal.Signals(stop.number).name}{left}".strip()
+        return report(text, status=128 + stop.number, silent=os.environ.get("RANK", "0") != "0")
     except KeyboardInterrupt:
         return report(f"{name} stopped: interrupted{left}".strip(), status=INTERRUPTED)
     except BrokenPipeError:  # nobody reads any more, as behind `| head -1`
@@ -59,18 +64,23 @@ def defect(error: Exception) -> int:
     return report(f"{type(error).__name__}: {text}" if text else type(error).__name__, status=1)
 
 
-def report(message: str, *, everywhere: bool = False, status: int = 2) -> int:
+def report(message: str, *, everywhere: bool = False, status: int = 2, silent: bool = False) -> int:
     """Say an error on standard error and in torchrun's closing summary; returns `status`.
 
-    everywhere: every rank met it; rank 0 says it, and torchrun ends the others.
+    Args:
+        message: what was wrong.
+        everywhere: every rank met it; rank 0 says it, and torchrun ends the others.
+        status: of the process.
+        silent: another rank says it, and this one only torchrun.
     """
     message = " ".join(message.split())
     rank, text = os.environ.get("RANK", "0"), f"error: {message}"
     if rank != "0":
-        if everywhere and not _in_group():
+        if everywhere:
             time.sleep(PATIENCE)
         text = f"error (rank {rank}): {message}"
-    print(text, file=sys.stderr, flush=True)
+    if not silent:
+        print(text, file=sys.stderr, flush=True)
     # torch/distributed/elastic/multiprocessing/errors
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}

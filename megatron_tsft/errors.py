@@ -8,9 +8,11 @@ class UserError(ValueError):
     wrong, with the value, and what to do.
 
     met_here_alone: other ranks do not know of it, so this one must say it at once.
+    met_by_all: the ranks have agreed on it, so rank 0 says it.
     """
 
     met_here_alone = False
+    met_by_all = False
 
     def __init__(self, message: str):
         # torch raises a data loader worker's error once more, with the worker's traceback for a
@@ -26,3 +28,12 @@ class DamagedError(UserError):
     def __init__(self, message: str, checkpoint: Path):
         super().__init__(message)
         self.checkpoint = checkpoint
+
+
+class Interrupted(BaseException):
+    """A signal ended the command, and no library is to catch it; the message says what has become
+    of the work."""
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message)
+        self.number = number

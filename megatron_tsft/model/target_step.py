@@ -9,6 +9,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
+from megatron_tsft.errors import UserError
 from megatron_tsft.loss.records import Tail
 from megatron_tsft.model.loss_reduction import reduce_loss
 from megatron_tsft.model.output_hook import LossContext, q_target_output
@@ -66,6 +67,8 @@ class TargetStep:
         self.where, self.check_nan, self.fuse_head = where, check_nan, fuse_head
         self.tail: Tail = tail
         self.refresh = refresh
+        self.step = -1
+        self._indices: list[Tensor] = []  # of the packs of this step, on this rank
 
     @staticmethod
     def of_plan(plan: Plan, *, check_nan: bool) -> "TargetStep":
@@ -95,6 +98,10 @@ class TargetStep:
         place = groups.cp_rank, groups.cp_size
         batch = MicroBatch.from_packs(packs, self.device, self.tail, *place)
         self.objectives.set_step(step)
+        if model.training:
+            if step != self.step:
+                self.step, self._indices = step, []
+            self._indices.append(batch.index)
         if self.refresh and model.training and step % self.refresh == 0:
             unwrapped: Any = unwrap_model(model)
             unwrapped.take_reference(step)
@@ -120,13 +127,28 @@ class TargetStep:
         samples_share: 1 / (micro-batches * data-parallel ranks).
 
         Raises:
-            RuntimeError: a loss in training is not finite; the message names the conversations.
+            UserError: a loss in training is not finite; the message names the step, the rank and
+                the conversations.
         """
         loss, tokens, metrics = reduce_loss(context, samples_share, output)
         if self.check_nan and context.training and not bool(torch.isfinite(loss)):
-            where = "; ".join(self.where(index) for index in context.batch.index)
-            raise RuntimeError(f"the loss of a micro-batch is {float(loss)}: {where}")
+            raise self._not_finite(float(loss), context.batch)
         return loss, tokens, metrics
+
+    def held(self) -> list[str]:
+        """What the micro-batches of this step held so far, on this rank."""
+        return [self.where(int(index)) for indices in self._indices for index in indices]
+
+    def _not_finite(self, loss: float, batch: MicroBatch) -> UserError:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        where = "; ".join(self.where(int(index)) for index in batch.index)
+        error = UserError(
+            f"step {self.step + 1}, rank {rank}: the loss of a micro-batch is {loss} ({where}):"
+            " nothing of this step is saved, the same command goes on from the last checkpoint"
+            " (from an earlier one with --ckpt-step); lower --lr, or leave these conversations out"
+        )
+        error.met_here_alone = True
+        return error
 
 
 def run_packed(

@@ -116,6 +116,13 @@ class TsftConfig:
         " before they are used: every byte (the ranks share it), sizes, or nothing.",
         choices=HOW,
     )
+    stop_at_spike: float = flag(
+        0.0,
+        "Stop, before it is saved, at a step whose negative log-likelihood is more than X times the"
+        " median of the 20 steps before it. Without this flag no spike stops the run.",
+        type=float,
+        metavar="X",
+    )
     trust: bool = flag(
         False,
         "Trust whoever wrote the folders: run a tokenizer's or model's own Python, read pickles of"

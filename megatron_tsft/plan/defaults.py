@@ -18,6 +18,10 @@ EVERY_RUN = {
     "dataloader_type": "single",  # its order is a function of the consumed samples alone
     "tokenizer_type": "NullTokenizer",  # the data is tokenized already
     "log_interval": 1,
+    # a number that is not finite ends the step at once, on the rank that has it; Megatron's own way
+    # (--rerun-mode validate_results) looks at no first step, and saves before it ends with 16 or 17
+    "rerun_mode": "disabled",
+    "initial_loss_scale": 2.0**12,  # Megatron's 2^32 skips the first twenty steps of fp16
     # a resumed run follows its flags, also where --train-iters has grown
     "override_opt_param_scheduler": True,
     "hidden_dropout": 0.0,

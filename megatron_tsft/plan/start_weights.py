@@ -35,6 +35,7 @@ class StartWeights:
         folder: that run's folder, which `--load` has to be.
         resuming: --save holds it, which wins over --load and --finetune.
         anew: only its weights are taken.
+        fresh_optimizer: no state of the optimizer is loaded.
         resumed: the checkpoint whose place in the data the run goes on from, or None.
         instead: the iteration that is loaded in place of newer ones, which are damaged; None where
             the tracker file or the user decides.
@@ -46,6 +47,7 @@ class StartWeights:
     folder: str | None = None
     resuming: bool = False
     anew: bool = False
+    fresh_optimizer: bool = True
     resumed: Resumed | None = None
     instead: int | None = None
     notes: tuple[str, ...] = ()
@@ -167,7 +169,8 @@ def find_start_weights(
         resumed = Resumed(checkpoint, folder, saved_arguments(checkpoint))
         if not fresh and card.megatron_arguments.get("num_experts"):
             _check_expert_optimizer(resumed, flags.expert_model_parallel_size)
-    return StartWeights(base, checkpoint, folder, resuming, anew, resumed)
+    fresh = fresh or checkpoint.name == "release"
+    return StartWeights(base, checkpoint, folder, resuming, anew, fresh, resumed)
 
 
 def _has_checkpoint(folder: str | None) -> bool:
@@ -191,7 +194,10 @@ def _check_states(
             " tools/convert_checkpoint.py and import that (the optimizer's state stays behind)"
         )
     saved = any(key.startswith(("optimizer", "chained_")) for key in keys)
-    if checkpoint.name != "release" and optimizer and not saved:
+    if checkpoint.name == "release" or not optimizer or saved:
+        return
+    before = saved_arguments(checkpoint)  # plain descent has no tensors
+    if before.get("optimizer") != "sgd" or before.get("no_save_optim"):
         raise UserError(
             f"{checkpoint} was saved without optimizer state: pass --load {folder} --finetune and"
             " another --save"

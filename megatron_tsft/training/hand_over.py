@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import signal
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_tsft import console
 from megatron_tsft.checkpoint.card import copy_card
-from megatron_tsft.errors import UserError
+from megatron_tsft.errors import Interrupted, UserError
 from megatron_tsft.lock import Lock
 from megatron_tsft.model.target_step import TargetStep
 from megatron_tsft.plan.meeting import Meeting
@@ -23,6 +24,9 @@ from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
 from megatron_tsft.training.metrics import install_metrics
 from megatron_tsft.training.save_lists import listing
+from megatron_tsft.training.stop_signals import StopSignals
+from megatron_tsft.training.watch import Watch
+from megatron_tsft.training.watching import watching
 
 
 def hand_over(
@@ -53,13 +57,33 @@ def hand_over(
         console.keep_log(Path(save) / "logs" / f"rank-{ranks.rank:05d}.txt", title)
         if ranks.rank == 0:
             console.say(f"log: {save}/logs/ has all that Megatron says, a file for each rank")
-    if ranks.rank == ranks.size - 1:
-        install_metrics(args, plan)
     step = TargetStep.of_plan(plan, check_nan=args.check_for_nan_in_loss_and_grad)
+    signals, names = StopSignals(), " and ".join(map(repr, plan.objectives.members))
+    watch = Watch(step.held, signals, objective=names, spike=plan.config.stop_at_spike)
+    if ranks.rank == ranks.size - 1:
+        install_metrics(args, plan, lambda: watch.learning_rate)
+    # its handler in the workers of data loaders, ours in this process
+    asked, args.exit_signal_handler = args.exit_signal_handler, True
+
+    def before_save(model: Any, optimizer: Any) -> bool:
+        if lock is not None:
+            lock.check()
+        if plan.start.fresh_optimizer and not watch.updated:
+            # such a checkpoint has no optimizer state, and Megatron could not load it
+            if ranks.rank == 0:
+                console.say(f"step {watch.step} is not saved: fp16 has skipped all steps so far")
+            return False
+        watch.check_finite(model, optimizer, plan.device)
+        return True
+
     gc.freeze()  # what is there now stays: no later collection looks at it
     gc.enable()
     try:
-        with listing(save, ranks.rank, lock):
+        with (
+            signals.installed(*([args.exit_signal] if asked else [])),
+            watching(watch, plan.device),
+            listing(save, ranks.rank, before_save),
+        ):
             pretrain(
                 pretrain_cfg_container_from_args(args, config),
                 Datasets(plan.packs),
@@ -67,6 +91,15 @@ def hand_over(
                 ForwardStep(step),
                 store=meeting.torchs_store(timedelta(minutes=args.distributed_timeout_minutes)),
             )
+    except SystemExit as stop:
+        if signals.received is not None:
+            kept = "nothing is kept (no --save)"
+            if save:
+                kept = f"saved step {watch.step} in {save}; the same command goes on"
+            name = signal.Signals(signals.received).name
+            raise Interrupted(signals.received, f"stopped by {name}: {kept}") from stop
+        watch.check_trained(anew=not plan.start.step)
+        raise
     except ValueError as error:
         # they are told apart by these (core/optimizer/optimizer.py)
         if "Could not find parameter group" not in str(error):
@@ -76,6 +109,7 @@ def hand_over(
             f"{load} was trained with another --lr, --min-lr or weight decay: pass the same, or"
             f" start anew from its weights with --load {load} --finetune and another --save"
         ) from error
+    watch.check_trained(anew=not plan.start.step)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -33,14 +33,20 @@ TRAIN = {
 HELDOUT = {"loss validation": "loss", "nll validation": "nll"}
 
 
-def install_metrics(args: argparse.Namespace, plan: Plan) -> None:
-    """Put our writer where Megatron looks for TensorBoard's; on the last rank."""
+def install_metrics(
+    args: argparse.Namespace, plan: Plan, learning_rate: Callable[[], float | None]
+) -> None:
+    """Put our writer where Megatron looks for TensorBoard's; on the last rank.
+
+    learning_rate: of the step that is written.
+    """
     interval, args.tensorboard_log_interval = args.tensorboard_log_interval, 1
     held = plan.packs.evaluation
     global_vars._GLOBAL_TENSORBOARD_WRITER = MetricsWriter(
         MetricsFile(Path(args.save) / FILE if args.save else None),
         global_vars._GLOBAL_TENSORBOARD_WRITER,
         active_seconds=active_seconds,
+        learning_rate=learning_rate,
         interval=interval,
         print_interval=args.log_interval,
         eval_tokens=0 if held is None else int(held.supervised.sum()),
@@ -70,6 +76,7 @@ class MetricsWriter:
         inner: Any,
         *,
         active_seconds: Callable[[], float],
+        learning_rate: Callable[[], float | None] = lambda: None,
         interval: int,
         eval_tokens: int,
         print_interval: int = 1,
@@ -80,6 +87,8 @@ class MetricsWriter:
             file: where rows go.
             inner: the real TensorBoard writer, or None.
             active_seconds: seconds of training so far, evaluations and saves left out.
+            learning_rate: that the step was made with, which Megatron's next one replaces: it asks
+                the scheduler after the step; None where it is not known.
             interval: steps between TensorBoard's values; the file gets every step.
             eval_tokens: supervised tokens of an evaluation.
             print_interval: steps between the lines on the console.
@@ -90,12 +99,15 @@ class MetricsWriter:
         self.print_interval, self.extra = print_interval, tuple(extra)
         self._names = TRAIN | {name: name for name in extra}
         self._active_seconds, self._seconds = active_seconds, 0.0
+        self._learning_rate = learning_rate
         self._row: dict[str, Any] = {}
         self._heldout: dict[str, Any] = {}
 
     def add_scalar(self, name: str, value: Any, step: int, *args: Any, **kwargs: Any) -> None:
         """One value of one step. The gradient norm completes a row; a step that fp16 skips has
         none."""
+        if name == "learning-rate" and (own := self._learning_rate()) is not None:
+            value = own
         if self._row and (name in HELDOUT or name in self._names and step != self._row["step"]):
             self._finish_step()
         if name in self._names:

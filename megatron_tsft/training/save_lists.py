@@ -3,6 +3,7 @@ beside the training."""
 
 import contextlib
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from megatron.training import checkpointing, training
 
 from megatron_tsft import console
 from megatron_tsft.checkpoint.manifest import LISTS, data_files, write_list
-from megatron_tsft.lock import Lock
 
 
 def own_files(checkpoint: Path, rank: int) -> list[str]:
@@ -60,9 +60,11 @@ class SaveLists:
 
 
 @contextlib.contextmanager
-def listing(save: str | None, rank: int, lock: Lock | None = None) -> Any:
-    """Inside, Megatron's saves are followed by lists; at the end all are written. A lock (rank 0's)
-    that another run has taken over ends the run before the save.
+def listing(
+    save: str | None, rank: int, before: Callable[[Any, Any], bool] = lambda model, optimizer: True
+) -> Any:
+    """Inside, Megatron's saves are followed by lists; at the end all are written. `before` is asked
+    with the model's chunks and the optimizer whether to save; it may raise.
 
     Megatron has no hook behind a save: the names that its loop calls are wrapped
     (training/training.py imports `save_checkpoint`; checkpointing.py hands an asynchronous save to
@@ -76,8 +78,8 @@ def listing(save: str | None, rank: int, lock: Lock | None = None) -> Any:
     pending: list[int] = []  # the iteration whose asynchronous save is being scheduled
 
     def saved(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        if lock is not None:
-            lock.check()
+        if not before(*args[:2]):
+            return None
         lists.before(iteration)
         pending[:] = [iteration]
         result = save_checkpoint(iteration, *args, **kwargs)

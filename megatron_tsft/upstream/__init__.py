@@ -15,6 +15,7 @@ from megatron_tsft.upstream import (
     rope_factor,
     save_queue,
     sequence_parallel_norm,
+    sgd_resume,
 )
 
 DEFECTS: tuple[ModuleType, ...] = (
@@ -23,6 +24,7 @@ DEFECTS: tuple[ModuleType, ...] = (
     optimizer_resume,
     rope_factor,
     moe_norm_key,
+    sgd_resume,
 )
 SYNCHRONOUS_SAVES: tuple[ModuleType, ...] = (save_queue,)
 
