@@ -75,7 +75,7 @@ def report(message: str, *, everywhere: bool = False, status: int = 2, silent: b
     """
     message = " ".join(message.split())
     rank, text = os.environ.get("RANK", "0"), f"error: {message}"
-    if rank != "0":
+    if rank != "0" and not silent:
         if everywhere:
             time.sleep(PATIENCE)
         text = f"error (rank {rank}): {message}"

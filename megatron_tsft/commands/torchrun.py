@@ -1,38 +1,83 @@
-"""torchrun, with the error that stopped a run as the last line on the screen.
+"""torchrun, with the error that stopped a run as the last line on the screen, and with ranks that
+may save when it is stopped.
 
 torchrun's own summary ends in a frame of twenty lines with the error somewhere inside. This takes
 the same flags, starts the same agent (torch/distributed/run.py) and says last what the first rank
 that failed has written of its error.
 """
 
+import contextlib
+import json
 import os
 import signal
 import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from megatron_tsft.entry import INTERRUPTED
+PATIENCE = 24 * 3600  # seconds for a save; whoever wants less says it twice
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Start the ranks and wait; the exit status is that of the first rank that failed."""
+    """Start the ranks and wait; the exit status is that of the first rank that failed, or 128 and
+    the signal's number."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    said: list[str] = []
     try:
-        run(parse_args(sys.argv[1:] if argv is None else argv))
+        with ranks_may_save(said):
+            run(parse_args(sys.argv[1:] if argv is None else argv))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         print(last_words(rank, failure), file=sys.stderr, flush=True)
         return failure.exitcode if failure.exitcode > 0 else 1
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            return INTERRUPTED
-        print(f"error: stopped by {error.sigval.name}", file=sys.stderr, flush=True)
+        text = said[0] if said else f"error: stopped by {error.sigval.name}"
+        print(text, file=sys.stderr, flush=True)
         return 128 + error.sigval
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return 128 + signal.SIGINT
     return 0
+
+
+@contextlib.contextmanager
+def ranks_may_save(said: list[str]) -> Iterator[None]:
+    """Inside, the agent waits for its ranks after it has handed a signal on to them, where torch's
+    kills them after 30 seconds (elastic/multiprocessing/api.py, SubprocessContext._close); a second
+    signal kills them. What they said last is added to `said`."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException, SubprocessContext
+
+    close = SubprocessContext._close
+
+    def patient(self: Any, death_sig: signal.Signals, timeout: int = 30) -> None:
+        if not isinstance(sys.exception(), SignalException):  # a rank has failed
+            close(self, death_sig, timeout)
+            return
+        text = f"{death_sig.name}: the ranks save and end; the same signal again kills them"
+        print(text, file=sys.stderr, flush=True)
+        try:
+            close(self, death_sig, PATIENCE)
+        except SignalException:
+            close(self, signal.SIGKILL, timeout)
+            raise
+        said.extend(words_of(self.error_files))
+
+    SubprocessContext._close = patient
+    try:
+        yield
+    finally:
+        SubprocessContext._close = close
+
+
+def words_of(files: Mapping[int, str]) -> list[str]:
+    """What ranks wrote into their error files, the first rank's first."""
+    found = []
+    for _, name in sorted(files.items()):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            found.append(str(json.loads(Path(name).read_text())["message"]["message"]))
+    return found
 
 
 def last_words(rank: int, failure: Any) -> str:

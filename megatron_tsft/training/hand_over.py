@@ -62,8 +62,8 @@ def hand_over(
     watch = Watch(step.held, signals, objective=names, spike=plan.config.stop_at_spike)
     if ranks.rank == ranks.size - 1:
         install_metrics(args, plan, lambda: watch.learning_rate)
-    # its handler in the workers of data loaders, ours in this process
-    asked, args.exit_signal_handler = args.exit_signal_handler, True
+    # with it, Megatron has workers of data loaders ignore what ends them; `watching` sets it again
+    asked, args.exit_signal_handler = args.exit_signal_handler, False
 
     def before_save(model: Any, optimizer: Any) -> bool:
         if lock is not None:
@@ -93,6 +93,8 @@ def hand_over(
             )
     except SystemExit as stop:
         if signals.received is not None:
+            if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # torchrun ends all when the first has ended
             kept = "nothing is kept (no --save)"
             if save:
                 kept = f"saved step {watch.step} in {save}; the same command goes on"

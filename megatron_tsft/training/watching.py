@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.training import global_vars, training
+from megatron.training import get_args, global_vars, training
 
 from megatron_tsft.training.watch import Watch
 
@@ -20,6 +20,7 @@ def watching(watch: Watch, device: torch.device | str) -> Iterator[None]:
 
     def watched(*args: Any, iteration: int, **kwargs: Any) -> Any:
         model, optimizer = args[2:4]
+        get_args().exit_signal_handler = True
         watch.before(iteration + 1, training.get_canonical_lr_for_logging(optimizer.param_groups))
         try:
             result = train_step(*args, iteration=iteration, **kwargs)
