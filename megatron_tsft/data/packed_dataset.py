@@ -107,6 +107,16 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
             counts[piece] = mask[first : first + int(positions[piece])].sum()
         return counts
 
+    @functools.cached_property
+    def mute(self) -> int:
+        """Conversations that were cut before their first supervised token."""
+        if self.pieces.split:
+            return 0
+        cut = np.flatnonzero(self.pieces.positions < self.data.lengths - 1)
+        masks = (self.data.row(row).loss_mask for row in cut.tolist())
+        ends = self.pieces.positions[cut].tolist()
+        return sum(not mask[1 : end + 1].any() for mask, end in zip(masks, ends, strict=True))
+
     def supervised_tokens(self, index: int) -> int:
         """Supervised tokens of one pack."""
         return int(self.supervised[self._pack(index)].sum())

@@ -116,6 +116,19 @@ class TsftConfig:
         " before they are used: every byte (the ranks share it), sizes, or nothing.",
         choices=HOW,
     )
+    keep_last: int = flag(
+        0,
+        "Keep the newest N whole checkpoints of --save and delete older ones when a new one is"
+        " complete. Without this flag all are kept.",
+        type=int,
+        metavar="N",
+    )
+    keep_every: int = flag(
+        0,
+        "With --tsft-keep-last, also keep the checkpoints of every K-th step.",
+        type=int,
+        metavar="K",
+    )
     stop_at_spike: float = flag(
         0.0,
         "Stop, before it is saved, at a step whose negative log-likelihood is more than X times the"

@@ -21,7 +21,7 @@ from megatron_tsft.plan.meeting import Meeting
 from megatron_tsft.plan.pack_length import check_pack, document_multiple
 from megatron_tsft.plan.packs import DataSet, PackRules, Packs
 from megatron_tsft.plan.precision import check_precision
-from megatron_tsft.plan.refused import check_refused_flags
+from megatron_tsft.plan.refused import check_numbers, check_refused_flags
 from megatron_tsft.plan.run_objectives import (
     RunObjectives,
     Trial,
@@ -117,12 +117,19 @@ class Plan:
         """Of the whole run."""
         return self.flags.train_iters or (self.flags.train_samples or 0) // self.batch.size
 
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint has made all steps already."""
+        return self.start.resumed is not None and self.start.step >= self.steps
+
     def lines(self) -> list[str]:
         """The plan for a person, a few lines."""
         weights = f"{self.config.model}, imported"
         if self.start.checkpoint is not None:
             anew = ", as a new run" if self.start.anew else ""
             weights = f"{self.start.folder}, {self.start.step} steps{anew}"
+        if self.finished:
+            weights += ", which are all of this run: a larger --train-iters goes on"
         saves = "nowhere"
         if self.flags.save:
             saves = f"{self.flags.save}, every {self.flags.save_interval} steps and at the end"
@@ -159,6 +166,8 @@ class Plan:
         full = 100 * int(packs.pieces.positions.sum()) / (packs.packs * length)
         padded = f"padded to multiples of {multiple}, " if multiple > 1 else ""
         cut = f"{packs.pieces.long} truncated"
+        if packs.mute:
+            cut += f" ({packs.mute} of them before the first token to learn)"
         if packs.pieces.split:
             parts = len(packs.pieces.rows) - len(packs.data) + packs.pieces.long
             cut = f"{packs.pieces.long} split into {parts}"
@@ -193,6 +202,7 @@ def make_plan(line: CommandLine, device: str, meeting: Meeting | None = None) ->
     """
     config = line.config
     check_refused_flags(line)
+    check_numbers(line)
     _check_required(line)
     load_plugins(config.plugin)
     sources = parse_sources(config.data)
@@ -235,6 +245,12 @@ def make_plan(line: CommandLine, device: str, meeting: Meeting | None = None) ->
     ]
     evaluation = None if held is None else DataSet(held, 1.0, objectives.evaluation.reads_teacher)
     packs = Packs(members, evaluation, rules, batch, teacher.records)
+    for part in packs.members:
+        if part.mute == len(part.data):
+            raise UserError(
+                f"--seq-length {flags.pack_length} cuts each of the {part.mute} conversations of"
+                f" {part.data.directory} before its first token to learn: raise it"
+            )
     if start.resumed is not None:
         check_same_packs(start.resumed, packs, batch.size, flags.context_parallel_size)
     return Plan(line, device, flags, card, batch, packs, objectives, teacher, start, assumed)

@@ -1,7 +1,10 @@
 """Megatron's flags that cannot work here, each with its reason."""
 
+import math
+
 from megatron_tsft.errors import UserError
 from megatron_tsft.plan.command_line import CommandLine
+from megatron_tsft.plan.config import destination, option
 
 REFUSED: dict[str, str] = {
     "sft": (
@@ -79,6 +82,31 @@ ONLY = {
     "dataloader_type": ("single", "only single resumes exactly"),
     "ckpt_format": ("torch_dist", "only torch_dist loads in any layout"),
 }
+
+
+def check_numbers(line: CommandLine) -> None:
+    """Raise UserError for a number of our own flags that means nothing."""
+    config = line.config
+    lowest = {"keep_last": 1, "keep_every": 1, "reference_refresh": 0, "document_multiple": 0}
+    for name, least in lowest.items():
+        value = getattr(config, name)
+        if destination(name) in line.given and value < least:
+            raise UserError(f"{option(name)} {value}: pass at least {least}, or leave it out")
+    if config.keep_every and not config.keep_last:
+        raise UserError(
+            f"--tsft-keep-every {config.keep_every} does nothing alone, all checkpoints are kept:"
+            " add --tsft-keep-last"
+        )
+    if destination("stop_at_spike") in line.given and not 1 < config.stop_at_spike < math.inf:
+        raise UserError(
+            f"--tsft-stop-at-spike {config.stop_at_spike}: pass a number above 1, such as 3, or"
+            " leave it out"
+        )
+    if "save_retain_interval" in line.given and config.keep_last:
+        raise UserError(
+            "--save-retain-interval and --tsft-keep-last both delete checkpoints: leave one out"
+            " (--tsft-keep-every keeps every K-th)"
+        )
 
 
 def check_refused_flags(line: CommandLine) -> None:

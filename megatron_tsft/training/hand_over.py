@@ -23,6 +23,7 @@ from megatron_tsft.plan.plan import Plan
 from megatron_tsft.training.datasets import Datasets
 from megatron_tsft.training.forward_step import ForwardStep
 from megatron_tsft.training.metrics import install_metrics
+from megatron_tsft.training.old_checkpoints import Kept
 from megatron_tsft.training.save_lists import listing
 from megatron_tsft.training.stop_signals import StopSignals
 from megatron_tsft.training.watch import Watch
@@ -65,6 +66,8 @@ def hand_over(
     # with it, Megatron has workers of data loaders ignore what ends them; `watching` sets it again
     asked, args.exit_signal_handler = args.exit_signal_handler, False
 
+    kept = Kept(plan.config.keep_last, plan.config.keep_every)
+
     def before_save(model: Any, optimizer: Any) -> bool:
         if lock is not None:
             lock.check()
@@ -82,7 +85,7 @@ def hand_over(
         with (
             signals.installed(*([args.exit_signal] if asked else [])),
             watching(watch, plan.device),
-            listing(save, ranks.rank, before_save),
+            listing(save, ranks.rank, kept, before_save),
         ):
             pretrain(
                 pretrain_cfg_container_from_args(args, config),

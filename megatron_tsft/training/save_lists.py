@@ -11,6 +11,9 @@ from megatron.training import checkpointing, training
 
 from megatron_tsft import console
 from megatron_tsft.checkpoint.manifest import LISTS, data_files, write_list
+from megatron_tsft.training.old_checkpoints import Kept
+
+ALL = Kept()
 
 
 def own_files(checkpoint: Path, rank: int) -> list[str]:
@@ -25,8 +28,9 @@ def own_files(checkpoint: Path, rank: int) -> list[str]:
 class SaveLists:
     """The lists of one rank."""
 
-    def __init__(self, save: Path, rank: int) -> None:
-        self._save, self._rank = save, rank
+    def __init__(self, save: Path, rank: int, kept: Kept) -> None:
+        self._save, self._rank, self._kept = save, rank, kept
+        self._deleting = threading.Lock()
         self._threads: list[threading.Thread] = []
 
     def before(self, iteration: int) -> None:
@@ -57,14 +61,26 @@ class SaveLists:
             if not folder.is_dir():
                 return  # a later save has removed it (--save-retain-interval)
             console.say(f"{folder} has no checksums of rank {self._rank}: {error}")
+            return
+        if self._rank == 0:
+            with self._deleting:
+                self._kept.delete_others(self._save, iteration)
 
 
 @contextlib.contextmanager
 def listing(
-    save: str | None, rank: int, before: Callable[[Any, Any], bool] = lambda model, optimizer: True
+    save: str | None,
+    rank: int,
+    kept: Kept = ALL,
+    before: Callable[[Any, Any], bool] = lambda model, optimizer: True,
 ) -> Any:
-    """Inside, Megatron's saves are followed by lists; at the end all are written. `before` is asked
-    with the model's chunks and the optimizer whether to save; it may raise.
+    """Inside, Megatron's saves are followed by lists; at the end all are written.
+
+    Args:
+        save: the run's folder.
+        rank: of this process.
+        kept: which checkpoints stay.
+        before: is asked with the model's chunks and the optimizer whether to save; it may raise.
 
     Megatron has no hook behind a save: the names that its loop calls are wrapped
     (training/training.py imports `save_checkpoint`; checkpointing.py hands an asynchronous save to
@@ -73,7 +89,7 @@ def listing(
     if not save:
         yield
         return
-    lists = SaveLists(Path(save), rank)
+    lists = SaveLists(Path(save), rank, kept)
     save_checkpoint, schedule = training.save_checkpoint, checkpointing.schedule_async_save
     pending: list[int] = []  # the iteration whose asynchronous save is being scheduled
 
