@@ -8,9 +8,11 @@ from typing import Any
 
 from megatron_tsft.atomic import new_directory
 from megatron_tsft.cards import load_card, save_card
+from megatron_tsft.checkpoint.arguments import check_arguments
 from megatron_tsft.checkpoint.manifest import LISTS, write_list
 from megatron_tsft.errors import UserError
 from megatron_tsft.inside import check_links
+from megatron_tsft.typed import Count, Dtype
 
 CARD_FILE = "tsft_model.json"
 HF_FOLDER = "hf"
@@ -36,13 +38,17 @@ class ModelCard:
     family: str
     architecture: str
     megatron_arguments: dict[str, Any]
-    vocab_size: int
-    make_vocab_size_divisible_by: int
-    padded_vocab_size: int
-    dtype: str
+    vocab_size: Count
+    make_vocab_size_divisible_by: Count
+    padded_vocab_size: Count
+    dtype: Dtype
     source_hash: str
     tokenizer_fingerprint: str | None
-    other_dtypes: dict[str, str] = field(default_factory=dict)
+    other_dtypes: dict[str, Dtype] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: the arguments are not those of a model."""
+        check_arguments(self.megatron_arguments)
 
     @property
     def tied(self) -> bool:

@@ -12,6 +12,7 @@ from megatron_tsft.errors import DamagedError, UserError
 from megatron_tsft.inside import inside
 
 TRACKER = "latest_checkpointed_iteration.txt"
+DIGITS = 18  # of an iteration, the most
 
 
 def tracked(directory: Path | str) -> str | None:
@@ -20,19 +21,21 @@ def tracked(directory: Path | str) -> str | None:
         text = (Path(directory) / TRACKER).read_text().strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return text if text == "release" or text.isdecimal() else None
+    iteration = text.isascii() and text.isdecimal() and len(text) <= DIGITS
+    return text if text == "release" or iteration else None
 
 
 def whole_iterations(directory: Path | str) -> list[int]:
     """The iterations whose checkpoints are complete, the newest first."""
     found = []
     for path in Path(directory).glob("iter_*"):
-        if path.name.removeprefix("iter_").isdecimal():
+        said = path.name.removeprefix("iter_")
+        if said.isascii() and said.isdecimal():
             try:
                 read_metadata(path)
             except UserError:
                 continue  # a save was interrupted there
-            found.append(int(path.name.removeprefix("iter_")))
+            found.append(int(said))
     return sorted(found, reverse=True)
 
 

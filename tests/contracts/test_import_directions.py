@@ -28,8 +28,8 @@ ORDER = {
     "upstream": 0,
 }
 # in this order, and usable by every room but the two that import torch only
-BOTTOM = {"names": 0, "errors": 0, "console": 1, "atomic": 1, "trust": 1}
-BOTTOM |= {"cards": 2, "entry": 2, "inside": 2, "pages": 2}
+BOTTOM = {"names": 0, "errors": 0, "typed": 0, "console": 1, "atomic": 1, "trust": 1}
+BOTTOM |= {"plain_json": 1, "cards": 2, "entry": 2, "inside": 2, "pages": 2}
 EVERYBODYS = "names"  # of these, what the rooms that import torch only may use
 ASKS_TORCH = "entry"  # of these, the one that asks torch whether there is a GPU
 WITHOUT_MEGATRON = {"plan", "teacher", "data"}

@@ -394,6 +394,10 @@ def test_a_card_of_another_version_or_data_set(run: Prepare, tmp_path: Path) -> 
     run(GOOD)
     path = tmp_path / "out" / CARD_FILE
     card = json.loads(path.read_text())
+    path.write_text(json.dumps(card | {"supervised_tokens": 1}))  # nothing else says how many
+    with pytest.raises(UserError, match="its checksum differs.*prepare the data again"):
+        PreparedData.load(tmp_path / "out")
+    del card["checksum"]  # as earlier cards have none
     for change, message in (
         ({"format_version": 1}, "format version 1, not 2"),
         ({"unknown": 1}, "unknown"),
@@ -407,7 +411,7 @@ def test_a_card_of_another_version_or_data_set(run: Prepare, tmp_path: Path) -> 
         with pytest.raises(UserError, match=message):
             PreparedData.load(tmp_path / "out")
     path.write_text("{")
-    with pytest.raises(UserError, match="not a data card"):
+    with pytest.raises(UserError, match="is damaged .*prepare the data again"):
         DataCard.load(tmp_path / "out")
 
 
