@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Damages small real inputs of every kind, one fault at a time, and has the commands and readers read
+"""Damages small real inputs of every kind, one fault at a time, and has commands and readers read
 them.
 
 Whatever was done to a file, the answer is one line that says what is wrong, or the same result as
@@ -59,7 +59,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, metavar="N", help="begin no case later than that",
     )  # fmt: skip
     parser.add_argument(
-        "--case", type=int, metavar="N", help="show this one alone, of one target, and keep its files",
+        "--case", type=int, metavar="N",
+        help="show this one alone, of one target, and keep its files",
     )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, default=2, metavar="N",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,13 @@ def parse(text: bytes | str) -> Any:
     except RecursionError as error:
         raise ValueError("its lists or objects are nested too deep") from error
     if "\\u" in text:  # half a character can only be written so
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        check_characters(value)
     return value
+
+
+def check_characters(value: Any) -> None:
+    """Raise ValueError where a text has half a character, which nobody can print or write."""
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -44,8 +50,11 @@ def read_json(path: Path, kind: type = dict) -> Any:
         ValueError: the file is not what `parse` takes, or holds something else.
         OSError: it cannot be read.
     """
-    if (size := path.stat().st_size) > LARGEST:
-        raise ValueError(f"it has {size} bytes, more than any such file")
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no file")
+    if found.st_size > LARGEST:
+        raise ValueError(f"it has {found.st_size} bytes, more than any such file")
     value = parse(path.read_bytes())
     if not isinstance(value, kind):
         wanted = "a list" if kind is list else "an object"

@@ -1,5 +1,5 @@
-"""Cases in processes of their own, which have a limit of memory and of time; a case is a function of
-target, seed and number."""
+"""Cases in processes of their own, which have a limit of memory and of time; a case is a function
+of target, seed and number."""
 
 import contextlib
 import functools

@@ -130,7 +130,11 @@ def _document(path: Path) -> Any:
     if path.suffix not in (".json", ".jsonl"):
         return None
     text = path.read_text(encoding="utf-8")
-    return [json.loads(row) for row in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    return (
+        [json.loads(row) for row in text.splitlines()]
+        if path.suffix == ".jsonl"
+        else json.loads(text)
+    )
 
 
 def _holders(value: Any, name: str = "") -> Iterator[tuple[Any, Any, str]]:
@@ -160,7 +164,9 @@ def _edit_json(path: Path, document: Any, draw: random.Random) -> str:
         del holder[key]
         done = f"{name} is gone"
     elif way < 0.87:
-        holder[draw.choice((key + "s", key.upper() + "_", "", "weight", "x" * 300))] = holder.pop(key)
+        holder[draw.choice((key + "s", key.upper() + "_", "", "weight", "x" * 300))] = holder.pop(
+            key
+        )
         done = f"{name} has another name"
     elif way < 0.94:
         holder[draw.choice(("unknown", "checksum_", "a b", "loss"))] = draw.choice(VALUES)

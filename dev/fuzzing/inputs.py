@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = """{%- if tools -%}{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}{%- endif -%}
+TEMPLATE = """{%- if tools -%}
+{{ '<|im_start|>tools\n' + (tools | tojson) + '<|im_end|>\n' }}
+{%- endif -%}
 {%- for m in messages -%}
 {{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}
 {%- endfor -%}
@@ -102,7 +104,7 @@ def save_model(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=259, eos_token_id=1, pad_token_id=2, **MODEL)
     model = LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(str(folder), max_shard_size="14KB")
+    model.bfloat16().save_pretrained(str(folder), max_shard_size="14KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
 
 

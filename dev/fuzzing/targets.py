@@ -1,9 +1,12 @@
 """What is damaged, what then reads it, and when what came of it is right.
 
 A target makes its inputs once, in `whole`; a case is a copy of them with one fault, beside which
-all else is as it was. `read` gives what a program makes of them, in values that can be compared with
-those of whole inputs. `judge` compares them: "same", or "other" where something else came of it and
-nobody said so.
+all else is as it was. `read` gives what a program makes of them, in values that can be compared
+with those of whole inputs. `judge` compares them: "same", or "other" where something else came of
+it and nobody said so.
+
+What has no checksum and may say one thing as well as another is not told from what it said before:
+an edited text of a conversation ("changed"), a value of a run's metrics (judge_metrics).
 """
 
 import functools
@@ -99,6 +102,8 @@ def judge_conversations(result: Result, whole: Result, damaged: Path, original: 
     were, and each that was touched is counted, as a conversation or as refused."""
     outcome = "same"
     for name, (ids, refused) in result.items():
+        if not (damaged / name).is_file():
+            return "changed"  # a link to a folder is an input of its own
         before, after = (_lines(folder / name) for folder in (original, damaged))
         first = _alike(before, after)
         last = min(_alike(before[::-1], after[::-1]), len(before) - first, len(after) - first)

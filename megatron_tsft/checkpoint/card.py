@@ -15,6 +15,7 @@ from megatron_tsft.inside import check_links
 from megatron_tsft.typed import Count, Dtype
 
 CARD_FILE = "tsft_model.json"
+SERVED_FILE = "tsft_served.json"  # served.py
 HF_FOLDER = "hf"
 FORMAT_VERSION = 2
 
@@ -110,7 +111,8 @@ def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:
     list_around(target)
 
 
-def list_around(folder: Path) -> None:
-    """Write the checksums of what stands around a folder's checkpoints."""
-    files = [path for path in (folder / HF_FOLDER).rglob("*") if path.is_file()]
-    write_list(folder, [CARD_FILE, *(path.relative_to(folder).as_posix() for path in files)])
+def list_around(folder: Path, *, but: str = "") -> None:
+    """Write the checksums of what stands around a folder's checkpoints, `but` left out."""
+    files = [folder / CARD_FILE, folder / SERVED_FILE, *(folder / HF_FOLDER).rglob("*")]
+    names = [path.relative_to(folder).as_posix() for path in files if path.is_file()]
+    write_list(folder, [name for name in names if name != but])

@@ -17,8 +17,10 @@ DIGITS = 18  # of an iteration, the most
 
 def tracked(directory: Path | str) -> str | None:
     """What the tracker file says, "release" or an iteration; None where it is missing or torn."""
+    path = Path(directory) / TRACKER
     try:
-        text = (Path(directory) / TRACKER).read_text().strip()
+        with path.open("rb") as file:
+            text = file.read(64).decode().strip() if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
         return None
     iteration = text.isascii() and text.isdecimal() and len(text) <= DIGITS

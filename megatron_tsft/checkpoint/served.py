@@ -6,6 +6,7 @@ and the data taught it the end of a turn.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,11 @@ from typing import Any, Protocol
 
 from megatron_tsft.atomic import write_text
 from megatron_tsft.cards import load_card, save_card
+from megatron_tsft.checkpoint.card import CARD_FILE, SERVED_FILE, list_around
 from megatron_tsft.errors import UserError
 from megatron_tsft.plain_json import read_object
 from megatron_tsft.typed import Misfit, typed
 
-SERVED_FILE = "tsft_served.json"
 FORMAT_VERSION = 1
 RARE = 0.01  # what ends fewer of a data set's conversations is no habit of it
 
@@ -62,16 +63,28 @@ class Served:
     def load(folder: Path | str) -> "Served | None":
         """What a run's folder keeps; None for an import. Raises UserError: another version."""
         path = Path(folder) / SERVED_FILE
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
-        again = "train on with this version, or delete the file"
+        again = "train on with this version, or delete it"
         return load_card(
-            Served, path, FORMAT_VERSION, what="card of a served model", missing="", again=again
+            Served,
+            path,
+            FORMAT_VERSION,
+            what="card of a served model",
+            missing=f"{path} is no file: {again}",
+            again=again,
         )
 
     def save(self, folder: Path | str) -> None:
-        """Write it into a run's folder, atomically."""
-        save_card(self, Path(folder) / SERVED_FILE, FORMAT_VERSION)
+        """Write it into a run's folder, atomically, and list it there: an export that found none
+        would never stop. Call it on one rank."""
+        folder = Path(folder)
+        listed = (folder / CARD_FILE).is_file()
+        if listed:  # a kill leaves no list of what this file was
+            list_around(folder, but=SERVED_FILE)
+        save_card(self, folder / SERVED_FILE, FORMAT_VERSION)
+        if listed:
+            list_around(folder)
 
     def unknown_stops(self, hf: Path) -> dict[str, int]:
         """The stops that a Hugging Face folder does not know."""
