@@ -39,6 +39,17 @@ def read[Result](body: Callable[[], Result]) -> Result:
     return found[0]
 
 
+def survives(body: Callable[[], Any]) -> None:
+    """Whatever comes of it, it ends as a command may: for what checksums would have kept from a
+    reader.
+
+    Raises:
+        Fault: it did not.
+    """
+    with contextlib.suppress(Refused):
+        body()
+
+
 def command(main: Callable[[], int], makes: Path | None = None) -> str:
     """What a command prints that ends well.
 
@@ -51,7 +62,10 @@ def command(main: Callable[[], int], makes: Path | None = None) -> str:
     try:
         return _ended(main)
     except (Refused, Fault) as end:
-        left = [] if makes is None else [p.name for p in makes.parent.glob(f"*{makes.name}*")]
+        left = []
+        if makes is not None:  # atomic.py's temporary names begin with a point
+            names = (makes.name, f".{makes.name}.*")
+            left = [path.name for name in names for path in makes.parent.glob(name)]
         if left:
             raise Fault("half-written", f"{', '.join(left)} is left by: {end}") from end
         raise
@@ -96,7 +110,13 @@ def _captured() -> Iterator[Callable[[], tuple[str, str]]]:
     for number, file in enumerate(files, 1):
         os.dup2(file, number)
     try:
-        yield said
+        with (
+            open(1, "w", closefd=False) as out,
+            open(2, "w", closefd=False) as err,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            yield said
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

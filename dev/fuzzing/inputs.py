@@ -1,5 +1,6 @@
 """Small real inputs of every kind, made as users make them."""
 
+import argparse
 import json
 import random
 import shutil
@@ -157,6 +158,8 @@ def save_cache(folder: Path, data: Path) -> None:
 def save_run(folder: Path, imported: Path) -> None:
     """A run's folder: a checkpoint of iteration 5 with its lists, the card, and what the data
     taught."""
+    import torch
+
     from megatron_tsft.checkpoint.card import copy_card
     from megatron_tsft.checkpoint.folder import TRACKER
     from megatron_tsft.checkpoint.manifest import data_files, write_list
@@ -165,6 +168,8 @@ def save_run(folder: Path, imported: Path) -> None:
     copy_card(imported, folder)
     checkpoint = folder / "iter_0000005"
     shutil.copytree(imported / "release", checkpoint)
+    # where older versions of Megatron keep what is no tensor
+    torch.save({"args": argparse.Namespace(seed=1, seq_length=64)}, checkpoint / "common.pt")
     write_list(checkpoint, data_files(checkpoint))
     Served({"<|im_end|>": 1}, TEMPLATE).save(folder)
     (folder / TRACKER).write_text("5")

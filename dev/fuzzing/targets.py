@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from fuzzing import inputs
-from fuzzing.captured import command, read
+from fuzzing.captured import command, read, survives
 
 Result = Any
 
@@ -64,6 +65,17 @@ def contents(folder: Path) -> dict[str, str]:
 
 def _kept_in(path: Path) -> str:
     return os.readlink(path) if path.is_symlink() else digest(path.read_bytes())
+
+
+def without_checksum(card: Path) -> bool:
+    """Make a card one of an earlier version, which has no checksum; False where it is no JSON."""
+    try:
+        values = json.loads(card.read_text(encoding="utf-8"))
+        del values["checksum"]
+        card.write_text(json.dumps(values))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return True
 
 
 # ---- conversations: JSONL in each format
@@ -139,7 +151,15 @@ def make_prepared(root: Path) -> None:
 
 
 def read_prepared(folder: Path, out: Path, root: Path) -> Result:
-    return {name: read(functools.partial(_rows, folder / name)) for name in ("weighted", "plain")}
+    found = {}
+    for name in touched(folder, root / "whole"):
+        rows = functools.partial(_rows, folder / name)
+        try:
+            found[name] = read(rows)
+        finally:
+            if without_checksum(folder / name / "tsft_data.json"):
+                survives(functools.partial(read, rows))
+    return found
 
 
 def _rows(folder: Path) -> Result:
@@ -166,10 +186,15 @@ def read_caches(folder: Path, out: Path, root: Path) -> Result:
 
     cache, data = folder / "cache", root / "data"
     argv = [str(cache), "--data", str(data), "--json", str(out / "facts.json"), "--no-progress"]
-    command(functools.partial(main, argv))
-    facts = json.loads((out / "facts.json").read_text())
-    facts["coverage"][0].pop("data")
-    return [facts, read(functools.partial(_records, cache))]
+    inspect = functools.partial(command, functools.partial(main, argv))
+    try:
+        inspect()
+        facts = json.loads((out / "facts.json").read_text())
+        facts["coverage"][0].pop("data")
+        return [facts, read(functools.partial(_records, cache))]
+    finally:
+        if without_checksum(cache / "tsft_teacher.json"):
+            survives(inspect)
 
 
 def _records(folder: Path) -> Result:
@@ -195,14 +220,19 @@ def read_hf(folder: Path, out: Path, root: Path) -> Result:
     one, or in which tensor, value or token it differs."""
     from megatron_tsft.checkpoint.card import ModelCard
     from megatron_tsft.commands.convert import main
+    from megatron_tsft.teacher.folder import read_hf_folder
 
+    survives(lambda: read(lambda: read_hf_folder(folder / "hf")))
     argv = ["--hf", str(folder / "hf"), "--no-progress", "--megatron"]
     target = out / "megatron"
     command(functools.partial(main, ["import", *argv, str(target)]), target)
     said = command(
         functools.partial(main, ["verify", "--weights-only", *argv, str(root / "megatron")])
     )
-    return [said, asdict(read(functools.partial(ModelCard.load, out / "megatron")))]
+    return [
+        said.strip().splitlines()[-1],
+        asdict(read(functools.partial(ModelCard.load, out / "megatron"))),
+    ]
 
 
 # ---- Megatron folders: an import and a run's, their trackers, lists, pickles and data
@@ -216,15 +246,19 @@ def make_megatron(root: Path) -> None:
 
 def read_megatron(folder: Path, out: Path, root: Path) -> Result:
     """What an export of each writes, and the arguments that a run was saved with."""
-    from megatron_tsft.checkpoint.folder import latest_checkpoint
+    from megatron_tsft.checkpoint.folder import latest_checkpoint, mend_tracker
     from megatron_tsft.checkpoint.saved_arguments import saved_arguments
     from megatron_tsft.commands.convert import main
 
     found = {}
     for name in touched(folder, root / "whole"):
-        argv = ["export", "--megatron", str(folder / name), "--hf", str(out / name)]
-        command(functools.partial(main, [*argv, "--no-progress"]), out / name)
+        argv = ["export", "--megatron", str(folder / name), "--no-progress", "--hf"]
+        # what checksums keep from a reader comes to it from folders that have none
+        bare = functools.partial(main, [*argv, str(out / f"bare-{name}"), "--verify-files", "none"])
+        survives(lambda bare=bare, name=name: command(bare, out / f"bare-{name}"))
+        survives(lambda name=name: read(lambda: mend_tracker(folder / name, write=False)))
         arguments = read(lambda name=name: saved_arguments(latest_checkpoint(folder / name)))
+        command(functools.partial(main, [*argv, str(out / name)]), out / name)
         found[name] = [contents(out / name), sorted(map(repr, arguments.items()))]
     return found
 
@@ -308,7 +342,7 @@ def _run_again(line: str) -> bool:
 
 TARGETS = {
     "conversations": Target(make_conversations, read_conversations, judge_conversations),
-    "prepared": Target(make_prepared, read_prepared, equal),
+    "prepared": Target(make_prepared, read_prepared, each_equal),
     "caches": Target(make_caches, read_caches, equal),
     "hf": Target(make_hf, read_hf, equal),
     "megatron": Target(make_megatron, read_megatron, each_equal),

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +48,34 @@ def load_tokenizer(directory: str | Path) -> Any:
 
 
 def _check_ids(path: Path) -> None:
-    """Raise UserError where a token has an id without measure: the tokenizers library makes a table
-    as long as the largest one, and ends the process where there is no memory for it."""
-    if not path.is_file() or not re.search(rb"\d{8}", path.read_bytes()):
-        return  # nothing so large: what is parsed below takes a second of a large vocabulary
+    """Look at the ids in a tokenizer.json, as the tokenizers library does not: it makes a table as
+    long as the largest one, and ends the process where there is no memory for it. Of two tokens
+    with one id it takes now this one, now that.
+
+    Raises:
+        UserError: an id without measure, or one twice.
+    """
+    if not path.is_file():
+        return
     remedy = "download or copy the tokenizer again"
     values = read_object(path, remedy)
     model, added = values.get("model"), values.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    tokens = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
-    tokens += [(t.get("content"), t.get("id")) for t in added or () if isinstance(t, dict)]
-    for token, number in tokens:
+    own = vocabulary if isinstance(vocabulary, dict) else {}
+    added = [token for token in added if isinstance(token, dict)] if type(added) is list else []
+    more = [(token.get("content"), token.get("id")) for token in added]
+    for token, number in [*own.items(), *more]:
         if isinstance(number, int) and number > LARGEST_ID:
             raise UserError(
                 f"{path} is damaged (the token {shown(token)} has the id {number}, more than any"
                 f" vocabulary): {remedy}"
+            )
+    tokens: dict[Any, str] = {}
+    for token, number in own.items():
+        if isinstance(number, int) and tokens.setdefault(number, token) != token:
+            raise UserError(
+                f"{path} is damaged (the tokens {shown(tokens[number])} and {shown(token)} have one"
+                f" id, {number}): {remedy}"
             )
 
 
