@@ -211,10 +211,21 @@ class PreparedData:
         return np.concatenate(counts)
 
     def used_tokens(self) -> np.ndarray:
-        """[card.vocab_size] bool: the token ids that occur. Reads every conversation."""
-        used = np.zeros(self.card.vocab_size, bool)
-        for batch in self._batches:
-            used[batch.column("input_ids").flatten().to_numpy()] = True
+        """[card.vocab_size] bool: the token ids that occur. Reads every conversation.
+
+        Raises:
+            UserError: the card says another vocabulary.
+        """
+        parts = [batch.column("input_ids").flatten().to_numpy() for batch in self._batches]
+        end = max(int(ids.max(initial=-1)) for ids in parts) + 1
+        if end != self.card.vocab_size or min(int(ids.min(initial=0)) for ids in parts) < 0:
+            raise UserError(
+                f"{self.directory} holds token ids below {end}, its card says"
+                f" vocab_size={self.card.vocab_size}: {REMEDY}"
+            )
+        used = np.zeros(end, bool)
+        for ids in parts:
+            used[ids] = True
         return used
 
     def __reduce__(self) -> tuple[Any, ...]:

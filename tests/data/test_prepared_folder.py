@@ -410,6 +410,10 @@ def test_a_card_of_another_version_or_data_set(run: Prepare, tmp_path: Path) -> 
         path.write_text(json.dumps(card | change))
         with pytest.raises(UserError, match=message):
             PreparedData.load(tmp_path / "out")
+    for wrong in (1, card["vocab_size"] + 1, 2**62):
+        path.write_text(json.dumps(card | {"vocab_size": wrong}))
+        with pytest.raises(UserError, match=f"its card says vocab_size={wrong}"):
+            PreparedData.load(tmp_path / "out").used_tokens()
     path.write_text("{")
     with pytest.raises(UserError, match="is damaged .*prepare the data again"):
         DataCard.load(tmp_path / "out")
