@@ -18,7 +18,7 @@ from megatron_tsft.trust import trusting
 INTERRUPTED = 130  # as shells say it
 # what a disk or a folder refuses: the user can mend it
 USERS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
-USERS |= {errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR}
+USERS |= {errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 PATIENCE = 30  # seconds that other ranks leave to rank 0, which says what all of them met
 
 

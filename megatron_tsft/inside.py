@@ -1,9 +1,11 @@
 """Names that a file in a folder gives of others: they stay in the folder."""
 
+import os
 from pathlib import Path
 
 from megatron_tsft.errors import UserError
 from megatron_tsft.trust import trusted
+from megatron_tsft.typed import shown
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -13,6 +15,14 @@ def inside(folder: Path, name: str) -> Path:
         UserError: the name or a link leads out of the folder, and folders are not trusted.
     """
     path = folder / name
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever wants to read it says so
+    except (OSError, ValueError) as error:  # too long, or with a character that names cannot have
+        raise UserError(
+            f"{folder} names {shown(name)}, as no file can be called ({error}): copy it again"
+        ) from error
     if not trusted() and leaves(folder, path):
         raise UserError(
             f"{path} is named in {folder} and lies outside of it: copy the file itself there, or,"
@@ -37,7 +47,8 @@ def leaves(folder: Path, path: Path) -> bool:
 
     The hub's cache is one folder: there, a model's files are links to its own `blobs`.
     """
-    home, real = folder.resolve(), path.resolve()
+    # Path.resolve raises where a link names itself
+    home, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
     if real.is_relative_to(home):
         return False
     cache = home.parent.parent

@@ -1,8 +1,10 @@
 """Hugging Face config -> Megatron arguments that dense decoders share; refuses what has none."""
 
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_tsft.errors import UserError
+from megatron_tsft.typed import Count, Misfit, Parts, Positive, typed
 
 # Megatron 0.19 has these three as defaults that no flag changes
 # (core/models/common/embeddings/rotary_pos_embedding.py)
@@ -12,10 +14,17 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
-COUNTS = (
-    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
-    " vocab_size max_position_embeddings"
-).split()
+
+def value_of(config: Any, field: str, kind: Any) -> Any:
+    """`config.field`, which must be of a type as `typed` has them; a missing field counts as null.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        return typed(getattr(config, field, None), kind, field)
+    except Misfit as error:
+        raise UserError(f"config.json says {error}") from error
 
 
 def refuse(config: Any, field: str, allowed: tuple[Any, ...], reason: str) -> None:
@@ -49,51 +58,54 @@ def decoder_arguments(config: Any) -> dict[str, Any]:
         "first save the model without quantization, as bf16 safetensors",
     )
     refuse(config, "sliding_window", (None,), "sliding-window attention is not supported")
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(value_of(config, "layer_types", list[str] | None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise UserError(
             f"config.json says layer_types={sorted(kinds)}: only full_attention is supported"
         )
-    for field in COUNTS:
-        if getattr(config, field) < 1:
-            raise UserError(
-                f"config.json says {field}={getattr(config, field)}: it must be at least 1"
-            )
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = value_of(config, "hidden_size", Count)
+    heads = value_of(config, "num_attention_heads", Parts)
+    groups = value_of(config, "num_key_value_heads", Parts)
     if heads % groups:
         raise UserError(
             f"config.json says {heads} attention heads and {groups} key-value heads: the first must"
             " be a multiple of the second"
         )
-    channels = getattr(config, "head_dim", None) or config.hidden_size // heads
+    channels = value_of(config, "head_dim", Count | None)
+    if channels is None and width % heads:
+        raise UserError(
+            f"config.json says {heads} attention heads in a hidden_size of {width} and no head_dim:"
+            " the second must be a multiple of the first"
+        )
+    channels = channels or width // heads
     if channels % 2:
         raise UserError(
             f"config.json gives heads of {channels} channels: rotary positions need an even number"
         )
     return {
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "ffn_hidden_size": config.intermediate_size,
+        "num_layers": value_of(config, "num_hidden_layers", Parts),
+        "hidden_size": width,
+        "ffn_hidden_size": value_of(config, "intermediate_size", Count),
         "num_attention_heads": heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
         "kv_channels": channels,
-        "layernorm_epsilon": config.rms_norm_eps,
+        "layernorm_epsilon": value_of(config, "rms_norm_eps", Positive),
         "normalization": "RMSNorm",
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "qk_layernorm": False,
-        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
+        "untie_embeddings_and_output_weights": not value_of(config, "tie_word_embeddings", bool),
+        "max_position_embeddings": value_of(config, "max_position_embeddings", Count),
     } | rope_arguments(config)
 
 
 def expert_arguments(
-    config: Any, count: str, ffn_size: int, *, renormalised: bool
+    config: Any, count: str, ffn_size: str, *, renormalised: bool
 ) -> dict[str, Any]:
-    """Arguments of experts in every layer; `count` is the field that counts them, `ffn_size` is one
-    expert's.
+    """Arguments of experts in every layer; `count` is the field that counts them, `ffn_size` the
+    one that says how many channels one has.
 
     renormalised: the weights of the chosen experts add up to one. Softmax over the chosen experts
     is softmax over all of them, renormalised; otherwise Megatron's router takes the softmax first.
@@ -102,10 +114,9 @@ def expert_arguments(
         UserError: no experts, more per token than there are, or one per token with renormalised
             weights (always 1), which Megatron refuses.
     """
-    experts, chosen = getattr(config, count), config.num_experts_per_tok
-    if ffn_size < 1:
-        raise UserError(f"config.json gives experts of {ffn_size} channels: it must be at least 1")
-    if not 1 <= chosen <= experts:
+    experts = value_of(config, count, Parts)
+    chosen = value_of(config, "num_experts_per_tok", Parts)
+    if chosen > experts:
         raise UserError(
             f"config.json says {count}={experts} and num_experts_per_tok={chosen}: correct one of"
             " them"
@@ -118,7 +129,7 @@ def expert_arguments(
     return {
         "num_experts": experts,
         "moe_router_topk": chosen,
-        "moe_ffn_hidden_size": ffn_size,
+        "moe_ffn_hidden_size": value_of(config, ffn_size, Count),
         "moe_router_pre_softmax": not renormalised,
     }
 
@@ -130,33 +141,34 @@ def rope_arguments(config: Any) -> dict[str, Any]:
         UserError: another kind of scaling, partial rotary dimensions, or llama3 constants that
             Megatron hard-codes with other values.
     """
-    rope = dict(config.rope_parameters or {})
-    if rope.get("rope_theta") is None:
+    rope = SimpleNamespace(**value_of(config, "rope_parameters", dict[str, Any] | None) or {})
+    if getattr(rope, "rope_theta", None) is None:
         raise UserError(
-            f"config.json gives no rope_theta (found {rope}): add it under rope_parameters"
+            f"config.json gives no rope_theta (found {vars(rope)}): add it under rope_parameters"
         )
-    kind, theta = rope.get("rope_type", "default"), float(rope["rope_theta"])
+    kind, theta = getattr(rope, "rope_type", "default"), value_of(rope, "rope_theta", Positive)
     if kind not in ("default", "llama3"):
         raise UserError(
             f"config.json says rope_type={kind!r}: only 'default' and 'llama3' are supported"
         )
-    if float(rope.get("partial_rotary_factor") or 1.0) != 1.0:
+    if value_of(rope, "partial_rotary_factor", Positive | None) not in (None, 1):
         raise UserError(
-            f"config.json says partial_rotary_factor={rope['partial_rotary_factor']}: only 1 is"
+            f"config.json says partial_rotary_factor={rope.partial_rotary_factor}: only 1 is"
             " supported"
         )
     scaling: dict[str, Any] = {"use_rope_scaling": False}
     if kind == "llama3":
         for name, fixed in LLAMA3_ROPE.items():
-            if float(rope[name]) != fixed:
+            if value_of(rope, name, Positive) != fixed:
                 raise UserError(
-                    f"config.json says {name}={rope[name]}: Megatron hard-codes {fixed}, so use a"
-                    " model that has it"
+                    f"config.json says {name}={getattr(rope, name)}: Megatron hard-codes {fixed},"
+                    " so use a model that has it"
                 )
-        scaling = {"use_rope_scaling": True, "rope_scaling_factor": float(rope["factor"])}
+        factor = float(value_of(rope, "factor", Positive))
+        scaling = {"use_rope_scaling": True, "rope_scaling_factor": factor}
     return {
         "position_embedding_type": "rope",
-        "rotary_base": int(theta) if theta.is_integer() else theta,
+        "rotary_base": int(theta) if float(theta).is_integer() else theta,
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
     } | scaling

@@ -8,11 +8,14 @@ from typing import Any
 
 from megatron_tsft.atomic import new_directory
 from megatron_tsft.cards import load_card, save_card
+from megatron_tsft.checkpoint.arguments import check_arguments
 from megatron_tsft.checkpoint.manifest import LISTS, write_list
 from megatron_tsft.errors import UserError
 from megatron_tsft.inside import check_links
+from megatron_tsft.typed import Count, Dtype
 
 CARD_FILE = "tsft_model.json"
+SERVED_FILE = "tsft_served.json"  # served.py
 HF_FOLDER = "hf"
 FORMAT_VERSION = 2
 
@@ -36,13 +39,17 @@ class ModelCard:
     family: str
     architecture: str
     megatron_arguments: dict[str, Any]
-    vocab_size: int
-    make_vocab_size_divisible_by: int
-    padded_vocab_size: int
-    dtype: str
+    vocab_size: Count
+    make_vocab_size_divisible_by: Count
+    padded_vocab_size: Count
+    dtype: Dtype
     source_hash: str
     tokenizer_fingerprint: str | None
-    other_dtypes: dict[str, str] = field(default_factory=dict)
+    other_dtypes: dict[str, Dtype] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError: the arguments are not those of a model."""
+        check_arguments(self.megatron_arguments)
 
     @property
     def tied(self) -> bool:
@@ -104,7 +111,8 @@ def copy_card(source_dir: Path | str, target_dir: Path | str) -> None:
     list_around(target)
 
 
-def list_around(folder: Path) -> None:
-    """Write the checksums of what stands around a folder's checkpoints."""
-    files = [path for path in (folder / HF_FOLDER).rglob("*") if path.is_file()]
-    write_list(folder, [CARD_FILE, *(path.relative_to(folder).as_posix() for path in files)])
+def list_around(folder: Path, *, but: str = "") -> None:
+    """Write the checksums of what stands around a folder's checkpoints, `but` left out."""
+    files = [folder / CARD_FILE, folder / SERVED_FILE, *(folder / HF_FOLDER).rglob("*")]
+    names = [path.relative_to(folder).as_posix() for path in files if path.is_file()]
+    write_list(folder, [name for name in names if name != but])

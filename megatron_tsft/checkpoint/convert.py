@@ -12,12 +12,14 @@ from tqdm import tqdm
 
 from megatron_tsft.atomic import new_directory
 from megatron_tsft.checkpoint.ahead import ahead
+from megatron_tsft.checkpoint.architecture import value_of
 from megatron_tsft.checkpoint.card import CARD_FILE, HF_FOLDER, ModelCard, list_around
 from megatron_tsft.checkpoint.families import family_of
 from megatron_tsft.checkpoint.folder import TRACKER, latest_checkpoint
 from megatron_tsft.checkpoint.hf_folder import (
     ContentHash,
     HfWeights,
+    check_number,
     check_tensors,
     copy_side_files,
     load_config,
@@ -33,6 +35,7 @@ from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
 from megatron_tsft.checkpoint.units import (
     ConversionUnit,
     boxes_of,
+    count_tensors,
     expected_keys,
     extra_states,
     hf_shapes,
@@ -40,6 +43,8 @@ from megatron_tsft.checkpoint.units import (
     units,
 )
 from megatron_tsft.errors import UserError
+from megatron_tsft.plain_json import read_object
+from megatron_tsft.typed import Count
 
 VOCABULARY_MULTIPLE = 128  # Megatron's default of --make-vocab-size-divisible-by
 SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -64,19 +69,20 @@ def import_hf(
     )  # a run's own folder has no release
     config = load_config(hf_dir)
     family = family_of(config)
-    arguments = family.arguments(config)
+    arguments, vocabulary = family.arguments(config), value_of(config, "vocab_size", Count)
     weights = HfWeights(hf_dir)
     card = ModelCard(
         family=family.name,
         architecture=config.architectures[0],
         megatron_arguments=arguments,
-        vocab_size=config.vocab_size,
+        vocab_size=vocabulary,
         make_vocab_size_divisible_by=VOCABULARY_MULTIPLE,
-        padded_vocab_size=padded_vocab_size(config.vocab_size, VOCABULARY_MULTIPLE),
+        padded_vocab_size=padded_vocab_size(vocabulary, VOCABULARY_MULTIPLE),
         dtype="",  # the weights decide these two, below
         source_hash="",
         tokenizer_fingerprint=_fingerprint(hf_dir),
     )
+    check_number(weights, count_tensors(card))
     steps = units(card)
     names = hf_shapes(steps)
     check_tensors(weights, names, tied=card.tied)
@@ -150,15 +156,14 @@ def export_hf(
     megatron_dir, hf_dir = Path(megatron_dir), Path(hf_dir)
     _check_target(hf_dir, megatron_dir, overwrite, ("config.json", "*.safetensors"))
     card = ModelCard.load(megatron_dir)
+    again = f"copy the folder {HF_FOLDER} from the imported checkpoint"
     if not (megatron_dir / HF_FOLDER / "config.json").is_file():
-        raise UserError(
-            f"{megatron_dir} has no {HF_FOLDER}/config.json: copy the folder {HF_FOLDER} from the"
-            " imported checkpoint"
-        )
+        raise UserError(f"{megatron_dir} has no {HF_FOLDER}/config.json: {again}")
     served = Served.load(megatron_dir)
     one_dtype = None if dtype is None else _dtype_name(dtype)
     checkpoint = latest_checkpoint(megatron_dir, iteration)
     check_folder(megatron_dir, checkpoint, verify_files)
+    config = read_object(megatron_dir / HF_FOLDER / "config.json", again)
     compare_keys(expected_keys(card), checkpoint)
     reader, steps = CheckpointReader(checkpoint), units(card)
     tensors = {
@@ -194,7 +199,10 @@ def export_hf(
             index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": where}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         copy_side_files(megatron_dir / HF_FOLDER, folder)
-        _write_config(folder / "config.json", one_dtype or card.dtype, card.vocab_size)
+        # what may have changed; torch_dtype is for servers, dtype stands where it stood
+        config |= {"dtype": one_dtype or card.dtype} if "dtype" in config else {}
+        config |= {"torch_dtype": one_dtype or card.dtype, "vocab_size": card.vocab_size}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if served is not None:
             served.write_into(folder)
     return Export(
@@ -221,16 +229,6 @@ def _shard_files(
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard
         for i, shard in enumerate(shards)
     }
-
-
-def _write_config(path: Path, dtype: str, vocab_size: int) -> None:
-    """Set what may have changed; `torch_dtype` for servers and older transformers, `dtype` where it
-    was used before."""
-    config = json.loads(path.read_text())
-    config |= {"torch_dtype": dtype, "vocab_size": vocab_size} | (
-        {"dtype": dtype} if "dtype" in config else {}
-    )
-    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _dtype_name(dtype: str) -> str:

@@ -12,27 +12,32 @@ from megatron_tsft.errors import DamagedError, UserError
 from megatron_tsft.inside import inside
 
 TRACKER = "latest_checkpointed_iteration.txt"
+DIGITS = 18  # of an iteration, the most
 
 
 def tracked(directory: Path | str) -> str | None:
     """What the tracker file says, "release" or an iteration; None where it is missing or torn."""
+    path = Path(directory) / TRACKER
     try:
-        text = (Path(directory) / TRACKER).read_text().strip()
+        with path.open("rb") as file:
+            text = file.read(64).decode().strip() if path.is_file() else ""
     except (OSError, UnicodeDecodeError):
         return None
-    return text if text == "release" or text.isdecimal() else None
+    iteration = text.isascii() and text.isdecimal() and len(text) <= DIGITS
+    return text if text == "release" or iteration else None
 
 
 def whole_iterations(directory: Path | str) -> list[int]:
     """The iterations whose checkpoints are complete, the newest first."""
     found = []
     for path in Path(directory).glob("iter_*"):
-        if path.name.removeprefix("iter_").isdecimal():
+        said = path.name.removeprefix("iter_")
+        if said.isascii() and said.isdecimal():
             try:
                 read_metadata(path)
             except UserError:
                 continue  # a save was interrupted there
-            found.append(int(path.name.removeprefix("iter_")))
+            found.append(int(said))
     return sorted(found, reverse=True)
 
 

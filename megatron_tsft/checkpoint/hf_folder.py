@@ -5,17 +5,22 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_tsft.checkpoint.architecture import value_of
 from megatron_tsft.checkpoint.tokenizer import own_code
 from megatron_tsft.errors import UserError
 from megatron_tsft.inside import check_links, inside
+from megatron_tsft.plain_json import read_object
 from megatron_tsft.trust import trusted
+from megatron_tsft.typed import Misfit, Parts, typed
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MORE = 10_000  # tensors that are missing and still looked for by name
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NO_WEIGHT = "rotary_emb.inv_freq"  # the end of the name of a buffer that old transformers saved
 WEIGHT_SUFFIXES = {
@@ -106,15 +111,12 @@ class HfWeights:
             return {}
         index = self.directory / "model.safetensors.index.json"
         if index.is_file():
+            again = "download or copy it again"
             try:
-                names = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                if not all(isinstance(name, str) for name in names.values()):
-                    raise TypeError("a file name is no text")
-                return names
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{index} is damaged ({error!r}): download or copy it again"
-                ) from error
+                found = read_object(index, again).get("weight_map")
+                return typed(found, dict[str, str], "weight_map")
+            except Misfit as error:
+                raise UserError(f"{index} is damaged ({error}): {again}") from error
         suffixes = {path.suffix for path in self.directory.iterdir()}
         load = "load it once with AutoModelForCausalLM.from_pretrained(DIR"
         if ".gguf" in suffixes:
@@ -153,6 +155,19 @@ class ContentHash:
         """16 hex digits over everything that was added."""
         parts = [[name, hasher.hexdigest()] for name, hasher in sorted(self._hashers.items())]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def check_number(weights: HfWeights, number: int) -> None:
+    """Refuse a model of many more tensors than there are, before each of them is given a name.
+
+    Raises:
+        UserError: config.json asks for `number`.
+    """
+    if number > len(weights.tensors) + MORE:
+        raise UserError(
+            f"{weights.directory} holds {len(weights.tensors)} tensors, its config.json asks for"
+            f" {number}: its config.json and weights disagree"
+        )
 
 
 def check_tensors(weights: HfWeights, expected: dict[str, tuple[int, ...]], *, tied: bool) -> None:
@@ -220,8 +235,13 @@ def load_config(directory: Path) -> Any:
             f"{directory} holds a LoRA adapter: merge it into its model first (merge_and_unload of"
             " peft)"
         )
-    if not (directory / "config.json").is_file():
+    path = directory / "config.json"
+    if not path.is_file():
         raise UserError(f"{directory} has no config.json: name a Hugging Face model folder")
+    values = read_object(path, "download or copy it again")
+    if values.get("num_hidden_layers") is not None:
+        # transformers makes a list of them
+        value_of(SimpleNamespace(**values), "num_hidden_layers", Parts)
     try:
         return AutoConfig.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=trusted()
@@ -230,7 +250,8 @@ def load_config(directory: Path) -> Any:
         Exception
     ) as error:  # transformers raises its own, huggingface_hub's and json's errors for a bad config
         raise own_code(error, f"the config.json of {directory}") or UserError(
-            f"{directory / 'config.json'} cannot be read: {' '.join(str(error).split())}"
+            f"{path} cannot be read ({' '.join(str(error).split())}): correct it, or download or"
+            " copy it again"
         ) from error
 
 

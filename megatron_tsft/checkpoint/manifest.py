@@ -10,7 +10,7 @@ whose lists are not whole (the run was killed right behind the save) is told by 
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import xxhash
 from megatron_tsft.atomic import write_text
 from megatron_tsft.errors import DamagedError
 from megatron_tsft.inside import inside
+from megatron_tsft.plain_json import read_json
+from megatron_tsft.typed import typed
 
 HOW = ("full", "sizes", "none")
 LIST, LISTS = "tsft_files.{:05d}.json", "tsft_files.*.json"
@@ -34,6 +36,15 @@ class Listed:
 
     size: int
     checksum: str
+
+
+@dataclass(frozen=True)
+class FileList:
+    """A list as it is on disk; files: name -> how it was written."""
+
+    format_version: int
+    algorithm: str
+    files: dict[str, Listed]
 
 
 def checksum(path: Path, progress: Callable[[int], Any] = lambda size: None) -> str:
@@ -55,10 +66,10 @@ def write_list(folder: Path, names: Iterable[str], part: int = 0) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         paths = {name: folder / name for name in sorted(names)}
         files = {
-            name: {"size": paths[name].stat().st_size, "checksum": value}
+            name: Listed(paths[name].stat().st_size, value)
             for name, value in zip(paths, pool.map(checksum, paths.values()), strict=True)
         }
-    values = {"format_version": FORMAT_VERSION, "algorithm": ALGORITHM, "files": files}
+    values = asdict(FileList(FORMAT_VERSION, ALGORITHM, files))
     write_text(folder / LIST.format(part), json.dumps(values, indent=1) + "\n")
 
 
@@ -82,17 +93,12 @@ def read_lists(folder: Path) -> dict[str, Listed]:
     found: dict[str, Listed] = {}
     for path in sorted(folder.glob(LISTS)):
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            if (values["format_version"], values["algorithm"]) != (FORMAT_VERSION, ALGORITHM):
-                raise ValueError(f"{values['algorithm']}, version {values['format_version']}")
-            found |= {
-                str(name): Listed(int(entry["size"]), str(entry["checksum"]))
-                for name, entry in values["files"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DamagedError(
-                f"{path} is damaged ({error!r}): {remedy(folder)}", folder
-            ) from error
+            values = typed(read_json(path), FileList, "")
+            if (values.format_version, values.algorithm) != (FORMAT_VERSION, ALGORITHM):
+                raise ValueError(f"{values.algorithm}, version {values.format_version}")
+            found |= values.files
+        except (ValueError, OSError) as error:
+            raise DamagedError(f"{path} is damaged ({error}): {remedy(folder)}", folder) from error
     return found
 
 

@@ -9,7 +9,6 @@ list of `Segment`s that import and export read in opposite directions.
 """
 
 import itertools
-import math
 import string
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def sizes(arguments: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
     """`vocab_size` rounded up to a multiple of `divisible_by`."""
-    return math.ceil(vocab_size / divisible_by) * divisible_by
+    return -(-vocab_size // divisible_by) * divisible_by
 
 
 def segments(

@@ -174,7 +174,37 @@ def load_description(path: Path) -> metadata.Metadata:
             raise _refusal(path, error) from error
     if not isinstance(found, metadata.Metadata):
         raise ValueError(f"it holds a {type(found).__name__}")
+    _check_description(found)
     return found
+
+
+def _check_description(found: metadata.Metadata) -> None:
+    """Raises ValueError or AttributeError: a part of it is of another type, as where a bit flipped;
+    a pickle says nothing of types."""
+    for key, kind in found.state_dict_metadata.items():
+        right = isinstance(key, str)
+        if isinstance(kind, metadata.TensorStorageMetadata):
+            right &= _is_shape(kind.size) and isinstance(kind.properties.dtype, torch.dtype)
+            right &= isinstance(kind.chunks, list) and all(
+                _is_shape(part) and len(part) == len(kind.size)
+                for chunk in kind.chunks
+                for part in (chunk.offsets, chunk.sizes)
+            )
+        elif not isinstance(kind, metadata.BytesStorageMetadata):
+            right = False
+        if not right:
+            raise ValueError(f"it describes {key!r:.80} as no tensor and no object")
+    for index, place in (found.storage_data or {}).items():
+        numbers = (place.offset, place.length)
+        right = isinstance(index, metadata.MetadataIndex) and isinstance(index.fqn, str)
+        right &= index.offset is None or _is_shape(index.offset)
+        right &= isinstance(place.relative_path, str)
+        if not right or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"it says no place of {index!r:.80}")
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(size) is int and size >= 0 for size in value)
 
 
 def load_object(data: io.BytesIO) -> Any:

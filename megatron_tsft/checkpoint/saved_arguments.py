@@ -2,7 +2,6 @@
 anything that the file names."""
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,12 @@ def saved_arguments(checkpoint: Path) -> dict[str, Any]:
         while isinstance(common, list | io.BytesIO):  # a list of one, or bytes in bytes
             common = common[0] if isinstance(common, list) else load_object(common)
         return dict(vars(common["args"]))
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle may raise almost anything
         raise UserError(
-            f"{checkpoint} does not say what arguments it was saved with ({error!r}): the copy is"
-            " incomplete, use another checkpoint"
+            f"{checkpoint} does not say what arguments it was saved with ({error!r:.200}): the copy"
+            " is incomplete, use another checkpoint"
         ) from error
 
 

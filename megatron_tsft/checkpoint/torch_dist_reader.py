@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_tsft.checkpoint.folder import read_metadata
 from megatron_tsft.checkpoint.mapping import Shape
-from megatron_tsft.errors import UserError
+from megatron_tsft.errors import DamagedError, UserError
 
 
 class _Window(io.RawIOBase):
@@ -142,37 +142,47 @@ class CheckpointReader:
         return self._indices[key]
 
     def _chunk(self, index: MetadataIndex, shape: Shape, itemsize: int) -> torch.Tensor:
-        """The bytes of one chunk, uint8 [..., columns * itemsize]; the file need not align them."""
+        """The bytes of one chunk, uint8 [..., columns * itemsize]; the file need not align them.
+
+        Raises:
+            DamagedError: there is no such tensor in the file.
+        """
         if index in self._read:
             return self._read[index]
         if index not in self._mapped:
-            info: Any = (self.metadata.storage_data or {})[index]
-            path = self._checkpoint / info.relative_path
-            with path.open("rb", buffering=0) as file:
-                if info.relative_path not in self._files:
-                    self._files[info.relative_path] = mmap.mmap(
-                        file.fileno(), 0, access=mmap.ACCESS_COPY
-                    )
-                window: Any = _Window(file, info.offset, info.length)
-                described = torch.load(window, map_location="meta", weights_only=True)
-                start = getattr(described.untyped_storage(), "_checkpoint_offset", None)
-                if (
-                    start is None
-                    or not described.is_contiguous()
-                    or tuple(described.shape) != shape
-                ):
-                    window.seek(0)
-                    whole = torch.load(window, map_location="cpu", weights_only=True)
-                    self._read = {
-                        index: _as_bytes(whole.contiguous().view(shape))
-                    }  # the last one alone
-                    return self._read[index]
-            start += info.offset + described.storage_offset() * itemsize
-            count = described.numel() * itemsize
-            flat = torch.frombuffer(
-                self._files[info.relative_path], dtype=torch.uint8, count=count, offset=start
-            )
-            self._mapped[index] = flat.view(*shape[:-1], -1)
+            try:
+                return self._load(index, shape, itemsize)
+            except Exception as error:  # a damaged file may raise almost anything
+                text = " ".join(str(error).split())[:200]
+                raise DamagedError(
+                    f"{self._checkpoint}: {index.fqn} is damaged ({text}): use another checkpoint",
+                    self._checkpoint,
+                ) from error
+        return self._mapped[index]
+
+    def _load(self, index: MetadataIndex, shape: Shape, itemsize: int) -> torch.Tensor:
+        """A chunk that was not asked for before."""
+        info: Any = (self.metadata.storage_data or {})[index]
+        path = self._checkpoint / info.relative_path
+        with path.open("rb", buffering=0) as file:
+            if info.relative_path not in self._files:
+                self._files[info.relative_path] = mmap.mmap(
+                    file.fileno(), 0, access=mmap.ACCESS_COPY
+                )
+            window: Any = _Window(file, info.offset, info.length)
+            described = torch.load(window, map_location="meta", weights_only=True)
+            start = getattr(described.untyped_storage(), "_checkpoint_offset", None)
+            if start is None or not described.is_contiguous() or tuple(described.shape) != shape:
+                window.seek(0)
+                whole = torch.load(window, map_location="cpu", weights_only=True)
+                self._read = {index: _as_bytes(whole.contiguous().view(shape))}  # the last alone
+                return self._read[index]
+        start += info.offset + described.storage_offset() * itemsize
+        count = described.numel() * itemsize
+        flat = torch.frombuffer(
+            self._files[info.relative_path], dtype=torch.uint8, count=count, offset=start
+        )
+        self._mapped[index] = flat.view(*shape[:-1], -1)
         return self._mapped[index]
 
 

@@ -1,6 +1,7 @@
 """The steps of a conversion: a table's row at one layer, as boxes or as Hugging Face tensors."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -71,6 +72,15 @@ def units(card: ModelCard) -> list[ConversionUnit]:
         ]
         (layers if own[0].index else after if layers else before).extend(own)
     return before + sorted(layers, key=lambda unit: unit.index[0]) + after
+
+
+def count_tensors(card: ModelCard) -> int:
+    """How many Hugging Face tensors the card's model has."""
+    arguments = card.megatron_arguments
+    return sum(
+        len(row.sources) * math.prod(row.leading(arguments))
+        for row in get_family(card.family).active_rows(arguments)
+    )
 
 
 def expected_keys(card: ModelCard) -> dict[str, Shape]:

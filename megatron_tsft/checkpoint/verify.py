@@ -11,18 +11,27 @@ import torch
 from tqdm import tqdm
 
 from megatron_tsft.checkpoint.ahead import ahead
+from megatron_tsft.checkpoint.architecture import value_of
 from megatron_tsft.checkpoint.card import HF_FOLDER, ModelCard
 from megatron_tsft.checkpoint.families import family_of
 from megatron_tsft.checkpoint.folder import latest_checkpoint
-from megatron_tsft.checkpoint.hf_folder import HfWeights, check_tensors, load_config
+from megatron_tsft.checkpoint.hf_folder import HfWeights, check_number, check_tensors, load_config
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.logits import LogitDifference, compare_logits
 from megatron_tsft.checkpoint.manifest import check_folder
 from megatron_tsft.checkpoint.mapping import model_shapes
 from megatron_tsft.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
-from megatron_tsft.checkpoint.units import Piece, expected_keys, hf_shapes, pieces_of, units
+from megatron_tsft.checkpoint.units import (
+    Piece,
+    count_tensors,
+    expected_keys,
+    hf_shapes,
+    pieces_of,
+    units,
+)
 from megatron_tsft.errors import UserError
+from megatron_tsft.typed import Count
 
 # tokens of the text that are compared: attention on CPU needs heads * positions^2 numbers
 MAX_POSITIONS = 1024
@@ -132,7 +141,9 @@ def verify(
             f"{hf_dir} holds {hf_config.architectures}, {megatron_dir} was made from"
             f" {card.architecture}: name the two folders of one model"
         )
-    weights, reader, steps = HfWeights(hf_dir), CheckpointReader(checkpoint), units(card)
+    weights, reader = HfWeights(hf_dir), CheckpointReader(checkpoint)
+    check_number(weights, count_tensors(card))
+    steps = units(card)
     names = hf_shapes(steps)
     check_tensors(weights, names, tied=card.tied)
     total = sum(weights.tensors[name].bytes for name in names)
@@ -174,7 +185,8 @@ def _compare_configs(config: Any, card: ModelCard) -> tuple[list[str], bool]:
     """What config.json says otherwise than the model card, in Megatron's words; and whether its
     shapes are the same."""
     family = family_of(config)
-    theirs = family.arguments(config) | {"vocab_size": config.vocab_size}
+    theirs = family.arguments(config)
+    theirs |= {"vocab_size": value_of(config, "vocab_size", Count)}
     ours = card.megatron_arguments | {"vocab_size": card.vocab_size}
     names = sorted(
         name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)

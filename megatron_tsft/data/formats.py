@@ -42,11 +42,18 @@ def _alpaca(row: Row) -> Row:
     """instruction, input (may be empty), output; system and history, as LLaMA-Factory has them."""
     rest = dict(row)
     instruction, output = rest.pop("instruction"), rest.pop("output")
-    question = "\n\n".join(part for part in (instruction, rest.pop("input", None)) if part)
+    asked = {"instruction": instruction, "input": rest.pop("input", None)}
+    for key, part in asked.items():
+        if part is not None and not isinstance(part, str):
+            raise Refusal(f"`{key}` is not text")
+    question = "\n\n".join(part for part in asked.values() if part)
+    history = rest.pop("history", None) or []
+    if not isinstance(history, list):
+        raise Refusal("`history` is not a list of [question, answer]")
     messages = []
     if system := rest.pop("system", None):
         messages.append({"role": "system", "content": system})
-    for pair in rest.pop("history", None) or []:
+    for pair in history:
         if not isinstance(pair, list) or len(pair) != 2:
             raise Refusal("`history` is not a list of [question, answer]")
         messages.append({"role": "user", "content": pair[0]})
@@ -71,7 +78,7 @@ def _sharegpt(row: Row) -> Row:
             speaker, value = turn.pop("from", None), turn.pop("value", None)
             if speaker == "function_call":
                 turn |= {"role": "assistant", "content": "", "tool_calls": _calls(value)}
-            elif speaker in SPEAKERS:
+            elif isinstance(speaker, str) and speaker in SPEAKERS:
                 turn |= {"role": SPEAKERS[speaker], "content": value}
             else:
                 raise Refusal(f"`from` is '{speaker}', none of {', '.join(SPEAKERS)}")

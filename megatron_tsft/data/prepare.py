@@ -103,7 +103,7 @@ def prepare(
         for writer in writers:
             own = {
                 "turn_ends": {
-                    tokenizer.convert_ids_to_tokens(end): [end, count]
+                    tokenizer.convert_ids_to_tokens(end): (end, count)
                     for end, count in sorted(writer.ends.items())
                 },
                 "chat_template": encoding.template(tokenizer) if writer.templated else None,

@@ -30,6 +30,7 @@ import xxhash
 from megatron_tsft.cards import load_card, save_card
 from megatron_tsft.errors import UserError
 from megatron_tsft.inside import inside
+from megatron_tsft.typed import Count
 
 CARD_FILE = "tsft_data.json"
 FORMAT_VERSION = 2
@@ -64,7 +65,7 @@ class DataCard:
         negative_weights: some of them are below 0, which an objective must be able to take.
         date: the day that chat templates were told, YYYY-MM-DD.
         made_with: what else decided the tokens: option of the preparation -> its value.
-        turn_ends: token that ends conversations -> [its id, how many].
+        turn_ends: token that ends conversations -> (its id, how many).
         chat_template: Jinja text that wrote them; None where no template did.
         duplicates: conversations whose sample_id occurred before; they are kept.
         truncated: conversations that were cut to --max-tokens.
@@ -74,17 +75,17 @@ class DataCard:
     """
 
     tokenizer_fingerprint: str
-    vocab_size: int
+    vocab_size: Count
     fingerprint: str
-    conversations: int
-    tokens: int
+    conversations: Count
+    tokens: Count
     supervised_tokens: int
-    longest: int
+    longest: Count
     weighted: bool
     negative_weights: bool = False
     date: str = ""
     made_with: dict[str, Any] = field(default_factory=dict)
-    turn_ends: dict[str, list[int]] = field(default_factory=dict)
+    turn_ends: dict[str, tuple[int, int]] = field(default_factory=dict)
     chat_template: str | None = None
     duplicates: int = 0
     truncated: int = 0
@@ -210,10 +211,21 @@ class PreparedData:
         return np.concatenate(counts)
 
     def used_tokens(self) -> np.ndarray:
-        """[card.vocab_size] bool: the token ids that occur. Reads every conversation."""
-        used = np.zeros(self.card.vocab_size, bool)
-        for batch in self._batches:
-            used[batch.column("input_ids").flatten().to_numpy()] = True
+        """[card.vocab_size] bool: the token ids that occur. Reads every conversation.
+
+        Raises:
+            UserError: the card says another vocabulary.
+        """
+        parts = [batch.column("input_ids").flatten().to_numpy() for batch in self._batches]
+        end = max(int(ids.max(initial=-1)) for ids in parts) + 1
+        if end != self.card.vocab_size or min(int(ids.min(initial=0)) for ids in parts) < 0:
+            raise UserError(
+                f"{self.directory} holds token ids below {end}, its card says"
+                f" vocab_size={self.card.vocab_size}: {REMEDY}"
+            )
+        used = np.zeros(end, bool)
+        for ids in parts:
+            used[ids] = True
         return used
 
     def __reduce__(self) -> tuple[Any, ...]:

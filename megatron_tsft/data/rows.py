@@ -5,13 +5,13 @@ refused by name.
 Nulls are missing keys at every depth, because Arrow writes null for a key that another row has.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from megatron_tsft import plain_json
 from megatron_tsft.data.marked_template import Message
 from megatron_tsft.data.turns import THOUGHTS, Refusal
 from megatron_tsft.names import did_you_mean
@@ -197,7 +197,7 @@ def _call(call: Any) -> Any:
     for holder in (call, call.get("function")):
         if isinstance(holder, dict) and isinstance(holder.get("arguments"), _WRITTEN):
             try:
-                parsed = json.loads(holder["arguments"])
+                parsed = plain_json.parse(holder["arguments"])
             except ValueError:
                 continue  # text that is no JSON is the argument
             if isinstance(parsed, dict):
@@ -217,7 +217,7 @@ def parsed(value: Any, key: str, kind: type) -> Any:
     """
     if isinstance(value, _WRITTEN):
         try:
-            value = json.loads(value)
+            value = plain_json.parse(value)
         except ValueError as error:
             raise Refusal(f"`{key}` is text that is no JSON") from error
     if not isinstance(value, kind):

@@ -15,6 +15,7 @@ import pyarrow as pa
 from megatron_tsft.data.json_array import array_values
 from megatron_tsft.data.turns import Refusal
 from megatron_tsft.errors import UserError
+from megatron_tsft.plain_json import check_characters, check_depth
 
 BLOCK_ROWS = 64  # what a worker gets at once
 UNPACKED = (".gz", ".zst")
@@ -73,7 +74,7 @@ class File:
             raise UserError(
                 f"{self.path} cannot be unpacked ({error}): copy or compress it again"
             ) from error
-        except (ValueError, pa.ArrowException, OSError) as error:
+        except (ValueError, RecursionError, pa.ArrowException, OSError) as error:
             raise UserError(f"{self.path} cannot be read ({error}): copy it again") from error
 
     def _unpacked(self, file: BinaryIO) -> Any:
@@ -239,8 +240,14 @@ def _suffixes(path: Path) -> tuple[str, str]:
 
 
 def _object(value: Any) -> Any:
-    """A row of a JSON array; what is no object is refused where rows are."""
-    return value if isinstance(value, dict) else json.dumps(value).encode()
+    """A row of a JSON array; what is no object that can be used is refused where rows are."""
+    try:
+        check_depth(value)
+        check_characters(value)
+        usable = isinstance(value, dict)
+    except ValueError:
+        usable = False
+    return value if usable else json.dumps(value).encode()
 
 
 def decode(row: bytes | dict[str, Any]) -> dict[str, Any]:
@@ -253,6 +260,9 @@ def decode(row: bytes | dict[str, Any]) -> dict[str, Any]:
         return row
     try:
         value = json.loads(row)
+        check_depth(value)
+        if b"\\u" in row:  # half a character can only be written so
+            check_characters(value)
     except (ValueError, RecursionError) as error:
         raise Refusal("bad JSON", str(error)) from error
     if not isinstance(value, dict):

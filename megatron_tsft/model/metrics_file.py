@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_tsft.atomic import write_text
+from megatron_tsft.errors import UserError
 from megatron_tsft.model.loss_reduction import PER_DATASET
+from megatron_tsft.plain_json import parse
 from megatron_tsft.plan.plan import Plan
+from megatron_tsft.typed import shown
 
 FILE = "metrics.jsonl"
 COLUMNS = (
@@ -63,19 +68,49 @@ class MetricsFile:
         self._opened = True
         if self.path is None:
             return
-        if not self.path.exists():
+        if not self.path.is_file():
+            if os.path.lexists(self.path):
+                raise UserError(f"{self.path} is no file: move it away")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             return
-        earlier_lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            same = row["step"] == step and heldout and row.get("split") != "heldout"
-            if row["step"] < step or same:
-                earlier_lines.append(line)
-        write_text(self.path, "".join(line + "\n" for line in earlier_lines))
+        lines = [
+            line
+            for line, row in read_rows(self.path)
+            if row["step"] < step
+            or (row["step"] == step and heldout and row.get("split") != "heldout")
+        ]
+        write_text(self.path, "".join(line + "\n" for line in lines))
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(line, row) of a file; the half line of a process that was killed is passed over.
+
+    Raises:
+        UserError: a line is none that was written, or no later step than the one before.
+    """
+    *whole, half = path.read_bytes().split(b"\n")
+    whole += [half] if half and _row_of(half) is not None else []
+    last = (-1, False)
+    for number, line in enumerate(whole, 1):
+        row = _row_of(line)
+        place = None if row is None else (row["step"], row.get("split") == "heldout")
+        if row is None or place is None or place <= last:
+            error = UserError(
+                f"{path}, line {number} is {shown(line.decode(errors='replace'))}, no object whose"
+                " `step` follows the step before: mend the line or move the file away"
+            )
+            error.met_here_alone = True  # of the ranks
+            raise error
+        last = place
+        yield line.decode(), row
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = parse(line)
+        return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    except ValueError:
+        return None
 
 
 def line(row: dict[str, Any]) -> str:

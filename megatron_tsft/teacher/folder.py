@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_tsft.checkpoint.architecture import value_of
 from megatron_tsft.checkpoint.card import CARD_FILE, ModelCard
 from megatron_tsft.checkpoint.fingerprint import weights_fingerprint
 from megatron_tsft.checkpoint.folder import latest_checkpoint
@@ -11,6 +12,7 @@ from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.tokenizer import load_tokenizer, tokenizer_fingerprint
 from megatron_tsft.checkpoint.units import expected_keys
 from megatron_tsft.errors import UserError
+from megatron_tsft.typed import Count
 
 
 @dataclass(frozen=True)
@@ -76,9 +78,9 @@ def read_hf_folder(path: Path) -> TeacherFolder:
     config = load_config(path)
     return TeacherFolder(
         path=path,
-        what=(config.architectures or ["?"])[0],
+        what=(value_of(config, "architectures", list[str] | None) or ["?"])[0],
         weights_hash=weights_fingerprint(path, "config.json", "*.safetensors", "*.bin"),
-        positions=getattr(config, "max_position_embeddings", None),
+        positions=value_of(config, "max_position_embeddings", Count | None),
         tokenizer=tokenizer_fingerprint(load_tokenizer(path)),
-        vocab_size=config.vocab_size,
+        vocab_size=value_of(config, "vocab_size", Count),
     )

@@ -20,19 +20,19 @@ whichever data set they come from.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import pyarrow as pa
 
 from megatron_tsft.cards import load_card, save_card
 from megatron_tsft.errors import UserError
+from megatron_tsft.typed import Count, Positive
 
 CARD_FILE = "tsft_teacher.json"
 PLAN_FILE = "plan.json"
 FORMAT_VERSION = 1
 # of an id and its log-prob; of a label and a tail; of a sample_id and an offset
 ENTRY_BYTES, TOKEN_BYTES, CONVERSATION_BYTES = 6, 6, 20
-SHARD_FACTS = ("bytes", "sha256", "conversations")
 # at least so many where the data is large enough: what ranks share and a killed job keeps
 SHARDS = 256
 SMALLEST_SHARD, LARGEST_SHARD = 256 << 10, 64 << 20
@@ -56,25 +56,33 @@ class CacheIdentity:
     teacher: str
     teacher_hash: str
     tokenizer_fingerprint: str
-    vocab_size: int
-    top_k: int
-    temperature: float
+    vocab_size: Count
+    top_k: Count
+    temperature: Positive
     dtype: str
     data: list[str]
     token_map: str | None = None
+
+
+class ShardFacts(TypedDict):
+    """What a shard must be."""
+
+    bytes: int
+    sha256: str
+    conversations: int
 
 
 @dataclass(frozen=True)
 class CacheCard:
     """A finished cache: its identity, what it holds, and what each shard must be.
 
-    shards: file name -> {"bytes", "sha256", "conversations"}.
+    shards: file name -> what it must be.
     """
 
     identity: CacheIdentity
-    conversations: int
-    tokens: int
-    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    conversations: Count
+    tokens: Count
+    shards: dict[str, ShardFacts] = field(default_factory=dict)
 
     @staticmethod
     def load(directory: Path | str) -> "CacheCard":
@@ -91,7 +99,7 @@ class CacheCard:
                 f"{directory} is an unfinished teacher cache: run tools/cache_teacher.py as"
                 " before, it resumes"
             )
-        card = load_card(
+        return load_card(
             CacheCard,
             directory / CARD_FILE,
             FORMAT_VERSION,
@@ -99,17 +107,6 @@ class CacheCard:
             missing=f"{directory} has no {CARD_FILE}: make the cache with `{command}`",
             again=f"make the cache again with `{command}`",
         )
-        try:
-            values: Any = card.identity
-            shards = {
-                name: {key: facts[key] for key in SHARD_FACTS}
-                for name, facts in card.shards.items()
-            }
-            return CacheCard(CacheIdentity(**values), card.conversations, card.tokens, shards)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{directory / CARD_FILE} is damaged ({error!r}): make the cache again"
-            ) from error
 
     def save(self, directory: Path | str) -> None:
         """Write the card into a folder, atomically; last."""

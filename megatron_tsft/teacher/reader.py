@@ -15,7 +15,7 @@ from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
 from megatron_tsft.inside import inside
-from megatron_tsft.teacher.format import CacheCard, sample_keys, schema
+from megatron_tsft.teacher.format import CacheCard, ShardFacts, sample_keys, schema
 from megatron_tsft.teacher.writer import file_digest, wrong_rows
 
 REMEDY = (
@@ -180,7 +180,7 @@ def _open_again(directories: list[Path], data: PreparedData) -> CachedTeacher:
     return CachedTeacher([TeacherCache.load(directory) for directory in directories], data)
 
 
-def _open_shard(path: Path, facts: dict[str, Any], top_k: int) -> pa.RecordBatch:
+def _open_shard(path: Path, facts: ShardFacts, top_k: int) -> pa.RecordBatch:
     """A shard's one batch, memory-mapped."""
     on_disk = path.stat().st_size if path.is_file() else None
     if on_disk != facts["bytes"]:

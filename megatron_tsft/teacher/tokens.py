@@ -1,6 +1,5 @@
 """Does a teacher mean the same tokens? By the tokenizer's fingerprint, or by the user's map."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
+from megatron_tsft.plain_json import read_json
 
 
 def check_same_tokenizer(
@@ -42,14 +42,12 @@ def read_token_map(
     """
     what = f"token map {file}"
     try:
-        values = json.loads(Path(file).read_text(encoding="utf-8"))
+        values = read_json(Path(file), list)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{what} cannot be read ({error}): pass a JSON list, the teacher's id of each token"
         ) from error
-    if not isinstance(values, list) or not all(
-        type(v) is int and -1 <= v < teachers for v in values
-    ):
+    if not all(type(v) is int and -1 <= v < teachers for v in values):
         raise UserError(
             f"{what} must be a JSON list of the teacher's ids, each from -1 (none) to"
             f" {teachers - 1}"

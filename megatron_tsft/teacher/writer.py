@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +16,13 @@ from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.data.teacher_rows import TeacherRows
 from megatron_tsft.errors import UserError
 from megatron_tsft.lock import INSIDE
+from megatron_tsft.plain_json import read_object
 from megatron_tsft.teacher.format import (
     CARD_FILE,
     PLAN_FILE,
     CacheCard,
     CacheIdentity,
+    ShardFacts,
     sample_keys,
     schema,
     shard_name,
@@ -48,12 +49,7 @@ class CacheWriter:
         }
         path = self.directory / PLAN_FILE
         if path.is_file():
-            try:
-                earlier_job = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{path} is damaged ({error}): delete {self.directory} and start again"
-                ) from error
+            earlier_job = read_object(path, f"delete {self.directory} and start again")
             different = [key for key in job if earlier_job.get(key) != job[key]]
             if different:
                 what = "; ".join(
@@ -121,7 +117,7 @@ class CacheWriter:
         with ThreadPoolExecutor() as pool:
             digests = list(pool.map(file_digest, [self.directory / name for name in names]))
         counts = np.diff(self.plan.starts).tolist()
-        shards: dict[str, dict[str, Any]] = {
+        shards: dict[str, ShardFacts] = {
             name: {
                 "bytes": (self.directory / name).stat().st_size,
                 "sha256": digest,

@@ -156,7 +156,8 @@ def test_a_damaged_tokenizer(make_hf: Make, tmp_path: Path) -> None:
     source = make_hf(tokenizer=True)
     for text in ('{"trunc', '{"version": "1.0"}'):
         (source / "tokenizer.json").write_text(text)
-        refused(source, tmp_path / "megatron", f"no tokenizer could be loaded from {source}")
+        words = f"no tokenizer could be loaded from {source}|{source}/tokenizer.json is damaged"
+        refused(source, tmp_path / "megatron", words)
 
 
 def test_no_space_on_the_disk(

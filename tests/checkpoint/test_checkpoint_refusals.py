@@ -3,6 +3,7 @@ written."""
 
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,9 +107,13 @@ WRONG = {
     "an unknown model type": (
         "LlamaForCausalLM",
         {"model_type": "nobody", "architectures": ["NobodyForCausalLM"]},
-        "config.json cannot be read: .*`nobody`",
+        "config.json cannot be read .*`nobody`.*: correct it",
     ),
 }
+
+
+def rope(theta: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta}
 
 
 def write_config(folder: Path, architecture: str, **values: Any) -> Path:
@@ -192,6 +197,26 @@ def test_a_window_that_is_switched_off_is_no_window(architecture: str, tmp_path:
         ("Qwen3MoeForCausalLM", {"num_experts_per_tok": 5}, "num_experts_per_tok"),
         ("MixtralForCausalLM", {"num_local_experts": 0}, "num_local_experts"),
         ("MixtralForCausalLM", {"num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ("LlamaForCausalLM", {"head_dim": 0}, "head_dim=0: it must be a whole number from 1"),
+        ("LlamaForCausalLM", {"rms_norm_eps": -1e-5}, "rms_norm_eps=-1e-05: .* above 0"),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": rope(-10000.0)},
+            "rope_theta=-10000.0: .* above",
+        ),
+        ("LlamaForCausalLM", {"rope_parameters": rope("x")}, "rope_theta"),
+        ("LlamaForCausalLM", {"rope_parameters": [1]}, "rope_parameters|config.json"),
+        ("LlamaForCausalLM", {"rms_norm_eps": float("nan")}, "NaN is no number"),
+        ("LlamaForCausalLM", {"vocab_size": 5.5}, "vocab_size"),
+        ("LlamaForCausalLM", {"vocab_size": True}, "vocab_size"),
+        ("LlamaForCausalLM", {"hidden_size": 10**30}, "hidden_size"),
+        ("LlamaForCausalLM", {"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ("LlamaForCausalLM", {"architectures": "LlamaForCausalLM"}, "architectures"),
+        ("LlamaForCausalLM", {"architectures": [None]}, "architectures"),
+        ("Qwen2ForCausalLM", {"layer_types": 3}, "layer_types"),
+        ("Qwen3MoeForCausalLM", {"num_local_experts": 10**9}, "num_experts=1000000000: it must be"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": 1}, "norm_topk_prob"),
+        ("Qwen3MoeForCausalLM", {"moe_intermediate_size": "8"}, "moe_intermediate_size"),
     ],
 )
 def test_numbers_that_no_model_has(
@@ -200,6 +225,30 @@ def test_numbers_that_no_model_has(
     source = make_hf(architecture, **SERVED[architecture])
     edit_config(source, **values)
     refused(source, tmp_path / "megatron", words)
+
+
+@pytest.mark.parametrize("layers", [10**5, 10**7, 10**15])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+def test_layers_without_end_take_no_memory(
+    architecture: str, layers: int, make_hf: Make, tmp_path: Path
+) -> None:
+    source = make_hf(architecture, **SERVED[architecture])
+    values = json.loads((source / "config.json").read_text())
+    values.pop("layer_types", None)  # one name a layer
+    (source / "config.json").write_text(json.dumps(values | {"num_hidden_layers": layers}))
+    words = "num_hidden_layers=10*: it must be .* to 100000|holds .* tensors, its .* asks for"
+    tracemalloc.start()
+    refused(source, tmp_path / "megatron", words)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100e6
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1]", b"{", b"[" * 10**6, b'{"a":' * 900])
+def test_a_config_that_is_no_object(content: bytes, make_hf: Make, tmp_path: Path) -> None:
+    source = make_hf()
+    (source / "config.json").write_bytes(content)
+    refused(source, tmp_path / "megatron", r"config.json is damaged \(.*\): download or copy it")
 
 
 @pytest.mark.parametrize("architecture", REFUSED)

@@ -28,7 +28,7 @@ ORDER = {
     "upstream": 0,
 }
 # in this order, and usable by every room but the two that import torch only
-BOTTOM = {"names": 0, "errors": 0, "console": 1, "lock": 1, "trust": 1}
+BOTTOM = {"names": 0, "errors": 0, "typed": 0, "console": 1, "lock": 1, "plain_json": 1, "trust": 1}
 BOTTOM |= {"atomic": 2, "cards": 3, "entry": 2, "inside": 2, "pages": 3}
 EVERYBODYS = "names"  # of these, what the rooms that import torch only may use
 ASKS_TORCH = "entry"  # of these, the one that asks torch whether there is a GPU

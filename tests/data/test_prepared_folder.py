@@ -394,6 +394,10 @@ def test_a_card_of_another_version_or_data_set(run: Prepare, tmp_path: Path) -> 
     run(GOOD)
     path = tmp_path / "out" / CARD_FILE
     card = json.loads(path.read_text())
+    path.write_text(json.dumps(card | {"supervised_tokens": 1}))  # nothing else says how many
+    with pytest.raises(UserError, match="its checksum differs.*prepare the data again"):
+        PreparedData.load(tmp_path / "out")
+    del card["checksum"]  # as earlier cards have none
     for change, message in (
         ({"format_version": 1}, "format version 1, not 2"),
         ({"unknown": 1}, "unknown"),
@@ -406,8 +410,12 @@ def test_a_card_of_another_version_or_data_set(run: Prepare, tmp_path: Path) -> 
         path.write_text(json.dumps(card | change))
         with pytest.raises(UserError, match=message):
             PreparedData.load(tmp_path / "out")
+    for wrong in (1, card["vocab_size"] + 1, 2**62):
+        path.write_text(json.dumps(card | {"vocab_size": wrong}))
+        with pytest.raises(UserError, match=f"its card says vocab_size={wrong}"):
+            PreparedData.load(tmp_path / "out").used_tokens()
     path.write_text("{")
-    with pytest.raises(UserError, match="not a data card"):
+    with pytest.raises(UserError, match="is damaged .*prepare the data again"):
         DataCard.load(tmp_path / "out")
 
 

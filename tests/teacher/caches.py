@@ -128,6 +128,7 @@ def rewrite_shard(
     table = pa.Table.from_pylist(rows, schema(card["identity"]["top_k"]))
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_batch(table.combine_chunks().to_batches()[0])
+    card.pop("checksum", None)
     card["shards"][name] |= {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     (directory / CARD_FILE).write_text(json.dumps(card))
 

@@ -42,6 +42,7 @@ def cache(whole: Path, tmp_path: Path) -> Path:
 
 def change_card(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     card = json.loads((directory / CARD_FILE).read_text())
+    del card["checksum"]  # a program that wrote this would have made another
     change(card)
     (directory / CARD_FILE).write_text(json.dumps(card))
 
@@ -91,6 +92,7 @@ def test_a_shard_of_another_cache_is_refused(cache: Path) -> None:
     """It has the shape of the right one, and the card vouches for it; its conversations are there
     twice."""
     card = json.loads((cache / CARD_FILE).read_text())
+    del card["checksum"]
     card["shards"][SHARD] = card["shards"]["shard-00000.arrow"]
     shutil.copy(cache / "shard-00000.arrow", cache / SHARD)
     card["conversations"] = sum(facts["conversations"] for facts in card["shards"].values())
@@ -133,9 +135,9 @@ def test_a_card_of_another_version_or_a_damaged_one(cache: Path) -> None:
     )
     of(
         lambda card: card["identity"].update(flavour="mint"),
-        "is damaged .*flavour.*make the cache again",
+        "identity.flavour='mint': .*make the cache again",
     )
-    of(lambda card: card["identity"].pop("top_k"), "is damaged .*top_k.*make the cache again")
+    of(lambda card: card["identity"].pop("top_k"), "identity.top_k=None: .*make the cache again")
     of(
         lambda card: card["identity"].update(top_k=5),
         f"(?s)shard-00000.arrow cannot be read .*{AGAIN}",
@@ -145,9 +147,7 @@ def test_a_card_of_another_version_or_a_damaged_one(cache: Path) -> None:
         f"{SHARD} holds .* instead of 1: .*{AGAIN}",
     )
     (cache / CARD_FILE).write_text("{")
-    with pytest.raises(
-        UserError, match="not a teacher cache card of this version .*make the cache again"
-    ):
+    with pytest.raises(UserError, match="tsft_teacher.json is damaged .*make the cache again"):
         TeacherCache.load(cache)
 
 
@@ -395,7 +395,6 @@ def test_a_token_map_must_be_one(home: Home, tmp_path: Path) -> None:
         [*straight[:-1], -2],
         [*straight[:-1], 1.0],
         [*straight[:-1], "w1"],
-        {"w1": 1},
         [True, *straight[2:]],
     ):
         refused(wrong, "must be a JSON list of the teacher's ids")
@@ -413,6 +412,7 @@ def test_a_token_map_must_be_one(home: Home, tmp_path: Path) -> None:
         f"has no counterpart of token [0-9]+, which {home.held.directory} uses: add it",
     )
     refused([], "has no counterpart of token")
+    refused({"w1": 1}, "cannot be read .*: pass a JSON list")
     refused("[1, 2", "cannot be read .*: pass a JSON list")
     file.unlink()
     with pytest.raises(UserError, match="cannot be read .*: pass a JSON list"):

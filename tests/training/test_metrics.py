@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_tsft.errors import UserError
 from megatron_tsft.model.metrics_file import COLUMNS, MetricsFile
 from megatron_tsft.training.metrics import MetricsWriter
 from tests.training.runs import REPOSITORY, Train, World, check_ran
@@ -144,6 +145,33 @@ def test_a_resumed_run_replaces_what_it_computes_again(tmp_path: Path) -> None:
         (3, None),
     ]
     assert rows(path)[-1]["loss"] == 7.0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"\xff\xfe",
+        b"[1]",
+        b"5",
+        b'{"loss": 1}',
+        b'{"step": "2"}',
+        b'{"step": 1}',
+        b"{",
+        b"[" * 10**5,
+    ]
+    + [b'{"step": 2, "loss": NaN}'],
+)
+def test_a_damaged_line_is_named_and_nothing_is_lost(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"{path}, line 2 is .*: mend the line or move the file"):
+        step(writer(path), 3)
+    assert path.read_bytes() == before
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="metrics.jsonl is no file: move it away"):
+        step(writer(path), 3)
 
 
 def test_evaluating_alone_keeps_the_training_row(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from typing import Any
 
+from megatron_tsft.checkpoint.architecture import value_of
 from megatron_tsft.checkpoint.mapping import Family, check_table
 from megatron_tsft.checkpoint.refused import REFUSED
 from megatron_tsft.errors import UserError
@@ -39,7 +40,7 @@ def family_of(config: Any) -> Family:
             are served.
     """
     known = families().values()
-    architectures = list(getattr(config, "architectures", None) or [])
+    architectures = value_of(config, "architectures", list[str] | None) or []
     for family in known:
         if architectures and architectures[0] in family.architectures:
             # the model that transformers would build

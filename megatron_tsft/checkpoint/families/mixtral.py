@@ -15,9 +15,7 @@ def arguments(config: Any) -> dict[str, Any]:
         (None, 0, 0.0),
         "noise on the router's input is not supported",
     )
-    experts = expert_arguments(
-        config, "num_local_experts", config.intermediate_size, renormalised=True
-    )
+    experts = expert_arguments(config, "num_local_experts", "intermediate_size", renormalised=True)
     return decoder_arguments(config) | experts
 
 

@@ -3,7 +3,12 @@
 from typing import Any
 
 from megatron_tsft.checkpoint import rows
-from megatron_tsft.checkpoint.architecture import decoder_arguments, expert_arguments, refuse
+from megatron_tsft.checkpoint.architecture import (
+    decoder_arguments,
+    expert_arguments,
+    refuse,
+    value_of,
+)
 from megatron_tsft.checkpoint.mapping import Family
 
 
@@ -22,7 +27,10 @@ def arguments(config: Any) -> dict[str, Any]:
         config, "mlp_only_layers", (None, []), "dense layers between sparse ones are not supported"
     )
     experts = expert_arguments(
-        config, "num_experts", config.moe_intermediate_size, renormalised=config.norm_topk_prob
+        config,
+        "num_experts",
+        "moe_intermediate_size",
+        renormalised=value_of(config, "norm_topk_prob", bool),
     )
     return decoder_arguments(config) | experts | {"qk_layernorm": True}
 
