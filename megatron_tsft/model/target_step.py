@@ -68,7 +68,7 @@ class TargetStep:
         self.tail: Tail = tail
         self.refresh = refresh
         self.step = -1
-        self._indices: list[Tensor] = []  # of the packs of this step, on this rank
+        self._indices: list[list[int]] = []  # of the packs of this step, on this rank
 
     @staticmethod
     def of_plan(plan: Plan, *, check_nan: bool) -> "TargetStep":
@@ -137,11 +137,11 @@ class TargetStep:
 
     def held(self) -> list[str]:
         """What the micro-batches of this step held so far, on this rank."""
-        return [self.where(int(index)) for indices in self._indices for index in indices]
+        return [self.where(index) for indices in self._indices for index in indices]
 
     def _not_finite(self, loss: float, batch: MicroBatch) -> UserError:
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        where = "; ".join(self.where(int(index)) for index in batch.index)
+        where = "; ".join(self.where(index) for index in batch.index)
         error = UserError(
             f"step {self.step + 1}, rank {rank}: the loss of a micro-batch is {loss} ({where}):"
             " nothing of this step is saved, the same command goes on from the last checkpoint"

@@ -33,7 +33,8 @@ class StoreMeeting(Meeting):
     """Several ranks, which call the same methods in the same order."""
 
     def __init__(self, ranks: Ranks):
-        from torch.distributed import PrefixStore, rendezvous
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
 
         whole, *_ = next(rendezvous("env://", ranks.rank, ranks.size))
         whole.set_timeout(PATIENCE)

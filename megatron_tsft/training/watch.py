@@ -192,7 +192,7 @@ def first_not_finite(model: Sequence[Any], optimizer: Any) -> str:
     for chunk in model:
         named += [(f"parameter {name}", p.detach()) for name, p in chunk.named_parameters()]
     for number, part in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
-        inner = getattr(part, "optimizer", None)
+        inner: Any = getattr(part, "optimizer", None)
         for group in getattr(inner, "param_groups", ()):
             for i, p in enumerate(group["params"]):
                 place = f"of the optimizer's parameter {i} of {number}"

@@ -20,7 +20,8 @@ def watching(watch: Watch, device: torch.device | str) -> Iterator[None]:
 
     def watched(*args: Any, iteration: int, **kwargs: Any) -> Any:
         model, optimizer = args[2:4]
-        get_args().exit_signal_handler = True
+        arguments: Any = get_args()
+        arguments.exit_signal_handler = True
         watch.before(iteration + 1, training.get_canonical_lr_for_logging(optimizer.param_groups))
         try:
             result = train_step(*args, iteration=iteration, **kwargs)
