@@ -16,7 +16,7 @@ optional
   and every variable of launch/pretrain_gpt_tsft.sh --help: OBJECTIVE, TEACHER, TP, PP, GBS, LR, TRAIN_ITERS, DEVICE ...
                  (TRAIN_ITERS defaults to 100)
 
-Started again with the same OUT it goes on where it stopped.
+Started again with the same OUT it goes on where it stopped; with other DATA, HELDOUT, HF or SEQ_LENGTH it is refused.
 
 example
   HF=models/Llama-3.2-1B DATA=chats.jsonl HELDOUT=heldout.jsonl OUT=runs/mine TP=2 TRAIN_ITERS=500 \
@@ -40,26 +40,48 @@ fi
 export PYTHON HF_HUB_OFFLINE=1 PYTHONPATH="$REPOSITORY${PYTHONPATH:+:$PYTHONPATH}"
 SEQ_LENGTH=${SEQ_LENGTH:-2048}
 
-prepare() { # JSONL FOLDER
-  if [[ -d $2 ]]; then
-    echo "using $2, prepared before; delete it to prepare $1 again"
-    return
+# what a folder was made of: names and sizes of a model's files, the content of a JSONL file
+source_of() { # PATH
+  "$PYTHON" - "$1" "$SEQ_LENGTH" <<'PYTHON_CODE'
+import hashlib, sys
+from pathlib import Path
+
+path, seq_length = Path(sys.argv[1]), sys.argv[2]
+if path.is_dir():
+    for file in sorted(path.iterdir()):
+        print(file.name, file.stat().st_size)
+else:
+    with path.open("rb") as file:
+        print("sha256", hashlib.file_digest(file, "sha256").hexdigest(), "SEQ_LENGTH", seq_length)
+PYTHON_CODE
+}
+
+same_source() { # FOLDER PATH: whether FOLDER exists; refuses one that was made of something else
+  [[ -d $1 ]] || return 1
+  if [[ -f $1.source && $(source_of "$2") != "$(cat "$1.source")" ]]; then
+    echo "error: $1 was made of another $2, or for another SEQ_LENGTH: name another OUT, or delete $OUT" >&2
+    exit 2
   fi
+  echo "using $1, made of $2 before"
+}
+
+prepare() { # JSONL FOLDER
+  same_source "$2" "$1" && return
+  source_of "$1" >"$2.source"
   "$PYTHON" "$REPOSITORY/tools/prepare_data.py" --input "$1" --tokenizer "$HF" --output "$2" \
     --max-tokens $((SEQ_LENGTH + 1))
 }
 
 # every folder appears whole or not at all, so "it exists" means "it is finished"
+mkdir -p "$OUT"
 prepare "$DATA" "$OUT/train"
 [[ -z ${HELDOUT:-} ]] || prepare "$HELDOUT" "$OUT/heldout"
-if [[ -d $OUT/base ]]; then
-  echo "using $OUT/base, imported before; delete it to import $HF again"
-else
+if ! same_source "$OUT/base" "$HF"; then
+  source_of "$HF" >"$OUT/base.source"
   "$PYTHON" "$REPOSITORY/tools/convert_checkpoint.py" import --hf "$HF" --megatron "$OUT/base"
 fi
 [[ -z ${HELDOUT:-} ]] || export EVAL_DATA="$OUT/heldout"
 MODEL="$OUT/base" DATA="$OUT/train" SAVE="$OUT/checkpoint" SEQ_LENGTH=$SEQ_LENGTH TRAIN_ITERS=${TRAIN_ITERS:-100} \
   "$REPOSITORY/launch/pretrain_gpt_tsft.sh" "$@"
-rm -rf "$OUT/hf"
-"$PYTHON" "$REPOSITORY/tools/convert_checkpoint.py" export --megatron "$OUT/checkpoint" --hf "$OUT/hf"
+"$PYTHON" "$REPOSITORY/tools/convert_checkpoint.py" export --megatron "$OUT/checkpoint" --hf "$OUT/hf" --overwrite
 echo "the new model: $OUT/hf; what each step logged: $OUT/checkpoint/metrics.jsonl"

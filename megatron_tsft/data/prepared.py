@@ -210,6 +210,15 @@ class PreparedData:
             counts.append(ends[offsets[1:]] - ends[offsets[:-1]])
         return np.concatenate(counts)
 
+    def weights_digest(self) -> str:
+        """16 hex digits over the weights of all rows; "none" where there are none."""
+        if not self.card.weighted:
+            return "none"
+        digest = hashlib.sha256()
+        for batch in self._batches:
+            digest.update(batch.column("weights_check").to_numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def used_tokens(self) -> np.ndarray:
         """[card.vocab_size] bool: the token ids that occur. Reads every conversation.
 

@@ -48,8 +48,13 @@ class Flags:
     async_save: bool = False
     finetune: bool = False
     no_load_optim: bool | None = None
+    no_load_rng: bool | None = None
+    optimizer: str = "adam"
+    use_distributed_optimizer: bool = False
     dataloader_type: str | None = None
     # how it is computed
+    bf16: bool = False
+    fp16: bool = False
     transformer_impl: str = "transformer_engine"
     moe_token_dispatcher_type: str = "allgather"
     overlap_param_gather: bool = False

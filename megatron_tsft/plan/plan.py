@@ -12,7 +12,7 @@ from megatron_tsft.checkpoint.served import Served
 from megatron_tsft.data.packed_dataset import PackedDataset
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.errors import UserError
-from megatron_tsft.plan import defaults
+from megatron_tsft.plan import defaults, same_run
 from megatron_tsft.plan.command_line import CommandLine
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
@@ -97,15 +97,23 @@ class Plan:
         settings: dict[str, Any] = {"eval_iters": self.eval_iters}
         # checkpoints keep them: a run that resumes is held to them
         settings[SAVED] = facts_of_packs(self.packs)
+        settings[same_run.SAVED] = self.facts
         if self.start.resuming:
             settings |= {"load": self.flags.save, "finetune": False}
-            settings |= {"no_load_optim": False, "no_load_rng": False}
+        if self.start.resuming and "load" in self.flags.named:  # these were for where it started
+            settings |= {"no_load_optim": False, "no_load_rng": False, "ckpt_step": None}
         if self.start.instead is not None:
             settings["ckpt_step"] = self.start.instead
         argv = self.line.argv
         if self.config.check:
             argv = (*argv, "--tensorboard-dir", "")  # it would make that folder
         return Startup(argv, self.defaults, settings, quiet=self.config.check)
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """What the run aims at, for its checkpoints."""
+        data = [packs.data for packs in self.packs.members]
+        return same_run.facts_of_run(self.objectives, self.teacher, data)
 
     @cached_property
     def served(self) -> Served:
@@ -253,7 +261,10 @@ def make_plan(line: CommandLine, device: str, meeting: Meeting | None = None) ->
             )
     if start.resumed is not None:
         check_same_packs(start.resumed, packs, batch.size, flags.context_parallel_size)
-    return Plan(line, device, flags, card, batch, packs, objectives, teacher, start, assumed)
+    plan = Plan(line, device, flags, card, batch, packs, objectives, teacher, start, assumed)
+    if start.resumed is not None:
+        same_run.check_same_run(start.resumed, plan.facts, flags)
+    return plan
 
 
 def _check_required(line: CommandLine) -> None:

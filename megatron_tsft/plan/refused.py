@@ -102,6 +102,12 @@ def check_numbers(line: CommandLine) -> None:
             f"--tsft-stop-at-spike {config.stop_at_spike}: pass a number above 1, such as 3, or"
             " leave it out"
         )
+    refresh = config.reference_refresh
+    if refresh and config.keep_last and (not config.keep_every or refresh % config.keep_every):
+        raise UserError(
+            f"--tsft-keep-last {config.keep_last} would delete the weights that are the reference"
+            f" of --tsft-reference-refresh {refresh}: add --tsft-keep-every {refresh}"
+        )
     if "save_retain_interval" in line.given and config.keep_last:
         raise UserError(
             "--save-retain-interval and --tsft-keep-last both delete checkpoints: leave one out"

@@ -16,6 +16,7 @@ from megatron_tsft.checkpoint.folder import (
 from megatron_tsft.checkpoint.keys import compare_keys
 from megatron_tsft.checkpoint.saved_arguments import saved_arguments
 from megatron_tsft.checkpoint.units import expected_keys, extra_states
+from megatron_tsft.data import prepared
 from megatron_tsft.errors import DamagedError, UserError
 from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.command_line import Ranks
@@ -23,6 +24,16 @@ from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.meeting import Meeting
 from megatron_tsft.plan.same_packs import Resumed
+from megatron_tsft.teacher import format as cache
+
+# the file that tells a folder that other commands made
+KINDS = {
+    prepared.CARD_FILE: "a prepared data set",
+    cache.CARD_FILE: "a teacher cache",
+    cache.PLAN_FILE: "an unfinished teacher cache",
+    "config.json": "a Hugging Face model",
+    "release": "an imported model",
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,7 @@ def find_start_weights(
             f"--save {save} is the folder of --tsft-model: name another, or the imported model is"
             " lost"
         )
+    _check_save(save)
     resuming = bool(save) and load != save and _has_checkpoint(save)
     if load and load != save and not resuming and not _has_checkpoint(load):
         raise UserError(
@@ -159,10 +171,13 @@ def find_start_weights(
             )
     if not folder or not _has_checkpoint(folder):
         return StartWeights(base)
-    checkpoint = latest_checkpoint(folder, iteration or flags.ckpt_step)
+    # where both are given, these flags of Megatron's are for the start from --load
+    again = resuming and load is not None
+    wanted = None if again else flags.ckpt_step
+    checkpoint = latest_checkpoint(folder, iteration or wanted)
     compare_keys(expected_keys(card), checkpoint)
     anew = flags.finetune and not resuming
-    fresh = anew or bool(flags.no_load_optim and not resuming)
+    fresh = anew or bool(flags.no_load_optim and not again)
     _check_states(checkpoint, folder, card, engine=engine, optimizer=not fresh)
     resumed: Resumed | None = None
     if checkpoint.name != "release" and not anew:
@@ -171,6 +186,13 @@ def find_start_weights(
             _check_expert_optimizer(resumed, flags.expert_model_parallel_size)
     fresh = fresh or checkpoint.name == "release"
     return StartWeights(base, checkpoint, folder, resuming, anew, fresh, resumed)
+
+
+def _check_save(save: str | None) -> None:
+    """Raise UserError where --save is a folder of another kind, which a run would litter."""
+    for name, kind in KINDS.items():
+        if save and (Path(save) / name).exists():
+            raise UserError(f"--save {save} is {kind} ({name} is there): name another folder")
 
 
 def _has_checkpoint(folder: str | None) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from megatron_tsft import console
 from megatron_tsft.plan.meeting import meet
 from megatron_tsft.plan.plan import make_plan
+from megatron_tsft.plan.same_run import changes
 from megatron_tsft.training.hand_over import hand_over
 from megatron_tsft.training.read_flags import read_flags
 from megatron_tsft.training.save_lock import lock_save_folder
@@ -33,6 +34,9 @@ def run(argv: Sequence[str], device: str) -> None:
         config = student_config(plan, args)
         if line.ranks.rank == 0:
             console.say(*plan.lines())
+            resumed = plan.start.resumed
+            if resumed is not None and (text := changes(resumed.before, vars(args))):
+                console.say(f"another than in {resumed.checkpoint}: {text}")
             if plan.config.check:
                 console.say("everything fits; nothing was started (--tsft-check)")
         if not plan.config.check:

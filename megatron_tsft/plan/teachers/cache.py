@@ -10,6 +10,7 @@ from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.data.teacher_rows import TeacherSource
 from megatron_tsft.errors import UserError
 from megatron_tsft.plan.teachers.definition import Kind, Request, Teacher
+from megatron_tsft.teacher.format import CacheIdentity
 from megatron_tsft.teacher.reader import CachedTeacher, TeacherCache
 
 
@@ -36,7 +37,15 @@ def _find(request: Request) -> Teacher:
         _verify(cache, request)
     text = f"cached in {', '.join(config.teacher_cache)}, tail {config.teacher_tail}"
     tail = "drop" if config.teacher_tail == "drop" else "uniform"
-    return Teacher("cache", text, records=Caches(caches), tail=tail)
+    asked = {_asked(cache.card.identity) for cache in caches}
+    identity = f"cache {', '.join(sorted(asked))}, tail {config.teacher_tail}"
+    return Teacher("cache", text, identity, records=Caches(caches), tail=tail)
+
+
+def _asked(identity: CacheIdentity) -> str:
+    """Who was asked, and how; about which conversations makes no other teacher."""
+    parts = [identity.teacher_hash, f"top-{identity.top_k}", f"temperature {identity.temperature}"]
+    return " ".join([*parts, identity.dtype, identity.token_map or ""]).strip()
 
 
 def _verify(cache: TeacherCache, request: Request) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_tsft.checkpoint.card import ModelCard
+from megatron_tsft.checkpoint.fingerprint import weights_fingerprint
 from megatron_tsft.data.prepared import PreparedData
 from megatron_tsft.loss.records import Tail
 from megatron_tsft.plan.command_line import Ranks
@@ -38,6 +39,7 @@ class Teacher:
     Attributes:
         kind: its name among the kinds.
         text: where it comes from, for the plan.
+        identity: what makes another teacher of it; a run that resumes is held to it.
         records: what it said before, or None.
         riding: the model that is asked in every step, or None.
         tail: what records say of tokens outside their top-k.
@@ -47,11 +49,19 @@ class Teacher:
 
     kind: str
     text: str
+    identity: str
     records: RecordBook | None = None
     riding: Riding | None = None
     tail: Tail = "uniform"
     refresh: int = 0
     evaluates: bool = True
+
+
+def identity_of(kind: str, checkpoint: Path, card: ModelCard, *more: object) -> str:
+    """`Teacher.identity` of a Megatron checkpoint: its weights, wherever they lie, and `more`."""
+    architecture = sorted(card.megatron_arguments.items())
+    weights = weights_fingerprint(checkpoint, "*.distcp", architecture=architecture)
+    return " ".join([kind, weights, *(str(part) for part in more if part)])
 
 
 @dataclass(frozen=True)

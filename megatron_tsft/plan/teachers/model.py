@@ -1,5 +1,8 @@
 """Another model of the same tokenizer, of any depth and width, frozen."""
 
+import hashlib
+from collections.abc import Sequence
+
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.keys import compare_keys
@@ -9,7 +12,7 @@ from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.layout import heads_divide
-from megatron_tsft.plan.teachers.definition import Kind, Request, Riding, Teacher
+from megatron_tsft.plan.teachers.definition import Kind, Request, Riding, Teacher, identity_of
 from megatron_tsft.plan.teachers.reference import check_shapes
 from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map
 
@@ -31,7 +34,14 @@ def _find(request: Request) -> Teacher:
         token_map = read_token_map(config.teacher_token_map, *sizes, request.data)
     else:
         _check_tokens(request, card, folder)
-    return Teacher("model", folder, riding=Riding(card, checkpoint, folder, token_map))
+    identity = identity_of("model", checkpoint, card, _digest(token_map))
+    return Teacher("model", folder, identity, riding=Riding(card, checkpoint, folder, token_map))
+
+
+def _digest(token_map: Sequence[int] | None) -> str:
+    if token_map is None:
+        return ""
+    return hashlib.sha256(",".join(map(str, token_map)).encode()).hexdigest()[:16]
 
 
 def _check_tokens(request: Request, card: ModelCard, folder: str) -> None:

@@ -4,7 +4,7 @@ from megatron_tsft.plan.teachers.definition import Kind, Request, Teacher
 
 
 def _find(request: Request) -> Teacher:
-    return Teacher("none", "none")
+    return Teacher("none", "none", "none")
 
 
 KIND = Kind("none", "no teacher", _find)

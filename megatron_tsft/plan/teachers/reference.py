@@ -7,7 +7,7 @@ from megatron_tsft.errors import UserError
 from megatron_tsft.plan.checked import check_weights
 from megatron_tsft.plan.config import TsftConfig
 from megatron_tsft.plan.flags import Flags
-from megatron_tsft.plan.teachers.definition import Kind, Request, Riding, Teacher
+from megatron_tsft.plan.teachers.definition import Kind, Request, Riding, Teacher, identity_of
 
 
 def check_shapes(kind: str, flags: Flags) -> None:
@@ -53,6 +53,7 @@ def _find(request: Request) -> Teacher:
     return Teacher(
         "reference",
         text,
+        identity_of("reference", request.start.base, request.student, refresh),
         riding=Riding(request.student, checkpoint or request.start.base),
         refresh=refresh,
         evaluates=checkpoint is not None,
