@@ -42,18 +42,11 @@ SEQ_LENGTH=${SEQ_LENGTH:-2048}
 
 # what a folder was made of: names and sizes of a model's files, the content of a JSONL file
 source_of() { # PATH
-  "$PYTHON" - "$1" "$SEQ_LENGTH" <<'PYTHON_CODE'
-import hashlib, sys
-from pathlib import Path
-
-path, seq_length = Path(sys.argv[1]), sys.argv[2]
-if path.is_dir():
-    for file in sorted(path.iterdir()):
-        print(file.name, file.stat().st_size)
-else:
-    with path.open("rb") as file:
-        print("sha256", hashlib.file_digest(file, "sha256").hexdigest(), "SEQ_LENGTH", seq_length)
-PYTHON_CODE
+  if [[ -d $1 ]]; then
+    for file in "$1"/*; do [[ ! -f $file ]] || echo "${file##*/} $(wc -c <"$file")"; done
+  else
+    echo "cksum $(cksum <"$1") SEQ_LENGTH $SEQ_LENGTH"
+  fi
 }
 
 same_source() { # FOLDER PATH: whether FOLDER exists; refuses one that was made of something else

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,27 @@ def test_own_data_end_to_end(tmp_path: Path) -> None:
     ]
     assert [row["step"] for row in metrics if "split" not in row] == list(range(1, 9))
     assert (out / "checkpoint" / "latest_checkpointed_iteration.txt").read_text() == "8"
+
+    for name, path in (
+        ("DATA", write_rows(tmp_path / "others.jsonl", 60, 3)),
+        ("HF", make_hf(tmp_path / "another", num_hidden_layers=2)),
+    ):
+        done = start_with(start, variables, name, str(path))
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert "was made of another" in last and "name another OUT" in last
+    assert len((out / "checkpoint" / "metrics.jsonl").read_text().splitlines()) == len(metrics)
+
+
+def start_with(
+    start: Callable[[], subprocess.CompletedProcess[str]],
+    variables: dict[str, str],
+    name: str,
+    value: str,
+) -> subprocess.CompletedProcess[str]:
+    """Start with one variable changed."""
+    before, variables[name] = variables[name], value
+    try:
+        return start()
+    finally:
+        variables[name] = before

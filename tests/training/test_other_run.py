@@ -37,7 +37,7 @@ def resume(train: Train, begun: Path, tmp_path: Path, name: str, *flags: str) ->
     return train(tmp_path / name, *flags, steps=4, keep=True)
 
 
-CASES = {
+CASES: dict[str, tuple[str, tuple[str, ...], str]] = {
     "objective": ("guided", ("--tsft-objective", "dft"), "another --tsft-objective"),
     "parameter": ("guided", (*TARGET[:3], "eta=0.7"), "eta=0.7"),
     "no teacher": ("guided", (*TARGET[:3], "eta=0"), "--tsft-objective or --tsft-args"),
