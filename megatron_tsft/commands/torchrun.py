@@ -17,6 +17,12 @@ from typing import Any
 
 PATIENCE = 24 * 3600  # seconds for a save; whoever wants less says it twice
 
+MEANS = {  # a signal that ended a rank
+    signal.SIGKILL: "; SIGKILL often means that memory ran out",
+    signal.SIGBUS: "; SIGBUS means that a file which is mapped into memory (prepared data, a"
+    " teacher cache) was cut or cannot be read any more, or that /dev/shm is full",
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Start the ranks and wait; the exit status is that of the first rank that failed, or 128 and
@@ -91,9 +97,9 @@ def last_words(rank: int, failure: Any) -> str:
     if failure.exitcode < 0:
         how = f"signal {failure.signal_name()}"
     node = os.environ.get("HOSTNAME", "this node")
-    memory = "; SIGKILL often means that memory ran out" if failure.exitcode == -9 else ""
+    means = MEANS.get(-failure.exitcode, "")
     place = f"rank {rank} (local rank {failure.local_rank} of {node})"
-    return f"error: {place} ended with {how}{memory}"
+    return f"error: {place} ended with {how}{means}"
 
 
 if __name__ == "__main__":

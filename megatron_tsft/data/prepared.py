@@ -18,6 +18,8 @@ the Arrow files. One row per conversation, in the order of the input:
 
 import bisect
 import hashlib
+import os
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,6 +163,12 @@ class PreparedData:
         self.lengths: np.ndarray = table["length"].to_numpy().astype(np.int64)  # [rows]
         self.sample_ids: pa.ChunkedArray = table["sample_id"]  # [rows] string
         self._batches = table.to_batches()
+        # of each file: a descriptor, which stays the mapped file's, its path and its size
+        self._files: list[tuple[int, Path, int]] = []
+        weakref.finalize(self, _close, self._files)
+        for name, size in card.files.items():
+            path = directory / name
+            self._files.append((os.open(path, os.O_RDONLY), path, size))
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
 
     @staticmethod
@@ -240,6 +248,15 @@ class PreparedData:
     def __reduce__(self) -> tuple[Any, ...]:
         return PreparedData.load, (self.directory,)
 
+    def _check_sizes(self) -> None:
+        """Raise UserError where a mapped file was cut since it was opened: to touch what is missing
+        ends the process (SIGBUS)."""
+        for descriptor, path, size in self._files:
+            if (now := os.fstat(descriptor).st_size) < size:
+                raise UserError(
+                    f"{path} was cut from {size} to {now} bytes while it was read: {REMEDY}"
+                )
+
     def row(self, index: int) -> Sample:
         """Conversation `index`.
 
@@ -249,6 +266,7 @@ class PreparedData:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
+        self._check_sizes()
         number = bisect.bisect_right(self._starts, index) - 1
         batch, place = self._batches[number], index - self._starts[number]
         name = batch.column("sample_id")[place].as_py()
@@ -262,6 +280,11 @@ class PreparedData:
         if not whole:  # microseconds, and a flipped bit never trains anything
             raise UserError(f"conversation {index} of {self.directory} is damaged: {REMEDY}")
         return Sample(name, ids, mask, weights)
+
+
+def _close(files: list[tuple[int, Path, int]]) -> None:
+    for descriptor, *_ in files:
+        os.close(descriptor)
 
 
 def _read_table(directory: Path, card: DataCard) -> pa.Table:

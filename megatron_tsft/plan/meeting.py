@@ -1,8 +1,11 @@
 """Where the ranks of a job meet before Megatron starts: a few words through torchrun's store, no
 collective."""
 
+import contextlib
 import json
 import os
+import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,6 +14,7 @@ from megatron_tsft.plan.command_line import Ranks
 
 # a rank that compares checksums comes late, and one that fails is ended by torchrun
 PATIENCE = timedelta(days=1)
+CALL = 30.0  # seconds between the first rank's time-out and the last one's
 
 
 class Meeting:
@@ -28,6 +32,10 @@ class Meeting:
         """Every rank's value (JSON), in their order, on all ranks."""
         return [value]
 
+    def absent(self) -> dict[int, str]:
+        """The ranks that do not say within half a minute that they ask, too -> their hosts."""
+        return {}
+
 
 class StoreMeeting(Meeting):
     """Several ranks, which call the same methods in the same order."""
@@ -43,6 +51,7 @@ class StoreMeeting(Meeting):
         self._ranks, self._times, self._whole = ranks, 0, whole
         self._store = PrefixStore(f"tsft/{attempt}", whole)
         self._torchs = PrefixStore(f"torch/{attempt}", whole)
+        self._store.set(f"host/{ranks.rank}", socket.gethostname())
 
     def torchs_store(self, patience: timedelta) -> Any:
         """The store for torch's process group; ours is not for use afterwards."""
@@ -66,6 +75,20 @@ class StoreMeeting(Meeting):
         return self.share(
             lambda: [json.loads(self._store.get(f"{key}/{rank}")) for rank in range(ranks.size)]
         )
+
+    def absent(self) -> dict[int, str]:
+        """The ranks that do not say within half a minute that they ask, too -> their hosts."""
+        ranks = range(self._ranks.size)
+        with contextlib.suppress(Exception):  # the store may have gone with its rank
+            self._store.set(f"asks/{self._ranks.rank}", "1")
+            deadline = time.monotonic() + CALL
+            while time.monotonic() < deadline:
+                missing = [rank for rank in ranks if not self._store.check([f"asks/{rank}"])]
+                if not missing:
+                    return {}
+                time.sleep(1)
+            return {rank: self._store.get(f"host/{rank}").decode() for rank in missing}
+        return {}
 
     def _key(self) -> str:
         self._times += 1

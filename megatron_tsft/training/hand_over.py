@@ -1,6 +1,7 @@
 """Hands a run over to Megatron's own `pretrain`: the one place where a plan and Megatron meet."""
 
 import argparse
+import functools
 import gc
 import signal
 from datetime import timedelta
@@ -12,6 +13,7 @@ from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_tsft import console
 from megatron_tsft.checkpoint.card import copy_card
@@ -21,6 +23,7 @@ from megatron_tsft.model.target_step import TargetStep
 from megatron_tsft.plan.meeting import Meeting
 from megatron_tsft.plan.plan import Plan
 from megatron_tsft.training.datasets import Datasets
+from megatron_tsft.training.failures import explain
 from megatron_tsft.training.forward_step import ForwardStep
 from megatron_tsft.training.metrics import install_metrics
 from megatron_tsft.training.old_checkpoints import Kept
@@ -65,27 +68,18 @@ def hand_over(
         install_metrics(args, plan, lambda: watch.learning_rate)
     # with it, Megatron has workers of data loaders ignore what ends them; `watching` sets it again
     asked, args.exit_signal_handler = args.exit_signal_handler, False
-
-    kept = Kept(plan.config.keep_last, plan.config.keep_every)
-
-    def before_save(model: Any, optimizer: Any) -> bool:
-        if lock is not None:
-            lock.check()
-        if plan.start.fresh_optimizer and not watch.updated:
-            # such a checkpoint has no optimizer state, and Megatron could not load it
-            if ranks.rank == 0:
-                console.say(f"step {watch.step} is not saved: fp16 has skipped all steps so far")
-            return False
-        watch.check_finite(model, optimizer, plan.device)
-        return True
-
     gc.freeze()  # what is there now stays: no later collection looks at it
     gc.enable()
     try:
         with (
             signals.installed(*([args.exit_signal] if asked else [])),
             watching(watch, plan.device),
-            listing(save, ranks.rank, kept, before_save),
+            listing(
+                save,
+                ranks.rank,
+                Kept(plan.config.keep_last, plan.config.keep_every),
+                functools.partial(_may_save, plan, watch, lock),
+            ),
         ):
             pretrain(
                 pretrain_cfg_container_from_args(args, config),
@@ -98,23 +92,49 @@ def hand_over(
         if signals.received is not None:
             if torch.distributed.is_initialized():
                 torch.distributed.barrier()  # torchrun ends all when the first has ended
-            kept = "nothing is kept (no --save)"
-            if save:
-                kept = f"saved step {watch.step} in {save}; the same command goes on"
-            name = signal.Signals(signals.received).name
-            raise Interrupted(signals.received, f"stopped by {name}: {kept}") from stop
+            raise Interrupted(signals.received, _stopped(plan, watch, signals.received)) from stop
         watch.check_trained(anew=not plan.start.step)
         raise
-    except ValueError as error:
-        # they are told apart by these (core/optimizer/optimizer.py)
-        if "Could not find parameter group" not in str(error):
-            raise
-        load: Any = args.load
-        raise UserError(
-            f"{load} was trained with another --lr, --min-lr or weight decay: pass the same, or"
-            f" start anew from its weights with --load {load} --finetune and another --save"
-        ) from error
+    except UserError:
+        raise
+    except (Exception, CheckpointException) as error:
+        if (told := explain(error, plan, meeting, watch.step)) is not None:
+            raise told from error
+        if not isinstance(error, Exception):  # torch's is none: nobody would report it
+            raise RuntimeError(f"a checkpoint could not be written: {error}") from error
+        raise
     watch.check_trained(anew=not plan.start.step)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def _may_save(plan: Plan, watch: Watch, lock: Lock | None, model: Any, optimizer: Any) -> bool:
+    """Whether there is something to save.
+
+    Raises:
+        UserError: another run has taken the folder over, or a number is not finite.
+    """
+    if lock is not None:
+        lock.check()
+    if _nothing_yet(plan, watch):
+        if plan.line.ranks.rank == 0:
+            console.say(f"step {watch.step} is not saved: fp16 has skipped all steps so far")
+        return False
+    watch.check_finite(model, optimizer, plan.device)
+    return True
+
+
+def _nothing_yet(plan: Plan, watch: Watch) -> bool:
+    """Whether the optimizer has no state yet: Megatron could not load such a checkpoint."""
+    return plan.start.fresh_optimizer and not watch.updated
+
+
+def _stopped(plan: Plan, watch: Watch, number: int) -> str:
+    """What has become of a run that a signal ended."""
+    kept = "nothing is kept (no --save)"
+    if plan.flags.save:
+        kept = f"saved step {watch.step} in {plan.flags.save}; the same command goes on"
+        if _nothing_yet(plan, watch):
+            kept = "no step was made yet; the same command begins again"
+    return f"stopped by {signal.Signals(number).name}: {kept}"

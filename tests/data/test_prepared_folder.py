@@ -4,6 +4,7 @@ damage is found."""
 import copy
 import gzip
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -427,3 +428,13 @@ def test_another_template_is_another_data_set(run: Prepare, tmp_path: Path) -> N
         other.fingerprint != card.fingerprint
         and other.tokenizer_fingerprint != card.tokenizer_fingerprint
     )
+
+
+def test_a_file_that_is_cut_while_it_is_read(run: Prepare, tmp_path: Path) -> None:
+    """The mapped pages behind the cut would end the process."""
+    card = run(GOOD)
+    data, (name, size) = PreparedData.load(tmp_path / "out"), next(iter(card.files.items()))
+    data.row(0)
+    os.truncate(tmp_path / "out" / name, size // 2)
+    with pytest.raises(UserError, match=f"{name} was cut from {size} to {size // 2} bytes"):
+        data.row(0)
