@@ -69,6 +69,7 @@ SMALLER = {
     " --columns 512 --repeat 1",
     "benchmarks/collectives.py": "--tp 2 --tokens 64 --columns 64 --repeat 1",
     "benchmarks/cache.py": "--repeat 1 --seq-length 256",
+    "benchmarks/checksums.py": "--gigabytes 0.01 --repeat 1",
     "benchmarks/count_traffic.py": "--columns 4096",
     "benchmarks/prepare.py": "--chats 40 --repeat 1 --memory 50 100",
     "benchmarks/top_k.py": "--conversations 4 --no-progress",
