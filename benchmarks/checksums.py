@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_tsft.checkpoint.manifest import check_files, data_files, write_list
 from shared import command
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     for _ in range(args.repeat):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        times["save"].append(seconds(lambda: dcp.save(tensors, checkpoint_id=str(folder))))
+        times["save"].append(seconds(lambda: save(tensors, checkpoint_id=str(folder))))
         times["list"].append(seconds(lambda: write_list(folder, data_files(folder), 0)))
         files = [str(folder / name) for name in data_files(folder)]
         with open("/dev/null", "wb") as null:
