@@ -87,11 +87,10 @@ ONLY = {
 def check_numbers(line: CommandLine) -> None:
     """Raise UserError for a number of our own flags that means nothing."""
     config = line.config
-    lowest = {"keep_last": 1, "keep_every": 1, "reference_refresh": 0, "document_multiple": 0}
-    for name, least in lowest.items():
+    for name in ("keep_last", "keep_every"):
         value = getattr(config, name)
-        if destination(name) in line.given and value < least:
-            raise UserError(f"{option(name)} {value}: pass at least {least}, or leave it out")
+        if destination(name) in line.given and value < 1:
+            raise UserError(f"{option(name)} {value}: pass at least 1, or leave it out")
     if config.keep_every and not config.keep_last:
         raise UserError(
             f"--tsft-keep-every {config.keep_every} does nothing alone, all checkpoints are kept:"

@@ -97,7 +97,11 @@ def find_whole_weights(
     folders = filter(None, (flags.save, flags.load if "load" in flags.named else None))
     # rank 0 writes, before the others look
     notes: list[str] = meeting.share(
-        lambda: [note for f in folders if (note := mend_tracker(f, write=ranks.rank == 0))]
+        lambda: [
+            note
+            for f in folders
+            if (note := mend_tracker(f, write=ranks.rank == 0 and not config.check))
+        ]
     )
     instead: int | None = None
     while True:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Sequence
 
 from megatron_tsft import console
-from megatron_tsft.plan.meeting import meet
+from megatron_tsft.plan.meeting import Meeting, meet
 from megatron_tsft.plan.plan import make_plan
 from megatron_tsft.plan.same_run import changes
 from megatron_tsft.training.hand_over import hand_over
@@ -26,10 +26,11 @@ def run(argv: Sequence[str], device: str) -> None:
             Megatron found it while it loaded the checkpoint.
     """
     line = read_flags(argv)
-    meeting = meet(line.ranks)
+    # what only checks decides nothing together, and its other ranks need not be there
+    meeting = Meeting() if line.config.check else meet(line.ranks)
     with contextlib.ExitStack() as stack:
         lock = lock_save_folder(line, meeting, stack)
-        plan = make_plan(line, device, meeting)
+        plan = make_plan(line, device, None if line.config.check else meeting)
         args = start(plan.startup)
         config = student_config(plan, args)
         if line.ranks.rank == 0:

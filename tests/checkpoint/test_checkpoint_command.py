@@ -301,7 +301,7 @@ def test_a_killed_export_leaves_no_folder_that_loads(
     import_hf(source, megatron, progress=False)
     kill_in_the_middle(SLOW_EXPORT, megatron, back)
     assert not back.exists()
-    (partial,) = tmp_path.glob(".back*")
+    (partial,) = tmp_path.glob(".back.*.partial")
     assert (partial / "model.safetensors").stat().st_size > 0 and not (
         partial / "config.json"
     ).exists()
@@ -316,7 +316,7 @@ def test_a_killed_import_leaves_no_folder_that_loads(make_hf: Make, tmp_path: Pa
     source, megatron = make_hf(), tmp_path / "megatron"
     kill_in_the_middle(SLOW_IMPORT, source, megatron)  # layers 0 and 1 are written
     assert not megatron.exists()
-    (partial,) = tmp_path.glob(".megatron*")
+    (partial,) = tmp_path.glob(".megatron.*.partial")
     assert (partial / "release" / "__0_0.distcp").is_file()  # it was in the middle
     for folder in (megatron, partial):
         with pytest.raises(UserError):

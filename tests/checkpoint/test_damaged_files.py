@@ -61,7 +61,7 @@ def test_names_that_no_file_can_have(name: str, make_hf: Make) -> None:
     path.write_text(json.dumps(values))
     with pytest.raises(UserError, match="as no file can be called|is damaged") as refused:
         HfWeights(source)
-    assert len(str(refused.value)) < 600
+    assert len(str(refused.value)) < 1000
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"model.norm.weight": 5}, "x"])

@@ -63,7 +63,7 @@ def test_a_damaged_conversation(train: Train, world: World, tmp_path: Path, work
     content[found] ^= 1
     (data / name).write_bytes(bytes(content))
     flags = ("--tsft-data", str(data), "--num-workers", workers, "--tsft-args", "eta=0")
-    run = train("damaged", *flags, steps=40)
+    run = train("run", *flags, steps=40)
     last = lines_of(run.logs[0])[-1]
     assert run.codes == [2] and last.startswith("error: conversation "), run.logs[0][-1500:]
     assert "is damaged" in last and "prepare the data again" in last

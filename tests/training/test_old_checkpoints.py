@@ -52,8 +52,7 @@ def test_a_finished_run_says_so(train: Train, tmp_path: Path) -> None:
         ({"keep_last": 1, "keep_every": -1}, "--tsft-keep-every -1"),
         ({"stop_at_spike": 1.0}, "--tsft-stop-at-spike 1.0"),
         ({"stop_at_spike": float("nan")}, "--tsft-stop-at-spike nan"),
-        ({"reference_refresh": -1}, "--tsft-reference-refresh -1"),
-        ({"document_multiple": -2}, "--tsft-document-multiple -2"),
+        ({"keep_last": 2, "reference_refresh": 5}, "add --tsft-keep-every 5"),
     ],
 )
 def test_numbers_that_mean_nothing(given: dict[str, float], message: str) -> None:
