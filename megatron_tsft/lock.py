@@ -246,7 +246,11 @@ def _acquire(
             state = "dead" if holder.inode != inode else holder.state()
         over = state == "dead" or now - still >= stale
         if over or (state == "unknown" and holder is not None and holder.same_job()):
-            _remove(path, holder)
+            if not _remove(path, holder, inode):
+                time.sleep(LOOK / 10)
+                if now - begun >= stale + BEAT:  # whoever was about to, was killed there
+                    for left in path.parent.glob(f"{path.name}.*.old"):
+                        left.unlink(missing_ok=True)
             continue
         if now - begun >= (patience if state == "alive" else stale):
             raise UserError(
@@ -298,19 +302,23 @@ def _read(path: Path) -> tuple[Holder | None, int, int] | None:
     return holder, status.st_mtime_ns, status.st_ino
 
 
-def _remove(path: Path, dead: Holder | None) -> None:
-    """Remove the lock of a holder that is dead, and not one that somebody has taken since.
+def _remove(path: Path, dead: Holder | None, inode: int) -> bool:
+    """Remove the lock of a holder that is dead, and not one that somebody has taken since; False
+    where another process is about to.
 
-    It is moved aside first: of several that do it at once, one moves the dead one's, and another
-    one that moved a new one puts it back.
+    Of all that want to remove this holder's lock, one at a time may: the one that made a file of
+    its name. As long as the dead one's lock is there, nobody can make another.
     """
-    grave = path.with_name(f"{path.name}.{secrets.token_hex(4)}.old")
+    name = dead.token if dead is not None else str(inode)
+    claim = path.with_name(f"{path.name}.{name}.old")
     try:
-        os.rename(path, grave)
-    except FileNotFoundError:
-        return
-    found = _read(grave)
-    if found is not None and found[0] != dead:
-        with contextlib.suppress(OSError):
-            os.link(grave, path)
-    grave.unlink(missing_ok=True)
+        os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+    except FileExistsError:
+        return False
+    try:
+        now = _read(path)
+        if now is not None and now[0] == dead and now[2] == inode:
+            path.unlink(missing_ok=True)
+    finally:
+        claim.unlink(missing_ok=True)
+    return True

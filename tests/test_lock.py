@@ -235,3 +235,16 @@ def test_a_folder_that_was_copied_with_its_lock_is_free(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         with hold(tmp_path / "b" / "lock", "b"):
             pass
+
+
+def test_whoever_was_killed_while_it_removed_a_dead_ones_lock(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "LOOK", 0.02)
+    monkeypatch.setattr(locks, "BEAT", 0.1)
+    dead = write_lock(path, machine=locks._machine(), pid=2**22 + 1)
+    path.with_name(f"{path.name}.{dead.token}.old").touch()
+    begun = time.monotonic()
+    with hold(path, "it", stale=0.2):
+        assert 0.3 <= time.monotonic() - begun < 20
+    assert list(path.parent.iterdir()) == []

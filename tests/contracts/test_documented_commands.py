@@ -51,6 +51,7 @@ TEXT = (
 # commands that must not run, with the reason; by their words. Each must still be shown.
 NOT_RUN = {
     "benchmarks/convert.py": "starts three conversions; tests/checkpoint/test_checkpoint_memory.py",
+    "dev/faults.py": "kills and races for an hour; tests/commands/test_faults.py",
     "MODEL=...": "is for the reader to complete",
 }
 
