@@ -29,12 +29,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+from megatron_tsft.processes import children_of  # noqa: E402
+from tests.training.runs import (  # noqa: E402
+    make_hf,
+    step_values,
+    under_torchrun,
+    weights,
+    write_rows,
+)
+
 EXAMPLE = """examples:
   dev/faults.py races --pairs 30 --output docs/benchmark/races.json
   dev/faults.py soak --steps 500 --kills 20 --output docs/benchmark/soak.json
   dev/faults.py races --kind export --pairs 3 --seed 7"""
-TORCHRUN = "-m megatron_tsft.commands.torchrun --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"
-TORCHRUN += " --local-addr 127.0.0.1 --nproc-per-node"
 # what the second of a pair may say
 HELD = re.compile(r"^error: .* is in use by process \d+ on \S+ since .*: wait until it has ended")
 DONE = re.compile(r"^error: .* exists already|is finished already|which are all of this run")
@@ -54,7 +61,6 @@ def make_place(root: Path) -> Place:
     """Make it, or find it again."""
     from megatron_tsft.checkpoint.convert import import_hf
     from megatron_tsft.data.prepare import prepare
-    from tests.training.runs import make_hf, write_rows
 
     place = Place(root)
     if not place.ready.exists():
@@ -65,17 +71,6 @@ def make_place(root: Path) -> Place:
         prepare(write_rows(root / "rows.jsonl", 300, 0), place.hf, place.train, progress=False)
         place.ready.touch()
     return place
-
-
-def training(place: Place, save: Path, steps: int, *flags: str, ranks: int = 2) -> list[str]:
-    """A training command on the CPU."""
-    from tests.training.runs import BATCH
-
-    words = [sys.executable, *TORCHRUN.split(), str(ranks), "-m"]
-    words += ["megatron_tsft.training.pretrain_gpt", *BATCH.split(), "--tsft-device", "cpu"]
-    words += ["--tsft-model", str(place.base), "--tsft-data", str(place.train)]
-    words += ["--tsft-objective", "sft", "--save", str(save), "--train-iters", str(steps)]
-    return [*words, *flags]
 
 
 def tool(name: str, *words: object) -> list[str]:
@@ -98,7 +93,9 @@ RACES: dict[str, Callable[[Place, Path], list[str]]] = {
         "cache_teacher.py", "--teacher", place.hf, "--data", place.train, "--output", to,
         "--top-k", "4", "--device", "cpu", "--no-progress",
     ),
-    "run": lambda place, to: training(place, to, 30, "--save-interval", "5", ranks=1),
+    "run": lambda place, to: under_torchrun(
+        place.base, place.train, to, 30, "--save-interval", "5", ranks=1
+    ),
 }  # fmt: skip
 
 
@@ -113,8 +110,7 @@ def content(folder: Path) -> dict[str, str]:
             continue
         data = path.read_bytes()
         if path.name == "metrics.jsonl":
-            rows = [json.loads(line) for line in data.splitlines()]
-            data = json.dumps([row | {"tokens_per_second": 0} for row in rows]).encode()
+            data = json.dumps(rows_of(folder)).encode()
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -186,30 +182,7 @@ def races(args: argparse.Namespace) -> int:
 
 def rows_of(save: Path) -> list[dict[str, Any]]:
     lines = (save / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-
-
-def tensors(save: Path, step: int) -> dict[str, str]:
-    """Digest of every tensor of a checkpoint, model and optimizer."""
-    import torch
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
-
-    reader, found = CheckpointReader(save / f"iter_{step:07d}"), {}
-    for key, value in reader.metadata.state_dict_metadata.items():
-        if isinstance(value, TensorStorageMetadata):
-            whole = reader.read(key, (0,) * len(value.size), tuple(value.size))
-            data = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
-            found[key] = hashlib.sha256(data).hexdigest()
-    return found
-
-
-def ranks_of(torchrun: int) -> list[int]:
-    """The process ids of torchrun's ranks."""
-    tasks = Path(f"/proc/{torchrun}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
+    return step_values([json.loads(line) for line in lines])
 
 
 def step_of(save: Path) -> int:
@@ -227,37 +200,41 @@ def soak(args: argparse.Namespace) -> int:
     flags += ("--tsft-keep-last", "3", *args.flags)
     calm, save, log = (place.root / name for name in ("calm", "soaked", "soaked.txt"))
     began = time.monotonic()
-    if start(training(place, calm, args.steps, *flags), place.root / "calm.txt").wait():
+    if start(
+        under_torchrun(place.base, place.train, calm, args.steps, *flags), place.root / "calm.txt"
+    ).wait():
         raise SystemExit((place.root / "calm.txt").read_text()[-3000:])
-    kills, starts, held = Counter[str](), 0, 0
+    kills = Counter[str]()
+    soaked = under_torchrun(place.base, place.train, save, args.steps, *flags)
     # kills are spread over the whole run: each falls soon after a step drawn before
     marks = sorted(draw.randrange(1, args.steps) for _ in range(args.kills))
-    job = start(training(place, save, args.steps, *flags), log)
+    job = start(soaked, log)
     for mark in marks:
-        starts += 1
         while job.poll() is None and step_of(save) < mark:
             time.sleep(0.02)
         time.sleep(draw.random() * args.spread)
         if job.poll() is not None:
             break
         victims = {"torchrun": job.pid}
-        victims |= {f"rank {i}": pid for i, pid in enumerate(ranks_of(job.pid))}
+        victims |= {f"rank {i}": pid for i, pid in enumerate(children_of(job.pid) or [])}
         name = draw.choice(sorted(victims))
         os.kill(victims[name], signal.SIGKILL)
         kills[name] += 1
         code = job.wait()
         print(f"step {step_of(save)}: killed {name}; torchrun ended with {code}", flush=True)
-        job = start(training(place, save, args.steps, *flags), log)
+        job = start(soaked, log)
     code = job.wait()
-    text = log.read_text()
-    held = text.count("waiting up to")
     same = {
         "exit status": code == 0,
-        "weights and optimizer": tensors(save, args.steps) == tensors(calm, args.steps),
+        "weights and optimizer": weights(save, args.steps) == weights(calm, args.steps),
         "metrics": rows_of(save) == rows_of(calm),
         "every step once": [r["step"] for r in rows_of(save)] == list(range(1, args.steps + 1)),
     }
-    result = {"steps": args.steps, "kills": dict(kills), "waited for a dying run": held}
+    result = {
+        "steps": args.steps,
+        "kills": dict(kills),
+        "waited for a dying run": log.read_text().count("waiting up to"),
+    }
     result |= {"same": same, "seconds": round(time.monotonic() - began)}
     print(json.dumps(result, indent=1))
     keep(args, result)

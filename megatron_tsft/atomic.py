@@ -47,10 +47,8 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: name a folder")
-    named, path = (
-        path,
-        path.resolve(),
-    )  # behind a link, the folder that it names is made or replaced
+    # behind a link, the folder that it names is made or replaced
+    named, path = path, path.resolve()
     _refuse_full(named, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     with hold(path.with_name(f".{path.name}.lock"), str(named)) as lock:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tsft.errors import UserError
+from megatron_tsft.processes import state_of
 
 BEAT = 10.0  # seconds between signs of life
 STALE = 60.0  # seconds without one after which a holder that cannot be asked is dead
@@ -54,16 +55,17 @@ class Holder:
 
     @staticmethod
     def this_process(inode: int) -> "Holder":
+        job, restart, step = _slurm()
         return Holder(
             token=secrets.token_hex(8),
             host=socket.gethostname(),
             machine=_machine(),
             pid=os.getpid(),
-            started=_process(os.getpid())[1],
+            started=state_of(os.getpid())[1],
             since=time.strftime("%Y-%m-%d %H:%M:%S"),
-            job=os.environ.get("SLURM_JOB_ID", ""),
-            restart=os.environ.get("SLURM_RESTART_COUNT", "0"),
-            step=os.environ.get("SLURM_STEP_ID", ""),
+            job=job,
+            restart=restart,
+            step=step,
             inode=inode,
         )
 
@@ -74,16 +76,23 @@ class Holder:
         """ "alive", "stopped" (by a signal) or "dead"; "unknown" where it cannot be asked."""
         if self.machine != _machine():
             return "unknown"
-        state, started = _process(self.pid)
+        state, started = state_of(self.pid)
         return state if started == self.started or state == "dead" else "dead"
 
     def same_job(self) -> bool:
         """Whether this process is of the job that holds the lock, which SLURM started again: its
         former self is gone. Two steps of one start of a job may run side by side."""
-        now = Holder.this_process(0)
-        if not now.job or now.job != self.job:
+        job, restart, step = _slurm()
+        if not job or job != self.job:
             return False
-        return now.restart != self.restart or not self.step or now.step == self.step
+        return restart != self.restart or not self.step or step == self.step
+
+
+def _slurm() -> tuple[str, str, str]:
+    """(job, its restarts, the step) that SLURM started this process in; "" outside."""
+    names = {"SLURM_JOB_ID": "", "SLURM_RESTART_COUNT": "0", "SLURM_STEP_ID": ""}
+    job, restart, step = (os.environ.get(name, usual) for name, usual in names.items())
+    return job, restart, step
 
 
 def _machine() -> str:
@@ -94,27 +103,6 @@ def _machine() -> str:
     with contextlib.suppress(OSError):
         parts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(parts)
-
-
-def _process(pid: int) -> tuple[str, str]:
-    """(alive, stopped or dead, the start time in clock ticks or "") of a process of this machine
-    (man 5 proc_pid_stat)."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return "dead", ""
-        try:  # no /proc: macOS
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return "dead", ""
-        except OSError:
-            pass
-        return "alive", ""
-    # the name, in parentheses, may hold anything
-    fields = text.rpartition(")")[2].split()
-    states = {"Z": "dead", "X": "dead", "T": "stopped", "t": "stopped"}
-    return states.get(fields[0], "alive"), fields[19]
 
 
 class Lock:

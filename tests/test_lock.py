@@ -233,8 +233,9 @@ def test_a_folder_that_was_copied_with_its_lock_is_free(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with hold(tmp_path / "a" / "lock", "a"):
         shutil.copytree(tmp_path / "a", tmp_path / "b")
-        with hold(tmp_path / "b" / "lock", "b"):
-            pass
+        with hold(tmp_path / "b" / "lock", "b") as copied:
+            copied.check()
+        assert not (tmp_path / "b" / "lock").exists() and (tmp_path / "a" / "lock").exists()
 
 
 def test_whoever_was_killed_while_it_removed_a_dead_ones_lock(

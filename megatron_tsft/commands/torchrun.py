@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_tsft.entry import INTERRUPTED
+
 PATIENCE = 24 * 3600  # seconds for a save; whoever wants less says it twice
 
 MEANS = {  # a signal that ended a rank
@@ -44,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         print(text, file=sys.stderr, flush=True)
         return 128 + error.sigval
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return INTERRUPTED
     return 0
 
 

@@ -110,12 +110,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     @functools.cached_property
     def mute(self) -> int:
         """Conversations that were cut before their first supervised token."""
-        if self.pieces.split:
+        if self.pieces.split or not self.pieces.long:
             return 0
-        cut = np.flatnonzero(self.pieces.positions < self.data.lengths - 1)
-        masks = (self.data.row(row).loss_mask for row in cut.tolist())
-        ends = self.pieces.positions[cut].tolist()
-        return sum(not mask[1 : end + 1].any() for mask, end in zip(masks, ends, strict=True))
+        stops = self.pieces.positions + 1  # position t predicts token t + 1
+        return int(((stops < self.data.lengths) & (self.data.supervised(stops) == 0)).sum())
 
     def supervised_tokens(self, index: int) -> int:
         """Supervised tokens of one pack."""

@@ -206,16 +206,20 @@ class PreparedData:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def supervised(self) -> np.ndarray:
-        """[rows] int64: supervised tokens of each conversation. Reads every mask."""
+    def supervised(self, stops: np.ndarray | None = None) -> np.ndarray:
+        """[rows] int64: supervised tokens of each conversation, or of its first stops[row] tokens.
+        Reads every mask."""
         counts = [np.zeros(0, np.int64)]
-        for batch in self._batches:
+        for start, batch in zip(self._starts, self._batches, strict=False):
             masks = batch.column("loss_mask")
             ends = np.concatenate(
                 [[0], np.cumsum(masks.flatten().to_numpy(zero_copy_only=False), dtype=np.int64)]
             )
             offsets = masks.offsets.to_numpy() - masks.offsets[0].as_py()
-            counts.append(ends[offsets[1:]] - ends[offsets[:-1]])
+            until = offsets[1:]
+            if stops is not None:
+                until = np.minimum(until, offsets[:-1] + stops[start : start + batch.num_rows])
+            counts.append(ends[until] - ends[offsets[:-1]])
         return np.concatenate(counts)
 
     def weights_digest(self) -> str:

@@ -9,11 +9,11 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_tsft.data.batch import MicroBatch
-from megatron_tsft.errors import UserError
 from megatron_tsft.loss.records import Tail
 from megatron_tsft.model.loss_reduction import reduce_loss
 from megatron_tsft.model.output_hook import LossContext, q_target_output
 from megatron_tsft.model.packed_attention import packed_sequences
+from megatron_tsft.model.poisoned import poisoned
 from megatron_tsft.plan.plan import Plan
 from megatron_tsft.plan.run_objectives import RunObjectives
 
@@ -132,23 +132,13 @@ class TargetStep:
         """
         loss, tokens, metrics = reduce_loss(context, samples_share, output)
         if self.check_nan and context.training and not bool(torch.isfinite(loss)):
-            raise self._not_finite(float(loss), context.batch)
+            where = [self.where(index) for index in context.batch.index]
+            raise poisoned(self.step + 1, f"the loss of a micro-batch is {float(loss)}", where)
         return loss, tokens, metrics
 
     def held(self) -> list[str]:
         """What the micro-batches of this step held so far, on this rank."""
         return [self.where(index) for indices in self._indices for index in indices]
-
-    def _not_finite(self, loss: float, batch: MicroBatch) -> UserError:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        where = "; ".join(self.where(index) for index in batch.index)
-        error = UserError(
-            f"step {self.step + 1}, rank {rank}: the loss of a micro-batch is {loss} ({where}):"
-            " nothing of this step is saved, the same command goes on from the last checkpoint"
-            " (from an earlier one with --ckpt-step); lower --lr, or leave these conversations out"
-        )
-        error.met_here_alone = True
-        return error
 
 
 def run_packed(

@@ -48,7 +48,6 @@ class Flags:
     async_save: bool = False
     finetune: bool = False
     no_load_optim: bool | None = None
-    no_load_rng: bool | None = None
     optimizer: str = "adam"
     use_distributed_optimizer: bool = False
     dataloader_type: str | None = None

@@ -1,4 +1,5 @@
-"""Megatron's flags that cannot work here, each with its reason."""
+"""Flags of Megatron's that cannot work here, and numbers of ours that mean nothing, each with its
+reason."""
 
 import math
 

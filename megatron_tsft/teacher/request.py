@@ -1,6 +1,5 @@
 """What a teacher is to be asked about some data, checked: a cache's identity and plan."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ from megatron_tsft.errors import UserError
 from megatron_tsft.teacher.folder import TeacherFolder
 from megatron_tsft.teacher.format import CacheIdentity
 from megatron_tsft.teacher.plan import CachePlan, plan_cache
-from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map
+from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map, token_map_hash
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def plan_job(
         temperature=temperature,
         dtype=dtype,
         data=[part.card.fingerprint for part in data],
-        token_map=None if token_map is None else _hash_of(token_map),
+        token_map=None if token_map is None else token_map_hash(token_map),
     )
     plan = plan_cache(data, question.top_k, shard_bytes)
     _check_positions(folder, int(plan.lengths.max()))
@@ -124,8 +123,3 @@ def _check_positions(folder: TeacherFolder, longest: int) -> None:
             f"a conversation has {longest} tokens, the teacher knows {folder.positions} positions:"
             f" prepare the data with --max-tokens {folder.positions}"
         )
-
-
-def _hash_of(values: Sequence[int]) -> str:
-    """16 hex digits."""
-    return hashlib.sha256(repr(list(values)).encode()).hexdigest()[:16]

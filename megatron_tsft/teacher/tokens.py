@@ -1,5 +1,6 @@
 """Does a teacher mean the same tokens? By the tokenizer's fingerprint, or by the user's map."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,11 @@ def check_same_tokenizer(
                 f" {part.card.tokenizer_fingerprint}; its predictions are about other tokens:"
                 f" use a teacher of the student's family, or {remedy}"
             )
+
+
+def token_map_hash(token_map: Sequence[int]) -> str:
+    """16 hex digits over a token map."""
+    return hashlib.sha256(repr(list(token_map)).encode()).hexdigest()[:16]
 
 
 def read_token_map(

@@ -16,6 +16,7 @@ from megatron_tsft.plan.plan import Plan
 
 GOES_ON = "the same command goes on from the last checkpoint"
 TIME_IS_UP = re.compile(r"[Tt]imed out|[Tt]imeout")
+FILES = resource.RLIMIT_NOFILE
 STATE_BYTES = 12  # of a parameter: fp32 weights and Adam's two moments
 
 
@@ -35,8 +36,8 @@ def explain(error: BaseException, plan: Plan, meeting: Meeting, step: int) -> Us
     if (told := full_disk(plan, found, text, step)) is None:
         if found & {errno.EMFILE, errno.ENFILE} or "Too many open files" in text:
             told = (
-                f"too many open files, the limit is {open_files()}:"
-                f" raise it (ulimit -n 65536); {GOES_ON}"
+                f"too many open files, the limit is {resource.getrlimit(FILES)[0]}: raise it"
+                f" (ulimit -n 65536); {GOES_ON}"
             )
         elif "killed by signal: Bus error" in text:
             told = (
@@ -50,11 +51,6 @@ def explain(error: BaseException, plan: Plan, meeting: Meeting, step: int) -> Us
     explained = UserError(told)
     explained.met_here_alone = True
     return explained
-
-
-def open_files() -> int:
-    """How many files this process may hold open."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _other_groups(error: BaseException, plan: Plan) -> str:
@@ -91,9 +87,11 @@ def full_disk(plan: Plan, numbers: set[int | None], text: str, step: int) -> str
     save = plan.flags.save
     if not save or not Path(save).is_dir():
         return None
-    free, needed = shutil.disk_usage(save).free, _checkpoint_bytes(plan, Path(save))
     full = bool(numbers & {errno.ENOSPC, errno.EDQUOT}) or "No space left" in text
-    if not full and not ("CheckpointException" in text and free < needed):
+    if not full and "CheckpointException" not in text:
+        return None
+    free, needed = shutil.disk_usage(save).free, _checkpoint_bytes(plan, Path(save))
+    if not full and free >= needed:
         return None
     return (
         f"no space left in {save}, for the checkpoint of step {step}: one needs"

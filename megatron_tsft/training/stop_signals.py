@@ -8,11 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from megatron_tsft.errors import Interrupted
+from megatron_tsft.processes import children_of, state_of
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -115,14 +115,8 @@ def peer_ended(torchrun: int) -> bool:
     """
     if not _under_torchrun() or os.getppid() != torchrun:
         return False
-    try:
-        tasks = Path(f"/proc/{torchrun}/task").glob("*/children")
-        children = [child for task in tasks for child in task.read_text().split()]
-    except OSError:
-        return False  # this kernel does not say
-    alive = 0
-    for child in children:
-        with contextlib.suppress(OSError):
-            text = Path(f"/proc/{child}/stat").read_text(errors="replace")
-            alive += text.rpartition(")")[2].split()[0] not in "ZX"
+    children = children_of(torchrun)
+    if children is None:
+        return False
+    alive = sum(state_of(child)[0] != "dead" for child in children)
     return alive < int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,6 +1,7 @@
 """What every step is asked when it is over: did it train anything, is each number finite, does
 somebody want the run to stop."""
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,14 +12,12 @@ from torch import Tensor
 
 from megatron_tsft import console
 from megatron_tsft.errors import UserError
+from megatron_tsft.model.poisoned import NOTHING_SAVED, poisoned, rank
 from megatron_tsft.training.stop_signals import StopSignals
 
+SHOWN = 4  # packs of a step, in a message
 SPIKE_STEPS = 20  # whose median a spike is compared with
 SAID_AT = (1, 10, 100, 1000, 10000)  # lengths of a row of steps without effect that are said
-NOTHING_SAVED = (
-    "nothing of this step is saved, the same command goes on from the last checkpoint (from an"
-    " earlier one with --ckpt-step)"
-)
 
 
 class Watch:
@@ -65,18 +64,10 @@ class Watch:
         if "Unexpected result" not in text or "local grad norm" not in text:
             return None
         value = text.partition("Unexpected result ")[2].partition(" ")[0]
-        return self.poisoned(f"the gradient of its micro-batches is {value}")
-
-    def poisoned(self, what: str) -> UserError:
-        """The error for numbers that are not finite, on the rank that has them."""
         found = self._conversations()
-        listed = "; ".join(found[:4]) + (f"; and {len(found) - 4} more" if len(found) > 4 else "")
-        error = UserError(
-            f"step {self.step}, rank {_rank()}: {what} ({listed}): {NOTHING_SAVED}; lower --lr, or"
-            " leave these conversations out"
-        )
-        error.met_here_alone = True
-        return error
+        more = [f"and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        what = f"the gradient of its micro-batches is {value}"
+        return poisoned(self.step, what, [*found[:SHOWN], *more])
 
     def after(
         self, losses: dict[str, Tensor], skipped: bool, grad_norm: float | Tensor | None
@@ -91,7 +82,7 @@ class Watch:
         self._steps += 1
         self.updated += not skipped
         norm = None if grad_norm is None else float(grad_norm)
-        if norm is not None and norm != norm or norm in (float("inf"), -float("inf")):
+        if norm is not None and not math.isfinite(norm):
             self._problem = (
                 f"step {self.step}: the gradient norm of all ranks is {norm}: {NOTHING_SAVED};"
                 " lower --lr"
@@ -115,14 +106,7 @@ class Watch:
         Raises:
             UserError: something is wrong with this step, on all ranks alike.
         """
-        word = torch.tensor(
-            [int(self._signals.received or 0), bool(self._problem)],
-            dtype=torch.int32,
-            device=device,
-        )
-        if _several():
-            torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
-        number, wrong = word.tolist()
+        number, wrong = largest([self._signals.received or 0, bool(self._problem)], device)
         if wrong:
             raise agreed_error(self._problem)
         if number:
@@ -138,13 +122,10 @@ class Watch:
         text = ""
         if name:
             text = (
-                f"step {self.step}, rank {_rank()}: {name} holds numbers that are"
+                f"step {self.step}, rank {rank()}: {name} holds numbers that are"
                 f" not finite: {NOTHING_SAVED}; lower --lr"
             )
-        word = torch.tensor([bool(text)], dtype=torch.int32, device=device)
-        if _several():
-            torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
-        if word.item():
+        if any(largest([bool(text)], device)):
             raise agreed_error(text)
 
     def check_trained(self, *, anew: bool) -> None:
@@ -163,12 +144,12 @@ class Watch:
         if self._idle and why != self._why:
             self._end_of_idleness()
         self._idle, self._why = self._idle + 1, why
-        if self._idle in SAID_AT and _rank() == 0:
+        if self._idle in SAID_AT and rank() == 0:
             times = "" if self._idle == 1 else f" (and {self._idle - 1} before it)"
             console.say(f"WARNING: step {self.step}{times} {why}")
 
     def _end_of_idleness(self) -> None:
-        if self._idle > 1 and _rank() == 0:
+        if self._idle > 1 and rank() == 0:
             console.say(f"{self._idle} steps had no effect: each {self._why}")
         self._idle = 0
 
@@ -180,7 +161,7 @@ class Watch:
                     f"step {self.step}: the negative log-likelihood is {nll:.4g}, more than"
                     f" {self._spike:g} times {usual:.4g}, the median of the {SPIKE_STEPS} steps"
                     f" before (--tsft-stop-at-spike): {NOTHING_SAVED}; lower --lr, or look at"
-                    f" {'; '.join(self._conversations()[:4])}"
+                    f" {'; '.join(self._conversations()[:SHOWN])}"
                 )
         self._nll.append(nll)
 
@@ -203,24 +184,29 @@ def first_not_finite(model: Sequence[Any], optimizer: Any) -> str:
                     for key, value in state.items()
                     if isinstance(value, Tensor)
                 ]
-    named = [(n, t) for n, t in named if t.numel() and type(t) is not _quantized(t)]
+    # of Transformer Engine's 8-bit tensors the optimizer holds the main weights
+    named = [
+        (name, tensor)
+        for name, tensor in named
+        if tensor.numel() and not hasattr(tensor, "_quantizer") and tensor.is_floating_point()
+    ]
+    if not named:
+        return ""
     ends = [
         torch.stack(torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).float()
-        for name, tensor in named
-        if tensor.is_floating_point()
+        for _, tensor in named
     ]
-    if not ends:
-        return ""
-    names = [name for name, tensor in named if tensor.is_floating_point()]
     whole = torch.isfinite(torch.stack([end.to(ends[0].device) for end in ends])).all(1)
     wrong = torch.nonzero(~whole)[:, 0].tolist()
-    return names[wrong[0]] if wrong else ""
+    return named[wrong[0]][0] if wrong else ""
 
 
-def _quantized(tensor: Tensor) -> type | None:
-    """Its own class where it is one of Transformer Engine's 8-bit tensors, whose main weight the
-    optimizer holds."""
-    return type(tensor) if hasattr(tensor, "_quantizer") else None
+def largest(numbers: Sequence[int], device: torch.device | str) -> list[int]:
+    """Of each number the largest of all ranks; one small all-reduce."""
+    word = torch.tensor(numbers, dtype=torch.int32, device=device)
+    if _several():
+        torch.distributed.all_reduce(word, op=torch.distributed.ReduceOp.MAX)
+    return word.tolist()
 
 
 def agreed_error(text: str) -> UserError:
@@ -236,7 +222,3 @@ def agreed_error(text: str) -> UserError:
 
 def _several() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

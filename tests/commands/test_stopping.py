@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,7 @@ import pytest
 
 from megatron_tsft.checkpoint.convert import import_hf
 from megatron_tsft.data.prepare import prepare
-from tests.training.runs import BATCH, REPOSITORY, World, make_hf, write_rows
-
-TORCHRUN = "--nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0"
-TORCHRUN += " --local-addr 127.0.0.1"
+from tests.training.runs import REPOSITORY, World, make_hf, under_torchrun, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +28,8 @@ class Job:
     """A training command under torchrun."""
 
     def __init__(self, world: World, save: Path, steps: int):
-        words = [sys.executable, "-m", "megatron_tsft.commands.torchrun", *TORCHRUN.split()]
-        words += ["-m", "megatron_tsft.training.pretrain_gpt", *BATCH.split()]
-        words += ["--tsft-model", str(world.base), "--tsft-data", str(world.train)]
-        words += ["--tsft-objective", "sft", "--tsft-device", "cpu", "--save", str(save)]
-        words += ["--pipeline-model-parallel-size", "2", "--train-iters", str(steps)]
+        layout = ("--pipeline-model-parallel-size", "2")
+        words = under_torchrun(world.base, world.train, save, steps, *layout)
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
         self.metrics, self.output = save / "metrics.jsonl", save.with_suffix(".txt")
         with self.output.open("wb") as file:

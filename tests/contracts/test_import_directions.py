@@ -29,6 +29,7 @@ ORDER = {
 }
 # in this order, and usable by every room but the two that import torch only
 BOTTOM = {"names": 0, "errors": 0, "typed": 0, "console": 1, "lock": 1, "plain_json": 1, "trust": 1}
+BOTTOM |= {"processes": 0}
 BOTTOM |= {"atomic": 2, "cards": 3, "entry": 2, "inside": 2, "pages": 3}
 EVERYBODYS = "names"  # of these, what the rooms that import torch only may use
 ASKS_TORCH = "entry"  # of these, the one that asks torch whether there is a GPU

@@ -219,6 +219,44 @@ BATCH = (
 )
 
 
+# torchrun's words for a free port of this machine
+RENDEZVOUS = "--rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 --local-addr 127.0.0.1".split()
+
+
+def under_torchrun(
+    base: Path, data: Path, save: Path, steps: int, *flags: str, ranks: int = 2
+) -> list[str]:
+    """A training command on the CPU, as the launcher starts it."""
+    words = [sys.executable, "-m", "megatron_tsft.commands.torchrun", *RENDEZVOUS]
+    words += ["--nproc-per-node", str(ranks), "-m", "megatron_tsft.training.pretrain_gpt"]
+    words += [*BATCH.split(), "--tsft-model", str(base), "--tsft-data", str(data)]
+    words += ["--tsft-objective", "sft", "--tsft-device", "cpu", "--save", str(save)]
+    return [*words, "--train-iters", str(steps), *flags]
+
+
+def step_values(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what depends on the clock."""
+    return [
+        {key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows
+    ]
+
+
+def weights(save: Path, step: int) -> dict[str, bytes]:
+    """Every tensor of a checkpoint, model and optimizer, as bytes."""
+    import torch
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
+
+    reader = CheckpointReader(save / f"iter_{step:07d}")
+    found = {}
+    for key, value in reader.metadata.state_dict_metadata.items():
+        if isinstance(value, TensorStorageMetadata):
+            whole = reader.read(key, (0,) * len(value.size), tuple(value.size))
+            found[key] = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return found
+
+
 def check_ran(run: Run) -> Run:
     """Assert that every rank ended well; shows the end of the log that has a traceback, else rank
     0's."""

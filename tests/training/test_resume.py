@@ -13,31 +13,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_tsft.checkpoint.convert import export_hf
-from megatron_tsft.checkpoint.torch_dist_reader import CheckpointReader
-from tests.training.runs import BATCH, REPOSITORY, Train, World, check_ran
+from tests.training.runs import BATCH, REPOSITORY, Train, World, check_ran, step_values, weights
 
 GUIDED = ("--tsft-teacher", "reference")
-
-
-def step_values(rows: list[dict]) -> list[dict]:
-    """Rows without what depends on the clock."""
-    return [
-        {key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows
-    ]
-
-
-def weights(save: Path, step: int) -> dict[str, bytes]:
-    """Every tensor of a checkpoint, model and optimizer, as bytes."""
-    reader = CheckpointReader(save / f"iter_{step:07d}")
-    found = {}
-    for key, value in reader.metadata.state_dict_metadata.items():
-        if isinstance(value, TensorStorageMetadata):
-            whole = reader.read(key, (0,) * len(value.size), tuple(value.size))
-            found[key] = whole.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return found
 
 
 @pytest.mark.slow

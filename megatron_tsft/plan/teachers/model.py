@@ -1,8 +1,5 @@
 """Another model of the same tokenizer, of any depth and width, frozen."""
 
-import hashlib
-from collections.abc import Sequence
-
 from megatron_tsft.checkpoint.card import ModelCard
 from megatron_tsft.checkpoint.folder import latest_checkpoint
 from megatron_tsft.checkpoint.keys import compare_keys
@@ -14,7 +11,7 @@ from megatron_tsft.plan.flags import Flags
 from megatron_tsft.plan.layout import heads_divide
 from megatron_tsft.plan.teachers.definition import Kind, Request, Riding, Teacher, identity_of
 from megatron_tsft.plan.teachers.reference import check_shapes
-from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map
+from megatron_tsft.teacher.tokens import check_same_tokenizer, read_token_map, token_map_hash
 
 
 def _check(config: TsftConfig, flags: Flags) -> None:
@@ -34,14 +31,9 @@ def _find(request: Request) -> Teacher:
         token_map = read_token_map(config.teacher_token_map, *sizes, request.data)
     else:
         _check_tokens(request, card, folder)
-    identity = identity_of("model", checkpoint, card, _digest(token_map))
+    mapped = "" if token_map is None else token_map_hash(token_map)
+    identity = identity_of("model", checkpoint, card, mapped)
     return Teacher("model", folder, identity, riding=Riding(card, checkpoint, folder, token_map))
-
-
-def _digest(token_map: Sequence[int] | None) -> str:
-    if token_map is None:
-        return ""
-    return hashlib.sha256(",".join(map(str, token_map)).encode()).hexdigest()[:16]
 
 
 def _check_tokens(request: Request, card: ModelCard, folder: str) -> None:
